@@ -1,0 +1,62 @@
+"""One call for attention in PyTorch, over every attention kernel a person can install."""
+
+from anyattn import masks
+from anyattn.api import (
+    BackendRow,
+    attention,
+    attention_backend,
+    backends,
+    explain,
+    plan,
+    record,
+    reset,
+    scaled_dot_product_attention,
+    set_default_backend,
+)
+from anyattn.decision import Candidate, Decision, Preference
+from anyattn.errors import (
+    AnyattnError,
+    AnyattnWarning,
+    BackendUnavailableError,
+    InvalidCallError,
+    KernelError,
+    UnknownBackendError,
+    UnsupportedCallError,
+)
+from anyattn.integrations.models import reset_attention_backend, set_attention_backend
+from anyattn.prepare import prepare_mask
+from anyattn.reasons import Conversion, Reason
+from anyattn.spec import AttentionSpec, MaskSpec
+from anyattn.version import __version__
+
+__all__ = [
+    "AnyattnError",
+    "AnyattnWarning",
+    "AttentionSpec",
+    "BackendRow",
+    "BackendUnavailableError",
+    "Candidate",
+    "Conversion",
+    "Decision",
+    "InvalidCallError",
+    "KernelError",
+    "MaskSpec",
+    "Preference",
+    "Reason",
+    "UnknownBackendError",
+    "UnsupportedCallError",
+    "__version__",
+    "attention",
+    "attention_backend",
+    "backends",
+    "explain",
+    "masks",
+    "plan",
+    "prepare_mask",
+    "record",
+    "reset",
+    "reset_attention_backend",
+    "scaled_dot_product_attention",
+    "set_attention_backend",
+    "set_default_backend",
+]

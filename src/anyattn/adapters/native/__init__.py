@@ -1,0 +1,187 @@
+"""torch's scaled_dot_product_attention: torch's own pick, or one of its kernels.
+
+A single kernel is reached through its aten op, never through `torch.nn.attention.sdpa_kernel`: that sets
+flags of the whole process, so that one thread's choice would leak into another's.
+Source: torch 2.13 `torch/nn/attention/__init__.py` (sdpa_kernel), `torch/nn/attention/bias.py` (raw op).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from anyattn.adapters.native import kernels
+from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE
+from anyattn.backend import Backend, Lowering, MaskedRunner, Plan, Runner
+from anyattn.capabilities import Capabilities, needs_dense, pattern_is_native
+from anyattn.environment import Environment
+from anyattn.known_bad import hits
+from anyattn.lowering import mask_conversions
+from anyattn.reasons import Conversion, Reason
+from anyattn.spec import AttentionSpec
+
+
+class _Kernel(Backend):
+    """One SDPA kernel, reached through its aten op."""
+
+    family = "native"
+    entries: ClassVar[Mapping[str, str]]
+    avoids: ClassVar[frozenset[str]] = frozenset()
+    run = staticmethod(kernels.run)
+
+    def known_bad(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        return (row.reason() for row in hits((self.name,), spec, env) if row.name not in self.avoids)
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        caps = self.declarations[spec.device_type]
+        return lower_to(self.entries[spec.device_type], caps, spec)
+
+
+def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec) -> Lowering:
+    """Describe how a call reaches one entry, with what is converted on the way."""
+    dense = needs_dense(caps, spec)
+    conversions = list(mask_conversions(caps, spec))
+    copy = entry in kernels.FUSED_CUDA and not (spec.storage.aligned and spec.storage.unit_stride)
+    if copy:
+        text = "query, key and value copied: the kernel needs 16-byte aligned rows and a contiguous head_dim"
+        conversions.append(Conversion("copy", text))
+    if entry == "efficient" and (spec.is_gqa or spec.storage.expanded_kv):
+        text = "key and value heads repeated in memory: the kernel has no GQA and misreads expanded heads"
+        conversions.append(Conversion("repeat_heads", text))
+    if entry in ("flash", "cudnn") and spec.head_dim % 8:
+        conversions.append(Conversion("pad_head_dim", f"head_dim {spec.head_dim} padded to a multiple of 8"))
+    pattern = spec.mask.pattern
+    is_causal = pattern is not None and not dense and pattern.is_causal and pattern_is_native(caps, spec)
+    return Lowering(entry, is_causal, dense, copy, conversions=tuple(conversions))
+
+
+class NativeFlash(_Kernel):
+    """SDPA's flash kernel alone."""
+
+    name = "native_flash"
+    entries = {"cpu": "flash_cpu", "cuda": "flash"}
+    declarations = FLASH
+
+
+class NativeEfficient(_Kernel):
+    """SDPA's memory-efficient kernel alone."""
+
+    name = "native_efficient"
+    entries = {"cuda": "efficient"}
+    declarations = EFFICIENT
+    avoids = frozenset(("efficient-expanded-kv",))
+
+
+class NativeCudnn(_Kernel):
+    """SDPA's cuDNN kernel alone."""
+
+    name = "native_cudnn"
+    entries = {"cuda": "cudnn"}
+    declarations = CUDNN
+
+    def availability(self, env: Environment) -> Iterator[Reason]:
+        yield from super().availability(env)
+        if env.cudnn is None and env.device("cuda") is not None:
+            yield Reason("not_installed", "cuDNN", "a torch without it", "install a CUDA build of torch with cuDNN")
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        if spec.deterministic:
+            yield Reason("deterministic", "torch.use_deterministic_algorithms(False)", "True")
+        if spec.dropout_p and (spec.dropout_p * 16) % 1:
+            yield Reason("dropout", "a dropout_p that is a multiple of 1/16", str(spec.dropout_p))
+        if spec.dropout_p and spec.seqlen_q == 1:
+            yield Reason("dropout", "seqlen_q > 1 with dropout", "1")
+        if spec.dropout_p and env.cudnn is not None and (9, 11) <= env.cudnn[:2] <= (9, 13):
+            yield Reason("dropout", "cuDNN outside 9.11 to 9.13", ".".join(map(str, env.cudnn)))
+
+
+class NativeMath(_Kernel):
+    """SDPA's plain computation: every feature, memory for all the scores."""
+
+    name = "native_math"
+    entries = {"cpu": "math", "cuda": "math", "mps": "math", "xpu": "math"}
+    declarations = MATH
+
+
+_FUSED = (NativeCudnn(), NativeFlash(), NativeEfficient())
+_MATH = NativeMath()
+
+
+class Native(Backend):
+    """torch's own pick among the SDPA kernels, kept away from those that are wrong for the call."""
+
+    name = "native"
+    family = "native"
+    declarations = NATIVE
+    run = staticmethod(kernels.run)
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        if spec.return_lse or spec.sinks:
+            options = _with_lse(spec, env)
+            if not any(not sub.reasons(spec, env) for sub in options):
+                for sub in options:
+                    yield from sub.reasons(spec, env)
+                if not options:
+                    yield Reason("lse", "a device whose SDPA kernels give lse (cpu, cuda)", spec.device_type)
+
+    def known_bad(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        # Every row is avoided by `lower`, which sends the call to a kernel that is right.
+        return iter(())
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        if spec.return_lse or spec.sinks:
+            return next(sub.lower(spec, env) for sub in _with_lse(spec, env) if not sub.reasons(spec, env))
+        plain = lower_to("sdpa", self.declarations[spec.device_type], spec)
+        if spec.device_type == "cuda":
+            return _steer(plain, spec, env)
+        rows = hits((self.name,), spec, env)
+        if rows:
+            why = Conversion("copy", f"query, key and value copied: {rows[0].what} otherwise ({rows[0].link})")
+            return Lowering(plain.entry, plain.is_causal, plain.dense, True, conversions=(*plain.conversions, why))
+        return plain
+
+    def bind(self, plan: Plan) -> Runner | None:
+        return kernels.bind_sdpa(plan)
+
+    def bind_masked(self, plan: Plan) -> MaskedRunner | None:
+        return kernels.bind_sdpa_masked(plan)
+
+
+def _with_lse(spec: AttentionSpec, env: Environment) -> tuple[_Kernel, ...]:
+    wanted: Any = [sub for sub in _by_priority(spec, env) if spec.device_type in sub.declarations]
+    return tuple(sub for sub in wanted if sub.declarations[spec.device_type].lse)
+
+
+def _by_priority(spec: AttentionSpec, env: Environment) -> tuple[_Kernel, ...]:
+    """Give the kernels in the order in which torch tries them.
+
+    Source: `sdp_utils.cpp` of torch, `priority_order`: cuDNN comes first on sm90 and sm100 where it is newer
+    than 9.15, and last elsewhere.
+    """
+    cudnn, flash, efficient = _FUSED
+    device = env.device(spec.device_type, spec.device_index)
+    arch = device.arch if device is not None else None
+    if arch is not None and arch[0] in (9, 10) and env.cudnn is not None and env.cudnn > (9, 15, 0):
+        return (cudnn, flash, efficient, _MATH)
+    return (flash, efficient, _MATH, cudnn)
+
+
+def _steer(plain: Lowering, spec: AttentionSpec, env: Environment) -> Lowering:
+    """Keep a CUDA call from the kernels that are wrong for it: torch picks only where every pick is right."""
+    rows = hits([sub.name for sub in _FUSED], spec, env)
+    misaligned = not (spec.storage.aligned and spec.storage.unit_stride)
+    if not rows and not misaligned:
+        return plain
+    why = "; ".join(f"{row.what} with {row.backends[0]} for {row.when}" for row in rows)
+    for sub in _by_priority(spec, env):
+        if not sub.reasons(spec, env):
+            lowering = sub.lower(spec, env)
+            note = Conversion("steered", f"sent to {sub.name}: {why or 'storage is not aligned for every kernel'}")
+            return Lowering(
+                lowering.entry,
+                lowering.is_causal,
+                lowering.dense,
+                lowering.copy,
+                conversions=(note, *lowering.conversions),
+            )
+    raise AssertionError(f"native_math takes every call that native declares, but refused {spec}")

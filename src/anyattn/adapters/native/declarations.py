@@ -1,0 +1,110 @@
+"""What torch's SDPA kernels accept, per type of device.
+
+Sources: torch 2.13 on CPU, run; `sdp_utils.cpp` and `MHA.cpp` of torch for CUDA; an H100 with torch 2.11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from anyattn.capabilities import Capabilities
+from anyattn.masks import Align
+
+_HALF = frozenset((torch.float16, torch.bfloat16))
+_FLOATS = _HALF | {torch.float32, torch.float64}
+_UPPER: frozenset[Align] = frozenset(("upper_left",))
+_ANY_DIM = 1 << 20
+
+_MATH = Capabilities(
+    dtypes=_FLOATS,
+    rocm=True,
+    head_dim_max=_ANY_DIM,
+    head_dim_v=True,
+    causal=_UPPER,
+    boolean=True,
+    bias=True,
+    bias_float32=True,
+    mask_grad=True,
+    dead_rows=True,
+    gqa=True,
+    dropout=True,
+    scale_any=True,
+    backward=True,
+    deterministic=True,
+    exact=True,
+    unit_stride=False,
+    aligned=False,
+    compile=True,
+    cuda_graph=True,
+)
+
+_FLASH_CPU = _MATH.replace(head_dim_v=False, mask_grad=False, dropout=False, lse=True)
+
+_FUSED_CUDA = Capabilities(
+    dtypes=_HALF,
+    arch_min=(8, 0),
+    arch_max=(12, 1),
+    head_dim_max=256,
+    head_dim_multiple=8,
+    gqa=True,
+    dropout=True,
+    lse=True,
+    backward=True,
+    exact=True,
+    unit_stride=False,
+    compile=True,
+    cuda_graph=True,
+)
+
+MATH: Mapping[str, Capabilities] = {"cpu": _MATH, "cuda": _MATH, "mps": _MATH, "xpu": _MATH}
+
+FLASH: Mapping[str, Capabilities] = {
+    "cpu": _FLASH_CPU,
+    # The aten op aligns causal attention to the lower right (torch/nn/attention/bias.py uses it so);
+    # head_dim is padded to a multiple of 8 before it, as SDPA itself does.
+    "cuda": _FUSED_CUDA.replace(
+        head_dim_multiple=1,
+        causal=frozenset(("lower_right",)),
+        dead_rows=True,
+        deterministic=True,
+        batch_max=65535,
+    ),
+}
+
+EFFICIENT: Mapping[str, Capabilities] = {
+    "cuda": _FUSED_CUDA.replace(
+        dtypes=_HALF | {torch.float32},
+        arch_min=(5, 0),
+        head_dim_max=65536,
+        head_dim_v=True,
+        causal=_UPPER,
+        boolean=True,
+        bias=True,
+        dead_rows=True,
+        scale_any=True,
+    ),
+}
+
+CUDNN: Mapping[str, Capabilities] = {
+    "cuda": _FUSED_CUDA.replace(
+        head_dim_v=True,
+        causal=_UPPER,
+        boolean=True,
+        bias=True,
+        # Rows without a key are right from torch 2.12 on; the known-bad table has the older ones.
+        dead_rows=True,
+        seqlen_kv_min=2,
+        batch_max=65535,
+    ),
+}
+
+_NATIVE = _MATH.replace(lse=True)
+
+NATIVE: Mapping[str, Capabilities] = {
+    "cpu": _NATIVE,
+    "cuda": _NATIVE,
+    "mps": _MATH,
+    "xpu": _MATH,
+}

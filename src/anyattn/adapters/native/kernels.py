@@ -1,0 +1,205 @@
+"""The calls of torch's SDPA and its aten ops, each with what it needs done to its arguments.
+
+The aten ops don't have SDPA's contract: the math and the cuDNN op read a boolean mask as numbers, the CPU flash op
+ignores strides along head_dim, and none pads. So every entry here gets an additive mask of the right dtype.
+Source: torch 2.13, run on a CPU; `aten/src/ATen/native/transformers/attention.cpp`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyattn.backend import MaskedRunner, Output, Parts, Plan, Runner
+from anyattn.lowering import additive, joined_mask, normalise_lse, realigned, repeat_heads, wide
+from anyattn.spec import AttentionSpec
+
+FUSED_CUDA: frozenset[str] = frozenset(("flash", "efficient", "cudnn"))
+
+_Entry = Callable[[AttentionSpec, Tensor, Tensor, Tensor, "Tensor | None", bool], tuple[Tensor, "Tensor | None"]]
+
+
+def _sdpa(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, None]:
+    out = F.scaled_dot_product_attention(
+        query, key, value, mask, spec.dropout_p, is_causal, scale=spec.scale, enable_gqa=spec.is_gqa
+    )
+    return out, None
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _flash_cpu(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    # The op reads head_dim as contiguous whatever its stride: wrong without an error otherwise.
+    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
+    bias = None if mask is None else additive(mask, query.dtype)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=bias, scale=spec.scale
+    )
+    return out, lse
+
+
+def _math(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, None]:
+    bias = None if mask is None else additive(mask, query.dtype)
+    out, _ = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, bias, spec.dropout_p, is_causal, None, scale=spec.scale, enable_gqa=spec.is_gqa
+    )
+    return out, None
+
+
+def _pad_head_dim(tensor: Tensor) -> Tensor:
+    left_over = tensor.shape[-1] % 8
+    return F.pad(tensor, (0, 8 - left_over)) if left_over else tensor
+
+
+def _flash(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    result = torch.ops.aten._scaled_dot_product_flash_attention(
+        _pad_head_dim(query),
+        _pad_head_dim(key),
+        _pad_head_dim(value),
+        spec.dropout_p,
+        is_causal,
+        False,
+        scale=spec.scale,
+    )
+    lse = result[1]
+    # FlashAttention-2 writes +inf for rows without a key.
+    return result[0][..., : spec.head_dim_v], torch.where(lse == float("inf"), float("-inf"), lse)
+
+
+def _aligned_bias(mask: Tensor, spec: AttentionSpec, query: Tensor, key: Tensor) -> Tensor:
+    """Make the bias that the efficient kernel takes: full shape, rows at multiples of 16 elements."""
+    bias = additive(mask, query.dtype)
+    left_over = bias.shape[-1] % 16
+    if bias.shape[-1] == 1:
+        bias = bias.expand(*bias.shape[:-1], key.shape[2]).contiguous()
+        left_over = bias.shape[-1] % 16
+    if left_over:
+        bias = F.pad(bias, (0, 16 - left_over))[..., : key.shape[2]]
+    return bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def _efficient(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    times = spec.num_heads // spec.num_kv_heads
+    key, value = repeat_heads(key, times), repeat_heads(value, times)
+    if spec.storage.expanded_kv:
+        key, value = key.contiguous(), value.contiguous()
+    bias = None if mask is None else _aligned_bias(mask, spec, query, key)
+    with_lse = spec.return_lse or spec.sinks or spec.needs_grad
+    result = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, with_lse, spec.dropout_p, is_causal, scale=spec.scale
+    )
+    # The kernel pads lse to a multiple of 32 rows.
+    return result[0], result[1][..., : query.shape[2]]
+
+
+def _cudnn(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    bias = None
+    if mask is not None:
+        bias = additive(mask, query.dtype).expand(*mask.shape[:2], query.shape[2], key.shape[2])
+    with_lse = spec.return_lse or spec.sinks or spec.needs_grad
+    result = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, bias, with_lse, spec.dropout_p, is_causal, False, scale=spec.scale
+    )
+    lse = result[1]
+    # (B, H, S_q, 1) from torch 2.9 on, (B, H, S_q) before.
+    return result[0], lse.squeeze(-1) if lse.dim() == 4 else lse
+
+
+_ENTRIES: Mapping[str, _Entry] = {
+    "sdpa": _sdpa,
+    "flash_cpu": _flash_cpu,
+    "math": _math,
+    "flash": _flash,
+    "efficient": _efficient,
+    "cudnn": _cudnn,
+}
+
+
+def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+    """Call the entry that the plan names; tensors come and go in the spec's layout."""
+    spec, lowering = plan.spec, plan.lowering
+    if spec.layout == "BSHD":
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if lowering.copy:
+        query, key, value = realigned(query), realigned(key), realigned(value)
+    mask = joined_mask(spec, parts, query.shape[2], key.shape[2], query.device, pattern=not lowering.is_causal)
+    out, lse = _ENTRIES[lowering.entry](spec, query, key, value, mask, lowering.is_causal)
+    if spec.layout == "BSHD":
+        out = out.transpose(1, 2)
+    if not (spec.return_lse or spec.sinks):
+        return out
+    if lse is None:
+        raise AssertionError(f"the entry {lowering.entry} gives no lse")
+    return out, normalise_lse(lse, mask)
+
+
+def bind_sdpa(plan: Plan) -> Runner | None:
+    """Give the shortest way to a plain SDPA call, where the plan is one."""
+    spec, lowering = plan.spec, plan.lowering
+    if lowering.entry != "sdpa" or lowering.copy or lowering.dense or spec.mask.key or spec.mask.dense:
+        return None
+    sdpa = F.scaled_dot_product_attention
+    # Fewer arguments are parsed faster.
+    options = _options(spec)
+    if spec.layout == "BHSD":
+        return functools.partial(sdpa, attn_mask=None, is_causal=lowering.is_causal, **options)
+    if not options and not lowering.is_causal:
+        return lambda query, key, value: sdpa(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        ).transpose(1, 2)
+    is_causal = lowering.is_causal
+    return lambda query, key, value: sdpa(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, is_causal=is_causal, **options
+    ).transpose(1, 2)
+
+
+def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
+    """Give the shortest way to an SDPA call with one mask tensor, or with a pattern that is SDPA's own."""
+    spec, lowering = plan.spec, plan.lowering
+    if lowering.entry != "sdpa" or lowering.copy or spec.sinks or spec.mask.key == "lengths":
+        return None
+    if (spec.mask.key is not None) + (spec.mask.dense is not None) > 1:
+        return None
+    if spec.mask.pattern is not None and not lowering.is_causal:
+        return None
+    plain = bind_sdpa(plan)
+    if plain is not None:
+        return lambda query, key, value, attn_mask: plain(query, key, value)
+    sdpa = F.scaled_dot_product_attention
+    options = _options(spec)
+    if spec.layout == "BHSD":
+        return lambda query, key, value, attn_mask: sdpa(query, key, value, wide(attn_mask), **options)
+    return lambda query, key, value, attn_mask: sdpa(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), wide(attn_mask), **options
+    ).transpose(1, 2)
+
+
+def _options(spec: AttentionSpec) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if spec.dropout_p:
+        options["dropout_p"] = spec.dropout_p
+    if spec.scale != 1.0 / math.sqrt(spec.head_dim):
+        options["scale"] = spec.scale
+    if spec.is_gqa:
+        options["enable_gqa"] = True
+    return options

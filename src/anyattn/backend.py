@@ -1,0 +1,160 @@
+"""The protocol of a backend and its laws.
+
+A backend is a declaration (`declarations`, one `Capabilities` per type of device), what no field can say
+(`rejects`), a pure description of how a call reaches its kernel (`lower`), and the call itself (`run`).
+
+Laws, checked for every backend by `anyattn.testing`:
+    1. A call that isn't refused gives what `anyattn.reference` gives, forward and backward.
+    2. A refused call raises before `load` runs, with every reason.
+    3. `reasons`, `lower` and `rejects` are pure: they look at their arguments alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from anyattn.capabilities import Capabilities, declared_reasons
+from anyattn.environment import Environment
+from anyattn.known_bad import hits
+from anyattn.reasons import Conversion, Reason
+from anyattn.spec import AttentionSpec
+
+Output = Tensor | tuple[Tensor, Tensor]
+
+
+class Parts(NamedTuple):
+    """The tensors that a call has beside query, key and value; what they mean stands in the spec.
+
+    Attributes:
+        key: Boolean `(B, S_kv)` or integer lengths `(B,)`.
+        dense: Boolean or floating, with four dimensions, each full or 1.
+        block: A FlexAttention BlockMask.
+        sinks: `(H,)`.
+    """
+
+    key: Tensor | None = None
+    dense: Tensor | None = None
+    block: Any | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """How a call reaches a kernel: constants alone, so that torch.compile can trace through it.
+
+    Attributes:
+        entry: Which function of the kernel.
+        is_causal: Whether the kernel's own causal flag is set.
+        dense: Whether every part of the mask is joined into one dense mask.
+        copy: Whether query, key and value are copied to aligned, contiguous storage.
+        compiled: Whether the kernel is compiled by the backend itself.
+        conversions: What is done, for people.
+    """
+
+    entry: str
+    is_causal: bool = False
+    dense: bool = False
+    copy: bool = False
+    compiled: bool = False
+    conversions: tuple[Conversion, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A call with the choice made: what `run` needs.
+
+    Attributes:
+        backend: The backend's name.
+        spec: The call.
+        lowering: How it reaches the kernel.
+        run: `run(plan, query, key, value, parts)`, a plain function that torch.compile can trace.
+    """
+
+    backend: str
+    spec: AttentionSpec
+    lowering: Lowering
+    run: Callable[[Plan, Tensor, Tensor, Tensor, Parts], Output]
+
+
+Runner = Callable[[Tensor, Tensor, Tensor], Output]
+MaskedRunner = Callable[[Tensor, Tensor, Tensor, Any], Output]
+
+
+class Backend:
+    """One attention implementation under one name; subclass it, one file per family.
+
+    Attributes:
+        name: Its canonical name.
+        family: The group that shares a kernel source.
+        declarations: What it accepts, per type of device.
+        exact: Whether every variant computes in the inputs' precision.
+    """
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    declarations: ClassVar[Mapping[str, Capabilities]] = {}
+
+    def availability(self, env: Environment) -> Iterator[Reason]:
+        """Yield why the kernel isn't to be had here: not installed, too old, no such device. Law: pure."""
+        if not any(env.device(kind) for kind in self.declarations):
+            kinds = " or ".join(self.declarations)
+            yield Reason("no_device", f"a {kinds} device", ", ".join(device.type for device in env.devices))
+
+    def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
+        """Give the declaration for the call's device, or None. Law: pure."""
+        return self.declarations.get(spec.device_type)
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        """Yield the grounds that no field of the declaration can say. Law: pure."""
+        return iter(())
+
+    def reasons(self, spec: AttentionSpec, env: Environment) -> tuple[Reason, ...]:
+        """Give every ground for refusing the call; none means that it will be run. Law: pure."""
+        caps = self.capabilities(spec, env)
+        if caps is None:
+            kinds = " or ".join(self.declarations)
+            return (
+                *self.availability(env),
+                Reason("device_type", f"tensors on {kinds}", spec.device_type, "move them, or choose another backend"),
+            )
+        found = [*self.availability(env)]
+        found += declared_reasons(caps, spec, env.device(spec.device_type, spec.device_index))
+        found += self.rejects(spec, env)
+        found += self.known_bad(spec, env)
+        return tuple(dict.fromkeys(found))
+
+    def known_bad(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        """Yield the rows of the known-bad table that the lowering doesn't already avoid. Law: pure."""
+        return (row.reason() for row in hits((self.name,), spec, env))
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        """Say how an admitted call reaches the kernel. Law: pure, and exact."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        """Import the kernel; called once, before the first `run`. Law: nothing else imports it.
+
+        Raises:
+            Exception: Whatever the kernel's package raises; it is reported as BackendUnavailableError.
+        """
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        """Call the kernel, in the spec's layout. Law: gives what the reference gives, inputs unchanged."""
+        raise NotImplementedError
+
+    def bind(self, plan: Plan) -> Runner | None:
+        """Give a shorter way to run a plan that has no tensors beside query, key and value, or None.
+
+        Law: the callable itself refuses mismatched dtypes and devices, follows autocast as SDPA does and gives the
+        gradients that are needed, so that one serves every call of the same shapes.
+        """
+        return None
+
+    def bind_masked(self, plan: Plan) -> MaskedRunner | None:
+        """Give a shorter way to run a plan with a mask and without sinks, `run(query, key, value, attn_mask)`."""
+        return None

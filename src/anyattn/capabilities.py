@@ -1,0 +1,248 @@
+"""What a backend declares that it accepts, and the one place that reads each field."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from anyattn.environment import Arch, Device
+from anyattn.masks import Align
+from anyattn.reasons import Reason
+from anyattn.spec import UNKNOWN, AttentionSpec
+
+BOTH: frozenset[Align] = frozenset(("upper_left", "lower_right"))
+
+MAX_LOWERED_MASK_BYTES = 1 << 30
+"""The largest mask (bytes, one per position) that is made behind the caller's back to express a pattern."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a backend accepts on one type of device; every default is the pessimistic one.
+
+    A backend that takes a dense boolean mask thereby takes every pattern and key mask as well: they are
+    turned into one, and the decision says so.
+
+    Attributes:
+        dtypes: The dtypes of query, key and value.
+        arch_min: The lowest compute capability, for CUDA.
+        arch_max: The highest, or None.
+        rocm: Whether AMD GPUs are served.
+        head_dim_max: The largest head_dim.
+        head_dim_multiple: What head_dim and head_dim_v must be multiples of.
+        head_dim_v: Whether value's head_dim may differ from query's.
+        causal: The alignments in which the kernel itself does causal attention.
+        window: The alignments in which the kernel itself does sliding windows.
+        key_mask: Whether the kernel takes a key mask as such.
+        boolean: Whether it takes a dense boolean mask.
+        bias: Whether it takes a dense additive mask.
+        bias_float32: Whether that may be float32 with a half-precision query.
+        block: Whether it takes a FlexAttention block mask.
+        mask_grad: Whether it gives the gradient of an additive mask.
+        dead_rows: Whether rows without a key give zeros.
+        gqa: Whether query heads may share key/value heads.
+        dropout: Whether it does dropout.
+        softcap: Whether it does softcap.
+        sinks: Whether it does sinks.
+        scale_any: Whether zero and negative scales are right.
+        lse: Whether it gives the log-sum-exp.
+        backward: Whether it gives gradients.
+        deterministic: Whether its gradients are deterministic when asked.
+        exact: Whether it computes in the inputs' precision; False for quantised kernels.
+        unit_stride: Whether head_dim must be contiguous.
+        aligned: Whether storage must be 16-byte aligned (it is copied where it isn't).
+        batch_heads_max: The largest batch * num_heads, or None.
+        batch_max: The largest batch, and the largest num_heads, or None.
+        seqlen_kv_min: The fewest keys.
+        compile: Whether it works under torch.compile(fullgraph=True).
+        cuda_graph: Whether it can be captured in a CUDA graph.
+    """
+
+    dtypes: frozenset[torch.dtype] = frozenset()
+    arch_min: Arch | None = None
+    arch_max: Arch | None = None
+    rocm: bool = False
+    head_dim_max: int = 0
+    head_dim_multiple: int = 1
+    head_dim_v: bool = False
+    causal: frozenset[Align] = frozenset()
+    window: frozenset[Align] = frozenset()
+    key_mask: bool = False
+    boolean: bool = False
+    bias: bool = False
+    bias_float32: bool = False
+    block: bool = False
+    mask_grad: bool = False
+    dead_rows: bool = False
+    gqa: bool = False
+    dropout: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    scale_any: bool = False
+    lse: bool = False
+    backward: bool = False
+    deterministic: bool = False
+    exact: bool = False
+    unit_stride: bool = True
+    aligned: bool = True
+    batch_heads_max: int | None = None
+    batch_max: int | None = None
+    seqlen_kv_min: int = 1
+    compile: bool = False
+    cuda_graph: bool = False
+
+    def replace(self, **changes: object) -> Capabilities:
+        """Give a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def pattern_is_native(caps: Capabilities, spec: AttentionSpec) -> bool:
+    """Whether the kernel does the call's pattern itself: alignments agree where the lengths do."""
+    pattern = spec.mask.pattern
+    if pattern is None:
+        return True
+    aligns = caps.causal if pattern.is_causal else caps.window
+    return pattern.align in aligns or (spec.same_lengths and bool(aligns))
+
+
+def needs_dense(caps: Capabilities, spec: AttentionSpec) -> bool:
+    """Whether a pattern or key mask has to be turned into a dense mask for this kernel."""
+    mask = spec.mask
+    if mask.block is not None and not caps.block:
+        return False
+    pattern_left = mask.pattern is not None and not pattern_is_native(caps, spec)
+    key_left = mask.key is not None and not caps.key_mask
+    # A kernel's own causal flag beside a dense mask is not uniform (SDPA's documentation forbids it), so
+    # the two are joined.
+    both = mask.pattern is not None and (mask.dense is not None or key_left) and not caps.key_mask
+    return pattern_left or key_left or both
+
+
+def declared_reasons(caps: Capabilities, spec: AttentionSpec, device: Device | None) -> Iterator[Reason]:
+    """Yield every ground on which the declaration refuses the call."""
+    yield from _hardware(caps, spec, device)
+    yield from _shape(caps, spec)
+    yield from _mask(caps, spec)
+    yield from _features(caps, spec)
+    yield from _gradients(caps, spec)
+
+
+def _hardware(caps: Capabilities, spec: AttentionSpec, device: Device | None) -> Iterator[Reason]:
+    if device is None:
+        yield Reason("no_device", f"a {spec.device_type} device", "none on this machine")
+    elif device.rocm:
+        if not caps.rocm:
+            yield Reason("arch", "an NVIDIA GPU", f"AMD ({device.name})")
+    elif device.arch is not None:
+        low, high = caps.arch_min, caps.arch_max
+        if (low and device.arch < low) or (high and device.arch > high):
+            upto = f" to sm{high[0]}{high[1]}" if high else " or newer"
+            need = f"sm{low[0]}{low[1]}{upto}" if low else f"an arch{upto}"
+            yield Reason("arch", need, f"sm{device.arch[0]}{device.arch[1]} ({device.name})")
+    if spec.dtype not in caps.dtypes:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in caps.dtypes))
+        yield Reason("dtype", names or "nothing", str(spec.dtype).removeprefix("torch."), "cast query, key and value")
+
+
+def _shape(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
+    largest = max(spec.head_dim, spec.head_dim_v)
+    if largest > caps.head_dim_max:
+        yield Reason("head_dim", f"head_dim <= {caps.head_dim_max}", str(largest))
+    for name, size in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+        if size % caps.head_dim_multiple:
+            yield Reason("head_dim", f"{name} a multiple of {caps.head_dim_multiple}", str(size))
+    if spec.head_dim_v != spec.head_dim and not caps.head_dim_v:
+        yield Reason("head_dim_v", "head_dim_v == head_dim", f"{spec.head_dim_v} != {spec.head_dim}")
+    if spec.is_gqa and not caps.gqa:
+        heads = f"{spec.num_heads} query heads on {spec.num_kv_heads}"
+        yield Reason("gqa", "as many key/value heads as query heads", heads, "repeat key and value's heads")
+    if UNKNOWN < spec.seqlen_kv < caps.seqlen_kv_min and not spec.is_empty:
+        yield Reason("seqlen", f"seqlen_kv >= {caps.seqlen_kv_min}", str(spec.seqlen_kv))
+    limit = caps.batch_heads_max
+    if limit is not None and spec.batch * spec.num_heads > limit:
+        yield Reason("size", f"batch * num_heads <= {limit}", str(spec.batch * spec.num_heads), "split the batch")
+    limit = caps.batch_max
+    if limit is not None and max(spec.batch, spec.num_heads) > limit:
+        yield Reason("size", f"batch and num_heads <= {limit}", f"{spec.batch} and {spec.num_heads}", "split the batch")
+    if caps.unit_stride and not spec.storage.unit_stride:
+        yield Reason("layout", "a contiguous head_dim", "a stride along head_dim", "call .contiguous()")
+
+
+def _mask(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
+    mask = spec.mask
+    dense = needs_dense(caps, spec)
+    if dense and not caps.boolean:
+        yield Reason("mask", "a mask that the kernel knows", _unsupported(caps, spec), "choose another backend")
+    if dense and caps.boolean:
+        size = spec.seqlen_q * spec.seqlen_kv * (spec.batch if mask.key else 1)
+        pattern_only = mask.pattern is not None
+        if pattern_only and size > MAX_LOWERED_MASK_BYTES:
+            yield Reason(
+                "memory",
+                f"a mask of at most {MAX_LOWERED_MASK_BYTES >> 20} MiB made from the pattern",
+                f"{size >> 20} MiB",
+                "choose a backend that does the pattern itself (flex), or give the mask as a tensor",
+            )
+    if mask.dense is not None and not (caps.bias if mask.dense.kind == "bias" else caps.boolean):
+        yield Reason("mask", f"no dense {mask.dense.kind} mask", f"a {mask.dense.kind} mask")
+    is_bias = mask.dense is not None and mask.dense.kind == "bias"
+    if is_bias and not caps.bias_float32 and mask.dense is not None and mask.dense.dtype != spec.dtype:
+        yield Reason(
+            "mask_dtype",
+            f"an additive mask of query's dtype {spec.dtype}",
+            str(mask.dense.dtype),
+            "cast the mask (mind finfo.min, which becomes -inf in a narrower dtype)",
+        )
+    if mask.block is not None and not caps.block:
+        yield Reason("mask", "no block mask", "a FlexAttention block mask", "choose flex")
+    if mask.dead_rows and not caps.dead_rows:
+        yield Reason(
+            "mask",
+            "a mask known to leave every row a key",
+            "one that may not",
+            "anyattn.prepare_mask(mask) looks once and remembers",
+        )
+
+
+def _unsupported(caps: Capabilities, spec: AttentionSpec) -> str:
+    mask = spec.mask
+    parts = []
+    if mask.pattern is not None and not pattern_is_native(caps, spec):
+        kind = "causal" if mask.pattern.is_causal else "window"
+        parts.append(f"{kind} ({mask.pattern.align}, seqlen_q {spec.seqlen_q}, seqlen_kv {spec.seqlen_kv})")
+    if mask.key is not None and not caps.key_mask:
+        parts.append(f"key {mask.key}")
+    return " and ".join(parts) or "a pattern together with another mask"
+
+
+def _features(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
+    if spec.dropout_p and not caps.dropout:
+        yield Reason("dropout", "dropout_p == 0", str(spec.dropout_p))
+    if spec.softcap is not None and not caps.softcap:
+        yield Reason("softcap", "no softcap", str(spec.softcap), "choose flex")
+    if spec.sinks and not caps.sinks:
+        if not caps.lse:
+            yield Reason("sinks", "no sinks", "sinks", "choose a backend that gives lse")
+        elif spec.needs_grad:
+            yield Reason("sinks", "sinks without gradients (done by rescaling with lse)", "gradients needed")
+        elif spec.dropout_p:
+            yield Reason("sinks", "sinks without dropout (done by rescaling with lse)", f"dropout {spec.dropout_p}")
+    if spec.scale <= 0 and not caps.scale_any:
+        yield Reason("scale", "scale > 0 (the kernel gives NaN otherwise)", str(spec.scale))
+    if spec.return_lse and not caps.lse:
+        yield Reason("lse", "return_lse=False", "return_lse=True")
+    if spec.return_lse and spec.dropout_p:
+        yield Reason("lse", "return_lse without dropout", f"dropout_p {spec.dropout_p}")
+
+
+def _gradients(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
+    if spec.needs_grad and not caps.backward:
+        needed = ", ".join(sorted(spec.requires_grad))
+        yield Reason("backward", "no gradients", f"gradients of {needed}", "use torch.no_grad(), or another backend")
+    if "mask" in spec.requires_grad and caps.backward and not caps.mask_grad:
+        yield Reason("mask_grad", "a mask that needs no gradient", "a mask that requires one", "detach the mask")
+    if spec.deterministic and spec.needs_grad and caps.backward and not caps.deterministic:
+        yield Reason("deterministic", "torch.use_deterministic_algorithms(False)", "True")

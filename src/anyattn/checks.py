@@ -1,0 +1,111 @@
+"""The checks that must read values: on with ANYATTN_CHECKS=1 or DIFFUSERS_ATTN_CHECKS=1, never otherwise."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from anyattn import reference, tolerance
+from anyattn.backend import Output, Parts, Plan
+from anyattn.errors import AnyattnWarning, InvalidCallError, KernelError
+from anyattn.lowering import key_mask, live_rows
+from anyattn.masks import Mask
+from anyattn.spec import AttentionSpec
+
+SAMPLED_ROWS = 16
+"""How many query rows of a call are compared with the reference."""
+
+
+def check_inputs(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> None:
+    """Look for values that make a result meaningless.
+
+    Raises:
+        InvalidCallError: For NaN or infinity in query, key or value (masked positions too: a kernel may
+            multiply them by a zero weight), NaN or +inf in a mask, and key lengths outside [0, S_kv].
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidCallError(
+                f"{name} holds NaN or infinity. Masked positions must be finite too: fill padding with zeros."
+            )
+    if parts.dense is not None and parts.dense.is_floating_point():
+        meaningless = torch.isnan(parts.dense) | (parts.dense == float("inf"))
+        if bool(meaningless.any()):
+            raise InvalidCallError("The additive mask holds NaN or +inf; only finite values and -inf mean something.")
+    if parts.key is not None and parts.key.dtype != torch.bool:
+        low, high = int(parts.key.min()), int(parts.key.max())
+        if low < 0 or high > spec.seqlen_kv:
+            raise InvalidCallError(f"Key lengths must lie in [0, {spec.seqlen_kv}]; they go from {low} to {high}.")
+    _warn_of_dead_rows(spec, parts)
+
+
+def _warn_of_dead_rows(spec: AttentionSpec, parts: Parts) -> None:
+    masks = [] if parts.key is None else [key_mask(parts.key, spec.seqlen_kv)]
+    masks += [] if parts.dense is None else [parts.dense]
+    if any(not bool(live_rows(mask).all()) for mask in masks):
+        warnings.warn("The mask leaves a query row without any key; its output is zeros.", AnyattnWarning, stacklevel=5)
+
+
+def check_output(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, result: Output) -> None:
+    """Compare sampled rows of a result with the reference.
+
+    Raises:
+        KernelError: If they leave the error budget of `anyattn.tolerance`.
+    """
+    spec = plan.spec
+    if spec.dropout_p or spec.is_empty:
+        return
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    if spec.layout == "BHSD":
+        query, key, value, out = (tensor.transpose(1, 2) for tensor in (query, key, value, out))
+    rows = _sample(spec.seqlen_q, query.device)
+    mask = _rows_of_mask(spec, parts, rows, key.device)
+    with torch.no_grad():
+        arguments = (query[:, rows].detach(), key.detach(), value.detach(), mask)
+        options = {"scale": spec.scale, "softcap": spec.softcap, "sinks": parts.sinks}
+        truth, true_lse = reference.attention(*arguments, **options)  # type: ignore[arg-type]
+        plain, plain_lse = reference.attention(*arguments, **options, dtype=query.dtype)  # type: ignore[arg-type]
+        allowed = tolerance.budget(truth, plain, query.dtype, over=(1, 3))
+        worst = tolerance.excess(out.detach()[:, rows], truth, allowed)
+        if lse is not None:
+            allowed = tolerance.budget(true_lse, plain_lse, query.dtype, over=(2,))
+            worst = max(worst, tolerance.excess(lse[:, :, rows], true_lse, allowed))
+    if worst > 1:
+        raise KernelError(
+            f"The attention backend {plan.backend} ({plan.lowering.entry}) disagrees with the reference: its error "
+            f"is {worst:.3g} times what is allowed, on {len(rows)} sampled rows of {spec}. Choose another backend and "
+            "run `anyattn verify` on this one.",
+            backend=plan.backend,
+        )
+
+
+def _sample(seqlen_q: int, device: torch.device) -> Tensor:
+    count = min(seqlen_q, SAMPLED_ROWS)
+    rows: Tensor = torch.unique(torch.linspace(0, seqlen_q - 1, count, device=device).round().long())
+    return rows
+
+
+def _rows_of_mask(spec: AttentionSpec, parts: Parts, rows: Tensor, device: torch.device) -> Mask | None:
+    """Write out the mask of some query rows alone."""
+    pattern = spec.mask.pattern
+    columns = torch.arange(spec.seqlen_kv, device=device)[None, :]
+    allowed = torch.ones(len(rows), spec.seqlen_kv, dtype=torch.bool, device=device)
+    if pattern is not None:
+        position = rows[:, None] + (spec.seqlen_kv - spec.seqlen_q if pattern.align == "lower_right" else 0)
+        if pattern.left >= 0:
+            allowed = allowed & (columns >= position - pattern.left)
+        if pattern.right >= 0:
+            allowed = allowed & (columns <= position + pattern.right)
+    allowed = allowed[None, None]
+    if parts.block is not None:
+        whole = reference.allowed_positions(
+            Mask(block=parts.block), spec.batch, spec.num_heads, spec.seqlen_q, spec.seqlen_kv
+        )
+        allowed = allowed & whole.to(device)[:, :, rows]
+    if parts.dense is None:
+        return Mask(key=parts.key, dense=allowed)
+    dense = parts.dense if parts.dense.shape[2] == 1 else parts.dense[:, :, rows]
+    joined = allowed & dense if dense.dtype == torch.bool else torch.where(allowed, dense, float("-inf"))
+    return Mask(key=parts.key, dense=joined)

@@ -1,0 +1,542 @@
+"""From a call to its kernel: the table of decided calls, and what happens when a call isn't in it."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from anyattn import _in_force, policy, registry
+from anyattn.backend import Backend, Lowering, Output, Parts, Plan
+from anyattn.checks import check_inputs, check_output
+from anyattn.decision import Decision, Precision, Preference
+from anyattn.describe import Facts, MaskFacts, Options, build_spec, check_tensors, facts_of
+from anyattn.environment import Environment, detect
+from anyattn.errors import (
+    AnyattnError,
+    AnyattnWarning,
+    BackendUnavailableError,
+    InvalidCallError,
+    KernelError,
+    UnsupportedCallError,
+)
+from anyattn.lowering import apply_sinks, empty_attention
+from anyattn.masks import Mask
+from anyattn.names import AUTO, BY_NAME
+from anyattn.prepare import NOTHING, as_mask, known_of, mask_facts, parts_of
+from anyattn.reasons import Reason
+from anyattn.selection import Timings, resolve
+from anyattn.spec import UNKNOWN, AttentionSpec, BlockSpec, Layout, Storage
+
+_UNAVAILABLE = frozenset(("not_built", "not_installed", "wrong_version", "broken_import", "no_device"))
+
+timings_for: Callable[[AttentionSpec, Environment], Timings | None] = lambda spec, env: None  # noqa: E731
+"""Where measured times for a call come from; the tuner sets it."""
+
+
+class Entry:
+    """A decided call.
+
+    Attributes:
+        call: `call(query, key, value)` for a call without mask and sinks.
+        call_masked: `call_masked(query, key, value, attn_mask, sinks)`.
+        decision: What was chosen and why.
+        short: Whether `call` itself refuses mismatched dtypes and devices, follows autocast and gives gradients, so that a
+            table key needn't hold those.
+    """
+
+    __slots__ = ("call", "call_masked", "decision", "short")
+
+    def __init__(
+        self,
+        call: Callable[[Tensor, Tensor, Tensor], Output],
+        call_masked: Callable[[Tensor, Tensor, Tensor, Any, Tensor | None], Output],
+        decision: Decision,
+        short: bool,
+    ) -> None:
+        self.call = call
+        self.call_masked = call_masked
+        self.decision = decision
+        self.short = short
+
+
+def entry_for(
+    scope: policy.Scope,
+    table_key: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    sinks: Tensor | None,
+    options: Options,
+) -> Entry:
+    """Decide a call that isn't in the scope's table, and put it there."""
+    base = scope if scope.recorder is None else policy.scope_for(scope.settings)
+    entry: Entry | None = None
+    if scope.recorder is not None and table_key is not None:
+        entry = base.table.get(table_key)
+    if entry is None:
+        spec = describe(query, key, value, attn_mask, sinks, options)
+        decision = decide(spec, base)
+        entry = make_entry(decision, _cast_dtype(query))
+        if table_key is not None:
+            base.remember(table_key, entry)
+            if entry.short and attn_mask is None and sinks is None and query.is_cpu and type(query) is Tensor:
+                short_key = (query.shape, key.shape, value.shape, query.dtype, True, *options[:7])
+                base.short[short_key] = entry.call
+    if scope.recorder is not None:
+        scope.recorder(entry.decision)
+    return entry
+
+
+def describe(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, options: Options
+) -> AttentionSpec:
+    """Check a call and describe it.
+
+    Raises:
+        InvalidCallError: If it is wrong for any backend.
+    """
+    check_tensors(query, key, value)
+    if sinks is not None and not isinstance(sinks, Tensor):
+        raise InvalidCallError(f"sinks must be a tensor (num_heads,); {type(sinks).__name__} was given.")
+    mask = as_mask(attn_mask)
+    known = NOTHING
+    if mask is not None and (mask.key is not None or mask.dense is not None):
+        known = known_of(mask, _kv_length(key, options.layout))
+    cast = _cast_dtype(query)
+    facts = tuple(_cast_facts(facts_of(tensor), cast) for tensor in (query, key, value))
+    sink_facts = None if sinks is None else facts_of(sinks)
+    storage = _storage(query, key, value, options.layout)
+
+    def build(seen: MaskFacts) -> AttentionSpec:
+        return build_spec(
+            facts[0],
+            facts[1],
+            facts[2],
+            seen,
+            options,
+            sink_facts,
+            grad=torch.is_grad_enabled(),
+            storage=storage,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+
+    if known.all_true:
+        build(mask_facts(mask, NOTHING))  # a mask of the wrong shape is wrong even where it allows everything
+    return build(mask_facts(mask, known))
+
+
+def _cast_facts(facts: Facts, cast: torch.dtype | None) -> Facts:
+    if cast is None or not facts.dtype.is_floating_point or facts.dtype == torch.float64:
+        return facts
+    return facts._replace(dtype=cast)
+
+
+def _kv_length(key: Tensor, layout: Layout) -> int:
+    if key.dim() != 4:
+        return UNKNOWN
+    return key.shape[1 if layout == "BSHD" else 2]
+
+
+def _cast_dtype(query: Tensor) -> torch.dtype | None:
+    """Give the dtype that autocast asks for, or None."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _storage(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Storage:
+    # On a CPU nothing depends on it, and leaving it out keeps the hot path short.
+    if query.is_cpu:
+        return Storage()
+    tensors = (query, key, value)
+    heads = 2 if layout == "BSHD" else 1
+    seen = [tensor.transpose(1, 2) if layout == "BSHD" else tensor for tensor in tensors if tensor.dim() == 4]
+    return Storage(
+        aligned=all(_is_aligned(tensor) for tensor in tensors),
+        unit_stride=all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in tensors if tensor.dim()),
+        expanded_kv=any(t.dim() == 4 and t.shape[heads] > 1 and t.stride(heads) == 0 for t in (key, value)),
+        bhsd_contiguous=all(tensor.is_contiguous() for tensor in seen),
+    )
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    size = tensor.element_size()
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # traced or transformed tensors have no storage of their own
+        start = int(tensor.storage_offset()) * size
+    rows: list[Any] = [
+        stride for stride, length in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if length > 1
+    ]
+    if tensor.dim() and tensor.shape[-1] * size % 16:
+        rows = []  # the kernel's wrapper pads head_dim, which copies
+    return start % 16 == 0 and all(stride * size % 16 == 0 for stride in rows)
+
+
+_call_scopes: dict[Any, policy.Scope] = {}
+_preferences: dict[Any, Preference] = {}
+
+
+def scope_of_call(scope: policy.Scope, backend: Any) -> policy.Scope:
+    """Give the scope in which a call with `backend=` runs: the call's wish beats blocks and pins.
+
+    Raises:
+        UnknownBackendError: If a name is unknown.
+        TypeError: If it is neither a name nor a list of names.
+    """
+    if isinstance(backend, list):
+        backend = tuple(backend)
+    key = (scope.serial, backend)
+    found = _call_scopes.get(key)
+    if found is None or scope.recorder is not None:
+        wish = make_preference(backend, "backend=", scope.settings.precision)
+        found = policy.derive(scope, context=wish, override=True)
+        if scope.recorder is None:
+            if len(_call_scopes) > 1024:
+                _call_scopes.clear()
+            _call_scopes[key] = found
+    return found
+
+
+def make_preference(backend: Any, source: str, precision: Precision = "exact") -> Preference:
+    """Turn a name or a list of names into a preference with canonical names.
+
+    Raises:
+        UnknownBackendError: If a name is unknown.
+        TypeError: If it is neither a name nor a list of names.
+        ValueError: If the list is empty.
+    """
+    key = (tuple(backend) if isinstance(backend, list) else backend, source, precision)
+    found = _preferences.get(key)
+    if found is None:
+        is_list = isinstance(backend, list | tuple)
+        names = tuple(backend) if is_list else (backend,)
+        if not names:
+            raise ValueError("A list of attention backends must name at least one.")
+        resolved = tuple(registry.resolve_name(name) for name in names)
+        found = policy.preference(resolved, is_list=is_list, source=source, precision=precision)
+        # Names of third parties can go again; those of the plan stay.
+        if len(_preferences) < 1024 and all(name in BY_NAME or name == AUTO for name in resolved):
+            _preferences[key] = found
+    return found
+
+
+def decide(spec: AttentionSpec, scope: policy.Scope) -> Decision:
+    """Choose a backend for a described call under a scope.
+
+    Raises:
+        UnknownBackendError: If a name in force is unknown.
+        BackendUnavailableError: If the one backend required can't be used here.
+        UnsupportedCallError: If nothing that was allowed admits the call.
+    """
+    decision = decision_for(spec, scope, detect())
+    if decision.chosen is None:
+        raise _refusal(decision)
+    return decision
+
+
+def decision_for(spec: AttentionSpec, scope: policy.Scope, env: Environment) -> Decision:
+    """Choose as `decide` does, on any machine, and give the decision even where nothing was chosen."""
+    wish = registry.resolve_preference(scope.preference())
+    overruled = scope.overruled()
+    if overruled:
+        _say_once(f"{overruled} was overruled; write override=True to have the block beat pins, or change the pin.")
+    times = timings_for(spec, env) if AUTO in wish.names else None
+    names = dict.fromkeys((*registry.names(), *wish.names))
+    return resolve(spec, env, wish, times, registry.known(n for n in names if n != AUTO), overruled=overruled)
+
+
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(text, AnyattnWarning, stacklevel=6)
+
+
+def _refusal(decision: Decision) -> AnyattnError:
+    wish = decision.preference
+    wanted = tuple(c for c in decision.candidates if c.name in wish.names or wish.mode == "prefer")
+    if wish.mode == "require":
+        reasons = wanted[0].reasons
+        missing = tuple(reason for reason in reasons if reason.code in _UNAVAILABLE)
+        if missing:
+            text = f"The attention backend {wish} (asked for by {wish.source}) can't be used here:"
+            return BackendUnavailableError(_listed(text, missing), backend=wish.names[0], reasons=missing)
+        admit = [c.name for c in decision.candidates if c.admits]
+        text = f"The attention backend {wish} (asked for by {wish.source}) refuses the call {decision.spec}:"
+        more = f"\nBackends that admit it: {', '.join(admit)}." if admit else ""
+        return UnsupportedCallError(_listed(text, reasons) + more, decision=decision)
+    lines = [f"No backend of {wish} (asked for by {wish.source}) admits the call {decision.spec}:"]
+    for candidate in wanted:
+        lines.append(_listed(f"  {candidate.name}:", candidate.reasons))
+    return UnsupportedCallError("\n".join(lines), decision=decision)
+
+
+def _listed(head: str, reasons: Sequence[Reason]) -> str:
+    return "\n".join([head, *(f"  - {reason}" for reason in reasons)])
+
+
+_loaded: set[str] = set()
+
+
+def _load(backend: Backend) -> None:
+    if backend.name in _loaded:
+        return
+    try:
+        backend.load()
+    except Exception as error:
+        reason = Reason("broken_import", f"an importable {backend.name}", f"{type(error).__name__}: {error}")
+        text = _listed(f"The attention backend {backend.name} is installed but can't be imported:", [reason])
+        raise BackendUnavailableError(text, backend=backend.name, reasons=(reason,)) from error
+    _loaded.add(backend.name)
+
+
+def make_plan(decision: Decision) -> Plan:
+    """Turn a decision into what runs it; loads the kernel."""
+    assert decision.chosen is not None
+    backend = registry.get(decision.chosen)
+    assert backend is not None
+    if decision.spec.is_empty:
+        return Plan(backend.name, decision.spec, Lowering("empty"), _run_empty)
+    _load(backend)
+    lowering = backend.lower(decision.spec, detect())
+    caps = backend.capabilities(decision.spec, detect())
+    run = backend.run
+    if decision.spec.sinks and caps is not None and not caps.sinks:
+        run = _with_sinks(run)
+    return Plan(backend.name, decision.spec, lowering, run)
+
+
+def _run_empty(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+    return empty_attention(plan.spec, query, key, value, parts)
+
+
+def _with_sinks(run: Callable[..., Output]) -> Callable[..., Output]:
+    def rescaled(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        out, lse = run(plan, query, key, value, parts)
+        assert parts.sinks is not None
+        out, lse = apply_sinks(out, lse, parts.sinks, plan.spec.layout)
+        return (out, lse) if plan.spec.return_lse else out
+
+    return rescaled
+
+
+def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
+    """Turn a decision into something that can be called."""
+    plan = make_plan(decision)
+    run = plan.run
+
+    def call_masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
+        return run(plan, query, key, value, _kept(plan.spec, parts_of(as_mask(attn_mask), sinks)))
+
+    backend = registry.get(plan.backend)
+    bound = backend.bind(plan) if backend is not None and plan.lowering.entry != "empty" else None
+    bound_masked = backend.bind_masked(plan) if backend is not None and plan.lowering.entry != "empty" else None
+    nothing = Parts()
+    call = bound if bound is not None else lambda query, key, value: run(plan, query, key, value, nothing)
+    masked = call_masked
+    if bound_masked is not None:
+        bound_to = bound_masked
+
+        def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
+            return bound_to(query, key, value, attn_mask)
+
+    short = bound is not None
+    if cast is not None:
+        call, masked = _autocast(call, masked, cast, plan.spec.device_type)
+        short = False
+    if policy.checks_enabled():
+        call, masked = _checked(masked, plan)
+        short = False
+    return Entry(call, masked, decision, short)
+
+
+def _kept(spec: AttentionSpec, parts: Parts) -> Parts:
+    """Leave out the parts of a mask that the spec left out, known as they are to allow everything."""
+    mask = spec.mask
+    if mask.key is None and mask.dense is None and (parts.key is not None or parts.dense is not None):
+        return parts._replace(key=None, dense=None)
+    return parts
+
+
+def _autocast(call: Any, call_masked: Any, dtype: torch.dtype, device_type: str) -> tuple[Any, Any]:
+    """Cast as autocast does for SDPA, once, and run with it off, so that a mask keeps its precision."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    def cast_call(query: Tensor, key: Tensor, value: Tensor) -> Output:
+        with torch.autocast(device_type, enabled=False):
+            return call(cast(query), cast(key), cast(value))  # type: ignore[no-any-return]
+
+    def cast_call_masked(query: Tensor, key: Tensor, value: Tensor, mask: Any, sinks: Tensor | None) -> Output:
+        with torch.autocast(device_type, enabled=False):
+            return call_masked(cast(query), cast(key), cast(value), mask, sinks)  # type: ignore[no-any-return]
+
+    return cast_call, cast_call_masked
+
+
+def _checked(call_masked: Any, plan: Plan) -> tuple[Any, Any]:
+    """Add the value checks: inputs at every call, the output against the reference at the first."""
+    first = [True]
+
+    def checked(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, sinks: Tensor | None = None) -> Output:
+        parts = _kept(plan.spec, parts_of(as_mask(mask), sinks))
+        check_inputs(plan.spec, query, key, value, parts)
+        result: Output = call_masked(query, key, value, mask, sinks)
+        if first[0]:
+            check_output(plan, query, key, value, parts, result)
+            first[0] = False
+        return result
+
+    return checked, checked
+
+
+def explain_failure(
+    error: Exception, scope: policy.Scope, query: Tensor, key: Tensor, value: Tensor, options: Options
+) -> NoReturn:
+    """Say why a call from the short table failed: it was wrong, or the kernel raised."""
+    spec = describe(query, key, value, None, None, options)
+    raise_kernel_error(error, decide(spec, scope))
+
+
+def raise_kernel_error(error: Exception, decision: Decision) -> NoReturn:
+    """Wrap what a kernel raised; out-of-memory and our own errors pass through."""
+    if isinstance(error, AnyattnError | torch.OutOfMemoryError):
+        raise error
+    name = decision.chosen or ""
+    raise KernelError(
+        f"The attention backend {name} ({decision.kernel}) raised {type(error).__name__}: {error}\n"
+        f"The call was {decision.spec}. Choose another backend, and run `anyattn doctor` to look into this one.",
+        backend=name,
+    ) from error
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------------
+
+
+def _size(size: int) -> int:
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return size if has_static_value(size) else UNKNOWN
+
+
+def _traced_facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """Write a tensor's facts as plain constants."""
+    if tensor is None:
+        return None
+    return (tuple(_size(size) for size in tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
+
+
+def _traced_block(mask: Mask) -> tuple[Any, ...] | None:
+    block = mask.block
+    if block is None:
+        return None
+    lengths = block.seq_lengths
+    shape = block.kv_num_blocks.shape
+    return (_size(shape[0]), _size(shape[1]), *mask.looks_at, _size(lengths[0]), _size(lengths[1]))
+
+
+def traced_call(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, options: Options, backend: Any
+) -> Output:
+    """Make a call inside torch.compile: an opaque chooser sees constants alone, the kernel's call is traced."""
+    mask = as_mask(attn_mask)
+    axis = 1 if options.layout == "BSHD" else 2
+    facts = tuple(_sized(tensor, axis) for tensor in (query, key, value))
+    same = True if query.shape[axis] == key.shape[axis] else False  # noqa: SIM210 - makes a guard, not a symbol
+    agree = True if _batches_agree(query, key, value, axis) else False  # noqa: SIM210
+    mask_plain: tuple[Any, ...] = (None, None, None, None)
+    if mask is not None:
+        mask_plain = (mask.pattern, _traced_facts(mask.key), _traced_facts(mask.dense), _traced_block(mask))
+    plan: Plan = _choose(
+        _in_force.token,
+        tuple(policy.traced),
+        backend,
+        facts,
+        mask_plain,
+        _traced_facts(sinks),
+        tuple(options),
+        (torch.is_grad_enabled(), same, agree, torch.are_deterministic_algorithms_enabled()),
+        _traced_storage(query, key, value, axis),
+    )
+    return plan.run(plan, query, key, value, parts_of(mask, sinks))
+
+
+def _sized(tensor: Tensor, axis: int) -> tuple[Any, ...]:
+    shape = tuple(_size(size) if dim in (0, axis) else operator.index(size) for dim, size in enumerate(tensor.shape))
+    return (shape, tensor.dtype, tensor.device, tensor.requires_grad)
+
+
+def _batches_agree(query: Tensor, key: Tensor, value: Tensor, axis: int) -> bool:
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return True  # refused with its own message
+    return query.shape[0] == key.shape[0] == value.shape[0] and key.shape[axis] == value.shape[axis]
+
+
+def _traced_storage(query: Tensor, key: Tensor, value: Tensor, axis: int) -> tuple[bool, bool, bool]:
+    if query.device.type == "cpu":
+        return (True, True, False)
+    size = query.element_size()
+    aligned, unit, expanded = True, True, False
+    for tensor in (query, key, value):
+        if tensor.storage_offset() * size % 16:
+            aligned = False
+        if tensor.stride(-1) != 1:
+            unit = False
+        if tensor.shape[-1] * size % 16 == 0:
+            for dim in (0, 1, 2):
+                if tensor.shape[dim] > 1 and tensor.stride(dim) * size % 16:
+                    aligned = False
+        if tensor is not query and tensor.shape[3 - axis] > 1 and tensor.stride(3 - axis) == 0:
+            expanded = True
+    return (aligned, unit, expanded)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose(
+    token: str,
+    entered: tuple[policy.Entered, ...],
+    backend: Any,
+    facts: tuple[Any, ...],
+    mask_plain: tuple[Any, ...],
+    sinks: tuple[Any, ...] | None,
+    options_plain: tuple[Any, ...],
+    flags: tuple[bool, bool, bool, bool],
+    storage: tuple[bool, bool, bool],
+) -> Plan:
+    options = Options(*options_plain)
+    scope = policy.scope_of_token(token, entered)
+    if backend is not None:
+        scope = scope_of_call(scope, backend)
+    grad, same, agree, deterministic = flags
+    query, key, value = (Facts(*fact) for fact in facts)
+    if not agree:
+        raise InvalidCallError("query, key and value need the same batch size, and key and value the same length.")
+    block, seqlens = None, None
+    if mask_plain[3] is not None:
+        block, seqlens = BlockSpec(*mask_plain[3][:4]), mask_plain[3][4:]
+    parts = [None if fact is None else Facts(*fact) for fact in mask_plain[1:3]]
+    spec = build_spec(
+        query,
+        key,
+        value,
+        MaskFacts(mask_plain[0], parts[0], parts[1], block, seqlens),
+        options,
+        None if sinks is None else Facts(*sinks),
+        grad=grad,
+        storage=Storage(*storage),
+        same_lengths=same,
+        deterministic=deterministic,
+        compiled=True,
+    )
+    return make_plan(decide(spec, scope))

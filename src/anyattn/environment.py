@@ -1,0 +1,209 @@
+"""The machine as a frozen value, and the only code that looks at the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from packaging.version import InvalidVersion, Version
+
+Arch = tuple[int, int]
+
+DISTRIBUTIONS: tuple[str, ...] = (
+    "amd-aiter",
+    "diffusers",
+    "fa3-fwd",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "kernels",
+    "sageattention",
+    "torch-npu",
+    "torch-xla",
+    "transformers",
+    "triton",
+    "xformers",
+)
+"""The distributions whose presence and version matter to a choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One kind of device that tensors can be on.
+
+    Attributes:
+        type: `"cuda"`, `"cpu"`, `"mps"`, ...
+        name: What the driver calls it.
+        arch: CUDA compute capability such as `(9, 0)`, or None where there is none.
+        index: Its index among devices of its type.
+        rocm: Whether a `"cuda"` device is an AMD one.
+    """
+
+    type: str
+    name: str = ""
+    arch: Arch | None = None
+    index: int = 0
+    rocm: bool = False
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Everything outside a call that choosing may depend on.
+
+    Attributes:
+        torch: The version of torch.
+        devices: The devices, cpu always among them.
+        packages: Version of each installed distribution that matters.
+        cudnn: The version of cuDNN, such as `(9, 19, 0)`, or None.
+        cxx: Whether a C++ compiler is at hand, which compiled CPU code needs.
+        python: The version of Python.
+        platform: The operating system and processor.
+    """
+
+    torch: Version
+    devices: tuple[Device, ...] = (Device("cpu"),)
+    packages: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cudnn: tuple[int, int, int] | None = None
+    cxx: bool = False
+    python: str = ""
+    platform: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "packages", MappingProxyType(dict(self.packages)))
+
+    def __hash__(self) -> int:
+        return hash((self.torch, self.devices, tuple(sorted(self.packages.items())), self.cudnn, self.cxx))
+
+    def device(self, device_type: str, index: int | None = None) -> Device | None:
+        """Find a device; without an index, the first of its type."""
+        for device in self.devices:
+            if device.type == device_type and index in (None, device.index):
+                return device
+        return None
+
+    def version(self, distribution: str) -> Version | None:
+        """Give an installed distribution's version, or None where it is absent or unreadable."""
+        try:
+            return Version(self.packages[distribution])
+        except (KeyError, InvalidVersion):
+            return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as plain data, for JSON."""
+        return {
+            "torch": str(self.torch),
+            "devices": [dataclasses.asdict(device) for device in self.devices],
+            "packages": dict(self.packages),
+            "cudnn": None if self.cudnn is None else ".".join(map(str, self.cudnn)),
+            "cxx": self.cxx,
+            "python": self.python,
+            "platform": self.platform,
+        }
+
+
+@functools.lru_cache(maxsize=1)
+def detect() -> Environment:
+    """Look at this machine, once per process; `detect.cache_clear()` forgets what was seen."""
+    return Environment(
+        torch=Version(torch.__version__),
+        devices=_devices(),
+        packages=_packages(),
+        cudnn=_cudnn(),
+        cxx=any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")),
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def _devices() -> tuple[Device, ...]:
+    found = [Device("cpu", platform.processor() or platform.machine())]
+    if torch.cuda.is_available():
+        rocm = torch.version.hip is not None
+        for index in range(torch.cuda.device_count()):
+            name = torch.cuda.get_device_name(index)
+            arch = None if rocm else torch.cuda.get_device_capability(index)
+            found.append(Device("cuda", name, arch, index, rocm))
+    if torch.backends.mps.is_available():
+        found.append(Device("mps", "Apple GPU"))
+    for kind in ("xpu", "npu"):
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            found.extend(Device(kind, kind, None, index) for index in range(module.device_count()))
+    return tuple(found)
+
+
+def _packages() -> dict[str, str]:
+    versions = {}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _cudnn() -> tuple[int, int, int] | None:
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    number: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    if number is None:
+        return None
+    # cuDNN 9 writes 91900 for 9.19.0; cuDNN 8 wrote 8902 for 8.9.2.
+    base = 10000 if number >= 90000 else 1000
+    return (number // base, number % base // 100, number % 100)
+
+
+_PRESETS: Mapping[str, Device] = {
+    "cpu": Device("cpu", "cpu"),
+    "t4": Device("cuda", "Tesla T4", (7, 5)),
+    "a100": Device("cuda", "NVIDIA A100", (8, 0)),
+    "rtx3090": Device("cuda", "NVIDIA GeForce RTX 3090", (8, 6)),
+    "rtx4090": Device("cuda", "NVIDIA GeForce RTX 4090", (8, 9)),
+    "l40s": Device("cuda", "NVIDIA L40S", (8, 9)),
+    "h100": Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0)),
+    "h200": Device("cuda", "NVIDIA H200", (9, 0)),
+    "b200": Device("cuda", "NVIDIA B200", (10, 0)),
+    "rtx5090": Device("cuda", "NVIDIA GeForce RTX 5090", (12, 0)),
+    "mi300": Device("cuda", "AMD Instinct MI300X", None, 0, True),
+    "mps": Device("mps", "Apple GPU"),
+    "tpu": Device("xla", "TPU"),
+    "npu": Device("npu", "Ascend 910B"),
+}
+
+PRESET_NAMES: tuple[str, ...] = tuple(_PRESETS)
+"""The names that `preset` knows."""
+
+
+def preset(name: str, *, packages: Mapping[str, str] | None = None, torch_version: str | None = None) -> Environment:
+    """Describe a machine that isn't here, to ask what would be chosen on it.
+
+    Args:
+        name: One of `PRESET_NAMES`.
+        packages: The distributions to suppose installed; by default none.
+        torch_version: The torch to suppose; by default this process's.
+
+    Raises:
+        ValueError: If the name isn't known.
+    """
+    device = _PRESETS.get(name.lower())
+    if device is None:
+        raise ValueError(f"There is no device preset {name!r}; the presets are {', '.join(_PRESETS)}.")
+    nvidia = device.type == "cuda" and not device.rocm
+    devices = (Device("cpu"),) if device.type == "cpu" else (Device("cpu"), device)
+    return Environment(
+        torch=Version(torch_version or torch.__version__),
+        devices=devices,
+        packages=packages or {},
+        cudnn=(9, 19, 0) if nvidia else None,
+        cxx=True,
+        python=platform.python_version(),
+        platform=f"supposed: {name}",
+    )

@@ -1,0 +1,60 @@
+"""The exceptions and warnings that anyattn raises."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from anyattn.decision import Decision
+    from anyattn.reasons import Reason
+
+__all__ = [
+    "AnyattnError",
+    "AnyattnWarning",
+    "BackendUnavailableError",
+    "InvalidCallError",
+    "KernelError",
+    "UnknownBackendError",
+    "UnsupportedCallError",
+]
+
+
+class AnyattnWarning(UserWarning):
+    """Something that a person should know, said once."""
+
+
+class AnyattnError(Exception):
+    """The base of every error that anyattn raises on purpose."""
+
+
+class InvalidCallError(AnyattnError, ValueError):
+    """The call is wrong whatever the backend: it says what was needed, what was given and what to do."""
+
+
+class UnknownBackendError(AnyattnError, ValueError):
+    """No backend or alias has this name; the message gives the nearest names that exist."""
+
+
+class BackendUnavailableError(AnyattnError, RuntimeError, ImportError):
+    """A backend that is known but can't be used here: not installed, too old, or broken."""
+
+    def __init__(self, message: str, *, backend: str, reasons: tuple[Reason, ...] = ()) -> None:
+        super().__init__(message)
+        self.backend = backend
+        self.reasons = reasons
+
+
+class UnsupportedCallError(AnyattnError, ValueError):
+    """No backend that was allowed to run accepts this call; `decision` lists every reason."""
+
+    def __init__(self, message: str, *, decision: Decision) -> None:
+        super().__init__(message)
+        self.decision = decision
+
+
+class KernelError(AnyattnError, RuntimeError):
+    """A kernel raised, or gave an answer that the checks refuse; chained to the kernel's own error."""
+
+    def __init__(self, message: str, *, backend: str) -> None:
+        super().__init__(message)
+        self.backend = backend

@@ -1,0 +1,238 @@
+"""Kernels known to lie or to crash: one table, consulted by selection and shown by `anyattn doctor`.
+
+Each row names the kernel, the versions and devices, the condition on the call, where it is documented, and
+what to use instead. Conditions are pure; a size that isn't known yet (UNKNOWN, while torch.compile traces
+with dynamic shapes) counts as if the condition held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from packaging.specifiers import SpecifierSet
+
+from anyattn.environment import Arch, Environment
+from anyattn.reasons import Reason
+from anyattn.spec import UNKNOWN, AttentionSpec
+
+_PYTORCH = "https://github.com/pytorch/pytorch"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBad:
+    """One way in which a kernel is wrong or fatal.
+
+    Attributes:
+        name: A short, stable name.
+        backends: The kernels it concerns, as backend names.
+        what: What happens.
+        when: The condition on the call, in words.
+        holds: The condition, as a function of the spec.
+        instead: What to use.
+        link: Where it is documented, or how it was seen.
+        torch: The versions of torch it concerns.
+        device_type: The type of device.
+        archs: The major compute capabilities it concerns; empty is all.
+    """
+
+    name: str
+    backends: tuple[str, ...]
+    what: str
+    when: str
+    holds: Callable[[AttentionSpec], bool]
+    instead: str
+    link: str
+    torch: str = ""
+    device_type: str = "cuda"
+    archs: tuple[int, ...] = ()
+
+    def concerns(self, backend: str, env: Environment, spec: AttentionSpec) -> bool:
+        """Whether the row is about this backend on this machine for this call."""
+        if backend not in self.backends or spec.device_type != self.device_type:
+            return False
+        if self.torch and not SpecifierSet(self.torch).contains(env.torch.base_version):
+            return False
+        if self.archs and not self._arch_matches(env, spec):
+            return False
+        return self.holds(spec)
+
+    def _arch_matches(self, env: Environment, spec: AttentionSpec) -> bool:
+        device = env.device(spec.device_type, spec.device_index)
+        arch: Arch | None = None if device is None else device.arch
+        return arch is not None and arch[0] in self.archs
+
+    def reason(self) -> Reason:
+        """Turn the row into a reason for refusing."""
+        return Reason("known_bad", f"not: {self.when}", self.what, f"use {self.instead}", self.link)
+
+
+def _masked(spec: AttentionSpec) -> bool:
+    return spec.mask.key is not None or spec.mask.dense is not None
+
+
+def _boolean(spec: AttentionSpec) -> bool:
+    dense = spec.mask.dense
+    return spec.mask.key is not None or (dense is not None and dense.kind == "boolean")
+
+
+def _float32_bias(spec: AttentionSpec) -> bool:
+    dense = spec.mask.dense
+    return dense is not None and dense.kind == "bias" and dense.dtype != spec.dtype
+
+
+def _maybe(size: int, holds: bool) -> bool:
+    return size == UNKNOWN or holds
+
+
+def _flash_backward_overflow(spec: AttentionSpec) -> bool:
+    if not spec.needs_grad:
+        return False
+    if UNKNOWN in (spec.batch, spec.seqlen_q):
+        return False  # an illegal access needs > 2^31 elements; dynamic lengths are rarely near it
+    rows = (spec.seqlen_q + 127) // 128 * 128
+    return spec.batch * spec.num_heads * rows * max(spec.head_dim, 32) > 1 << 31
+
+
+TABLE: tuple[KnownBad, ...] = (
+    KnownBad(
+        "cudnn-backward-nan-mask",
+        ("native_cudnn",),
+        "NaN in the query's gradient",
+        "a mask, gradients, and seqlen_q % 128 == 64",
+        lambda s: s.needs_grad and _masked(s) and _maybe(s.seqlen_q, s.seqlen_q % 128 == 64),
+        "native_efficient",
+        f"{_PYTORCH}/issues/196678",
+        ">=2.11",
+    ),
+    KnownBad(
+        "cudnn-backward-nan-one-query",
+        ("native_cudnn",),
+        "NaN gradients",
+        "gradients and seqlen_q == 1",
+        lambda s: s.needs_grad and _maybe(s.seqlen_q, s.seqlen_q == 1),
+        "native_efficient",
+        "https://github.com/NVIDIA/cudnn-frontend (one-query backward)",
+    ),
+    KnownBad(
+        "cudnn-dead-rows",
+        ("native_cudnn",),
+        "a row without a key is answered as if nothing were masked",
+        "a boolean mask that may leave a row without a key",
+        lambda s: s.mask.dead_rows and _boolean(s),
+        "native_efficient",
+        f"{_PYTORCH}/pull/177868; seen on an H100 with torch 2.11",
+        "<2.12",
+    ),
+    KnownBad(
+        "cudnn-float32-mask",
+        ("native_cudnn",),
+        "NaN: the mask's bits are read as the query's dtype",
+        "an additive float32 mask with a half-precision query",
+        _float32_bias,
+        "native_efficient",
+        f"{_PYTORCH}/pull/191612; seen on an H100 with torch 2.11",
+        "<2.14",
+    ),
+    KnownBad(
+        "cudnn-b200-few-kv-heads",
+        ("native_cudnn",),
+        "silently corrupt output",
+        "fewer key/value heads than query heads, on sm100",
+        lambda s: s.is_gqa,
+        "native_flash",
+        f"{_PYTORCH}/issues/193893",
+        archs=(10,),
+    ),
+    KnownBad(
+        "scale-not-positive",
+        ("native_cudnn", "native_flash"),
+        "NaN everywhere",
+        "scale <= 0",
+        lambda s: s.scale <= 0,
+        "native_efficient or native_math",
+        "seen on an H100 with torch 2.11",
+    ),
+    KnownBad(
+        "flash-many-heads",
+        ("native_flash",),
+        "a CUDA error that loses the context",
+        "batch * num_heads > 65535",
+        lambda s: s.batch * s.num_heads > 65535,
+        "native_efficient",
+        "seen on an H100 with torch 2.11",
+    ),
+    KnownBad(
+        "flash-backward-overflow",
+        ("native_flash",),
+        "an illegal memory access in the backward",
+        "batch * num_heads * seqlen_q * head_dim > 2^31 with gradients",
+        _flash_backward_overflow,
+        "native_efficient",
+        "https://github.com/PriorLabs/TabPFN/issues/1184",
+    ),
+    KnownBad(
+        "efficient-mask-offset",
+        ("native_efficient",),
+        "wrong results: mask offsets are 32-bit",
+        "a mask, and seqlen_q * seqlen_kv > 2^32",
+        lambda s: (_masked(s) or s.mask.pattern is not None) and s.seqlen_q * s.seqlen_kv > 1 << 32,
+        "native_math, or shorter sequences",
+        f"{_PYTORCH}/issues/162588",
+        "<2.13",
+    ),
+    KnownBad(
+        "efficient-many-heads",
+        ("native_efficient",),
+        "wrong results or a launch failure",
+        "batch or num_heads >= 65536",
+        lambda s: max(s.batch, s.num_heads) >= 65536,
+        "native_math, or a split batch",
+        f"{_PYTORCH}/issues/142228",
+    ),
+    KnownBad(
+        "efficient-expanded-kv",
+        ("native_efficient",),
+        "wrong results where the last tile has one query",
+        "key or value expanded (stride 0) along the heads",
+        lambda s: s.storage.expanded_kv,
+        "a contiguous copy (made by anyattn)",
+        f"{_PYTORCH}/pull/191937",
+    ),
+    KnownBad(
+        "mps-permuted-views",
+        ("native",),
+        "wrong results",
+        "query, key or value not contiguous as (B, H, S, D)",
+        lambda s: not s.storage.bhsd_contiguous,
+        "a contiguous copy (made by anyattn)",
+        f"{_PYTORCH}/issues/181133",
+        device_type="mps",
+    ),
+    KnownBad(
+        "flex-cpu-short-tail",
+        ("flex (compiled)",),
+        "wrong results or NaN",
+        "compiled for the CPU, and seqlen_kv is 24 or 40",
+        lambda s: _maybe(s.seqlen_kv, s.seqlen_kv in (24, 40)),
+        "eager flex, or native",
+        "seen with torch 2.13 on an AVX2 CPU",
+        ">=2.5",
+        device_type="cpu",
+    ),
+    KnownBad(
+        "flex-block-mask-one-head",
+        ("flex (compiled)",),
+        "head 0's blocks are used for every head",
+        "a BlockMask made with H=None (or B=None) whose function depends on the head (or batch entry)",
+        lambda s: False,  # not visible in a spec: `anyattn.masks.Block` says it, and the value checks find it
+        "create_block_mask with the full B and H",
+        "seen on an H100 with torch 2.11",
+    ),
+)
+
+
+def hits(backends: Iterable[str], spec: AttentionSpec, env: Environment) -> tuple[KnownBad, ...]:
+    """Give the rows that concern any of these backends for this call on this machine."""
+    names = tuple(backends)
+    return tuple(row for row in TABLE if any(row.concerns(name, env, spec) for name in names))

@@ -1,0 +1,156 @@
+"""Exact ways to say one thing in terms of another: shared by the backends, free of kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn.backend import Output, Parts
+from anyattn.capabilities import Capabilities, needs_dense
+from anyattn.masks import Mask
+from anyattn.reasons import Conversion
+from anyattn.spec import AttentionSpec, PatternSpec, describe_mask
+
+
+def pattern_mask(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int, device: torch.device) -> Tensor:
+    """Make the boolean `(S_q, S_kv)` mask of a pattern, True = attend."""
+    offset = seqlen_kv - seqlen_q if pattern.align == "lower_right" else 0
+    rows = torch.arange(seqlen_q, device=device).unsqueeze(1) + offset
+    columns = torch.arange(seqlen_kv, device=device).unsqueeze(0)
+    allowed: Tensor | None = None
+    if pattern.right != -1:
+        allowed = columns <= rows + pattern.right
+    if pattern.left != -1:
+        after = columns >= rows - pattern.left
+        allowed = after if allowed is None else allowed & after
+    if allowed is None:
+        return torch.ones(seqlen_q, seqlen_kv, dtype=torch.bool, device=device)
+    return allowed
+
+
+def key_mask(key: Tensor, seqlen_kv: int) -> Tensor:
+    """Turn a key mask `(B, S_kv)` or lengths `(B,)` into a boolean `(B, 1, 1, S_kv)`."""
+    if key.dtype != torch.bool:
+        key = torch.arange(seqlen_kv, device=key.device) < key.unsqueeze(1)
+    return key[:, None, None, :]
+
+
+def wide(attn_mask: Any) -> Tensor:
+    """Give the one tensor of a mask (a tensor itself, key padding, or a dense mask) with four dimensions."""
+    if isinstance(attn_mask, Mask):
+        if attn_mask.key is not None:
+            return attn_mask.key.unsqueeze(1).unsqueeze(1)
+        attn_mask = attn_mask.dense
+    found: Tensor = attn_mask
+    return found if found.dim() == 4 else found[(None,) * (4 - found.dim())]
+
+
+def joined_mask(
+    spec: AttentionSpec, parts: Parts, seqlen_q: int, seqlen_kv: int, device: torch.device, *, pattern: bool
+) -> Tensor | None:
+    """Join every part of a mask into one tensor with four dimensions.
+
+    Args:
+        spec: The call.
+        parts: Its tensors.
+        seqlen_q: S_q.
+        seqlen_kv: S_kv.
+        device: Where to make it.
+        pattern: Whether the pattern belongs in it.
+
+    Returns:
+        Boolean (True = attend) or floating (added), broadcastable to `(B, H, S_q, S_kv)`; None where
+        nothing is masked.
+    """
+    allowed: Tensor | None = None
+    if pattern and spec.mask.pattern is not None:
+        allowed = pattern_mask(spec.mask.pattern, seqlen_q, seqlen_kv, device)[None, None]
+    if parts.key is not None:
+        keys = key_mask(parts.key, seqlen_kv)
+        allowed = keys if allowed is None else allowed & keys
+    dense = parts.dense
+    if dense is None:
+        return allowed
+    if allowed is None:
+        return dense
+    if dense.dtype == torch.bool:
+        return allowed & dense
+    return torch.where(allowed, dense, float("-inf"))
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a boolean mask into an additive one of the given dtype; leave an additive one as it is."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+
+
+def live_rows(mask: Tensor) -> Tensor:
+    """Say which rows of a mask allow any key: boolean `(..., S_q or 1)`."""
+    return (mask if mask.dtype == torch.bool else mask > float("-inf")).any(-1)
+
+
+def normalise_lse(lse: Tensor, mask: Tensor | None) -> Tensor:
+    """Give lse as float32, detached, with -inf in rows without a key whatever the kernel wrote there."""
+    lse = lse.detach().float()
+    if mask is not None:
+        lse = torch.where(live_rows(mask), lse, float("-inf"))
+    return lse
+
+
+def realigned(tensor: Tensor) -> Tensor:
+    """Copy to contiguous storage, which torch's allocators align to at least 16 bytes."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def repeat_heads(tensor: Tensor, times: int) -> Tensor:
+    """Repeat each head of `(B, H_kv, S, D)` as often as needed, in memory (no stride of 0)."""
+    return tensor if times == 1 else tensor.repeat_interleave(times, dim=1)
+
+
+def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Add extra logits to the softmax's denominator after the fact, by rescaling with lse.
+
+    Exact: `softmax` over the scores and the sink gives each key `exp(s - lse) * sigmoid(lse - sink)`.
+
+    Args:
+        out: The output without sinks, in `layout`.
+        lse: float32 `(B, H, S_q)`.
+        sinks: `(H,)`.
+        layout: `"BSHD"` or `"BHSD"`.
+    """
+    sink = sinks.float()[None, :, None]
+    # In float32 the factor keeps its accuracy; rounding happens once, when the product is stored.
+    factor = torch.sigmoid(lse - sink).unsqueeze(-1)
+    if layout == "BSHD":
+        factor = factor.transpose(1, 2)
+    scaled = (out.to(torch.promote_types(out.dtype, torch.float32)) * factor).to(out.dtype)
+    return scaled, torch.logaddexp(lse, sink.expand_as(lse))
+
+
+def empty_attention(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+    """Answer a call that has no batch entry, no query or no key: zeros, lse -inf (or the sinks).
+
+    Products with an empty dimension give exactly that, and keep the graph for gradients.
+    """
+    if spec.layout == "BSHD":
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    times = spec.num_heads // spec.num_kv_heads
+    scores = query @ repeat_heads(key, times).transpose(-1, -2)
+    out = scores @ repeat_heads(value, times)
+    if not spec.return_lse:
+        return out.transpose(1, 2) if spec.layout == "BSHD" else out
+    lse = query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
+    if parts.sinks is not None:
+        lse = parts.sinks.detach().float()[None, :, None].expand_as(lse).contiguous()
+    return (out.transpose(1, 2) if spec.layout == "BSHD" else out), lse
+
+
+def mask_conversions(caps: Capabilities, spec: AttentionSpec) -> tuple[Conversion, ...]:
+    """Record what a backend with these capabilities does to a call's mask."""
+    if not needs_dense(caps, spec):
+        return ()
+    text = f"{describe_mask(spec.mask)} given to the kernel as one dense mask"
+    return (Conversion("dense_mask", text),)

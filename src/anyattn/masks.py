@@ -1,0 +1,322 @@
+"""Mask objects: each says what it means, so that nothing is guessed from a shape.
+
+A mask has at most one *pattern* (causal or window), one *key mask* (padding or lengths), one *dense* mask
+(boolean or bias) and one *block* mask; `a & b` joins two masks and a position is allowed where both allow it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from anyattn.errors import InvalidCallError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Align = Literal["upper_left", "lower_right"]
+Pattern = tuple[int, int, Align]
+"""`(left, right, align)`: row i may see columns from `p - left` to `p + right`, where p is i (`upper_left`) or
+`i + seqlen_kv - seqlen_q` (`lower_right`); -1 is unbounded."""
+
+__all__ = [
+    "Align",
+    "Bias",
+    "Block",
+    "Boolean",
+    "Causal",
+    "KeyLengths",
+    "KeyPadding",
+    "Mask",
+    "Pattern",
+    "SlidingWindow",
+    "join_patterns",
+]
+
+_ALIGNS = ("upper_left", "lower_right")
+
+
+def _check_align(align: object) -> None:
+    if align not in _ALIGNS:
+        raise InvalidCallError(f"align must be 'upper_left' or 'lower_right', not {align!r}.")
+
+
+def _check_side(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < -1:
+        raise InvalidCallError(f"A window's {name} side must be an int >= 0, or -1 for unbounded; {value!r} was given.")
+
+
+def _check_tensor(owner: str, tensor: object) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidCallError(f"{owner} needs a tensor, not {type(tensor).__name__}.")
+
+
+def join_patterns(first: Pattern, second: Pattern) -> Pattern:
+    """Intersect two patterns of one alignment; -1 is unbounded on either side.
+
+    Raises:
+        InvalidCallError: If the alignments differ.
+    """
+    if first[2] != second[2]:
+        raise InvalidCallError(
+            f"Two patterns can only be joined with one alignment; {first[2]} and {second[2]} were given. "
+            "Give both the same align."
+        )
+    sides = [max(a, b) if min(a, b) < 0 else min(a, b) for a, b in zip(first[:2], second[:2], strict=True)]
+    return (sides[0], sides[1], first[2])
+
+
+class Mask:
+    """A mask of up to four parts; make one with the classes of this module and join them with `&`.
+
+    Attributes:
+        pattern: `(left, right, align)` or None.
+        key: Boolean `(B, S_kv)`, True = attend, or integer lengths `(B,)`; or None.
+        dense: Boolean (True = attend) or floating (added to the scores), broadcastable to
+            `(B, H, S_q, S_kv)`; or None.
+        block: A `torch.nn.attention.flex_attention.BlockMask`, or None.
+        looks_at: Whether the block mask's function may look at the batch index, and at the head index.
+    """
+
+    __slots__ = ("__weakref__", "_signature", "block", "dense", "key", "looks_at", "pattern")
+
+    def __init__(
+        self,
+        *,
+        pattern: Pattern | None = None,
+        key: Tensor | None = None,
+        dense: Tensor | None = None,
+        block: Any | None = None,
+        looks_at: tuple[bool, bool] = (True, True),
+    ) -> None:
+        self.pattern = pattern
+        self.key = key
+        self.dense = dense
+        self.block = block
+        self.looks_at = looks_at
+        self._signature: tuple[Any, ...] | None = None
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """All that the choice of a kernel may depend on, hashable; it reads no values."""
+        found = self._signature
+        if found is None:
+            found = (
+                self.pattern,
+                _tensor_signature(self.key),
+                _tensor_signature(self.dense),
+                None if self.block is None else _serial_of(self.block),
+            )
+            self._signature = found
+        return found
+
+    def __and__(self, other: object) -> Mask:
+        """Join two masks: allowed where both allow.
+
+        Raises:
+            InvalidCallError: If both have a key mask, a dense mask or a block mask, or patterns of
+                different alignment.
+        """
+        if not isinstance(other, Mask):
+            return NotImplemented
+        if self.pattern is not None and other.pattern is not None:
+            pattern: Pattern | None = join_patterns(self.pattern, other.pattern)
+        else:
+            pattern = self.pattern if other.pattern is None else other.pattern
+        return Mask(
+            pattern=pattern,
+            key=_only_one("key mask (KeyPadding, KeyLengths)", self.key, other.key),
+            dense=_only_one("dense mask (Boolean, Bias)", self.dense, other.dense),
+            block=_only_one("block mask (Block)", self.block, other.block),
+            looks_at=self.looks_at if other.block is None else other.looks_at,
+        )
+
+    def __repr__(self) -> str:
+        parts = []
+        if self.pattern is not None:
+            left, right, align = self.pattern
+            parts.append(f"window(left={left}, right={right}, align={align!r})")
+        for name, tensor in (("key", self.key), ("dense", self.dense)):
+            if tensor is not None:
+                parts.append(f"{name}({tensor.dtype}, {tuple(tensor.shape)})")
+        if self.block is not None:
+            parts.append("block")
+        return f"Mask[{' & '.join(parts) or 'all'}]"
+
+
+_serials = itertools.count()
+_serial_by_block: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def _serial_of(block: Any) -> int:
+    """Give a number that no other block mask has or will have, unlike its id."""
+    found = _serial_by_block.get(block)
+    if found is None:
+        found = _serial_by_block.setdefault(block, next(_serials))
+    return found
+
+
+def _tensor_signature(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    if tensor is None:
+        return None
+    return (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _only_one(what: str, first: Any, second: Any) -> Any:
+    if first is not None and second is not None:
+        raise InvalidCallError(f"A mask holds at most one {what}, and both sides of & have one. Combine them first.")
+    return second if first is None else first
+
+
+class Causal(Mask):
+    """Causal attention, with its alignment said.
+
+    Args:
+        align: `"upper_left"` allows column j for row i where `j <= i` (torch SDPA's `is_causal`);
+            `"lower_right"` where `j <= i + S_kv - S_q` (flash-attn's). They agree where the lengths do.
+
+    Example:
+        >>> Causal("lower_right").pattern
+        (-1, 0, 'lower_right')
+    """
+
+    __slots__ = ()
+
+    def __init__(self, align: Align = "upper_left") -> None:
+        _check_align(align)
+        super().__init__(pattern=(-1, 0, align))
+
+
+class SlidingWindow(Mask):
+    """Row i sees `left` columns before its own position and `right` after it, itself always included.
+
+    Args:
+        left: Columns before, >= 0; -1 is unbounded.
+        right: Columns after, >= 0; -1 is unbounded.
+        align: What a row's own position is: column i (`"upper_left"`) or `i + S_kv - S_q`
+            (`"lower_right"`).
+    """
+
+    __slots__ = ()
+
+    def __init__(self, left: int, right: int, align: Align = "upper_left") -> None:
+        _check_align(align)
+        _check_side("left", left)
+        _check_side("right", right)
+        super().__init__(pattern=(left, right, align))
+
+
+class KeyPadding(Mask):
+    """Which keys of each batch entry may be attended to, by every query and head.
+
+    Args:
+        mask: Boolean `(B, S_kv)`, True = attend. The allowed keys may lie anywhere.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, mask: Tensor) -> None:
+        _check_tensor("KeyPadding", mask)
+        if mask.dtype != torch.bool or mask.dim() != 2:
+            raise InvalidCallError(
+                f"KeyPadding needs a boolean tensor (B, S_kv), True = attend; {mask.dtype} of shape "
+                f"{tuple(mask.shape)} was given. Turn a 0/1 mask into one with mask.bool()."
+            )
+        super().__init__(key=mask)
+
+
+class KeyLengths(Mask):
+    """How many leading keys of each batch entry may be attended to.
+
+    Args:
+        lengths: int32 or int64 `(B,)`, each from 0 to S_kv.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, lengths: Tensor) -> None:
+        _check_tensor("KeyLengths", lengths)
+        if lengths.dtype not in (torch.int32, torch.int64) or lengths.dim() != 1:
+            raise InvalidCallError(
+                f"KeyLengths needs an int32 or int64 tensor (B,); {lengths.dtype} of shape "
+                f"{tuple(lengths.shape)} was given."
+            )
+        super().__init__(key=lengths)
+
+
+class Boolean(Mask):
+    """A dense boolean mask, True = attend, broadcastable to `(B, H, S_q, S_kv)`."""
+
+    __slots__ = ()
+
+    def __init__(self, mask: Tensor) -> None:
+        _check_tensor("Boolean", mask)
+        if mask.dtype != torch.bool:
+            raise InvalidCallError(f"Boolean needs a boolean tensor, True = attend; {mask.dtype} was given.")
+        super().__init__(dense=mask)
+
+
+class Bias(Mask):
+    """A dense bias, added to the scaled scores; broadcastable to `(B, H, S_q, S_kv)`; -inf forbids."""
+
+    __slots__ = ()
+
+    def __init__(self, bias: Tensor) -> None:
+        _check_tensor("Bias", bias)
+        if not bias.is_floating_point():
+            raise InvalidCallError(f"Bias needs a floating-point tensor; {bias.dtype} was given.")
+        super().__init__(dense=bias)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which of some tensors any operation takes as an argument."""
+
+    def __init__(self, *watched: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watched = watched
+        self.used = [False] * len(watched)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            for index, tensor in enumerate(self.watched):
+                if leaf is tensor:
+                    self.used[index] = True
+        return func(*args, **kwargs)
+
+
+def _looks_at(block_mask: Any) -> tuple[bool, bool]:
+    """Find out whether a block mask's function looks at the batch or head index, by watching one call."""
+    device = block_mask.kv_num_blocks.device
+    b, h, q, kv = (torch.zeros((), dtype=torch.int32, device=device) for _ in range(4))
+    with torch.no_grad(), _Watch(b, h) as watch:
+        block_mask.mask_mod(b, h, q, kv)
+    return watch.used[0], watch.used[1]
+
+
+class Block(Mask):
+    """A FlexAttention block mask: a position is allowed where its blocks and its function both allow it.
+
+    Where the function looks at the head (or batch) index but the mask was made with `H=None` (`B=None`), its
+    blocks are those of head 0 and compiled kernels would use them for all. Such a mask is made again from its
+    function, with the full B and H, and the decision says so.
+
+    Args:
+        block_mask: A `torch.nn.attention.flex_attention.BlockMask`.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, block_mask: Any) -> None:
+        if not (hasattr(block_mask, "kv_num_blocks") and hasattr(block_mask, "mask_mod")):
+            raise InvalidCallError(
+                f"Block needs a torch.nn.attention.flex_attention.BlockMask, not {type(block_mask).__name__}."
+            )
+        # While torch.compile traces, the function can't be watched: it counts as looking at both.
+        looks_at = (True, True) if torch.compiler.is_dynamo_compiling() else _looks_at(block_mask)
+        super().__init__(block=block_mask, looks_at=looks_at)

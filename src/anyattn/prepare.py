@@ -1,0 +1,208 @@
+"""What is known of a mask's values, learnt where looking costs no synchronisation or was asked for."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anyattn.backend import Parts
+from anyattn.describe import Facts, MaskFacts, facts_of
+from anyattn.errors import InvalidCallError
+from anyattn.lowering import live_rows
+from anyattn.masks import Block, Causal, Mask
+from anyattn.spec import BlockSpec
+
+
+class Known(NamedTuple):
+    """What a mask's values are known to be.
+
+    Attributes:
+        all_true: Every position is allowed.
+        live: Every row has a key.
+    """
+
+    all_true: bool = False
+    live: bool = False
+
+
+NOTHING = Known()
+_ALL_TRUE = Known(all_true=True)
+
+_seen: dict[int, tuple[weakref.ref[Tensor], int, Known]] = {}
+
+
+def as_mask(attn_mask: Any) -> Mask | None:
+    """Turn whatever may be given as attn_mask into a mask object.
+
+    Raises:
+        InvalidCallError: For a type that means nothing as a mask.
+    """
+    if attn_mask is None or isinstance(attn_mask, Mask):
+        return attn_mask
+    if isinstance(attn_mask, Tensor):
+        bias = sys.modules.get("torch.nn.attention.bias")
+        if bias is not None and isinstance(attn_mask, bias.CausalBias):
+            return _from_causal_bias(attn_mask)
+        return Mask(dense=attn_mask)
+    if hasattr(attn_mask, "kv_num_blocks") and hasattr(attn_mask, "mask_mod"):
+        return Block(attn_mask)
+    raise InvalidCallError(
+        f"attn_mask must be a tensor, an object of anyattn.masks or a BlockMask; {type(attn_mask).__name__} was given."
+    )
+
+
+def _from_causal_bias(bias: Any) -> Mask:
+    # torch's CausalBias is a Tensor subclass over uninitialised memory: only its variant and lengths mean anything.
+    align = "upper_left" if bias.variant.name == "UPPER_LEFT" else "lower_right"
+    mask = Causal(align)  # type: ignore[arg-type]
+    return Mask(pattern=mask.pattern, block=_Lengths(bias.seq_len_q, bias.seq_len_kv))
+
+
+class _Lengths:
+    """The lengths that torch's CausalBias was made for, which torch itself trusts unchecked."""
+
+    def __init__(self, seqlen_q: int, seqlen_kv: int) -> None:
+        self.seq_lengths = (seqlen_q, seqlen_kv)
+
+
+def parts_of(mask: Mask | None, sinks: Tensor | None = None) -> Parts:
+    """Take a mask object apart into what `Backend.run` gets; a dense mask gets four dimensions."""
+    if mask is None:
+        return Parts(sinks=sinks)
+    dense = mask.dense
+    if dense is not None and dense.dim() < 4:
+        dense = dense[(None,) * (4 - dense.dim())]
+    block = None if isinstance(mask.block, _Lengths) else mask.block
+    return Parts(mask.key, dense, block, sinks)
+
+
+def mask_facts(mask: Mask | None, known: Known) -> MaskFacts:
+    """Read what a mask is made of; parts known to allow everything are left out."""
+    if mask is None:
+        return MaskFacts()
+    key: Facts | None = None
+    dense: Facts | None = None
+    if not known.all_true:
+        key = None if mask.key is None else facts_of(mask.key)
+        dense = None if mask.dense is None else facts_of(mask.dense)
+    block, seqlens = _block_facts(mask)
+    return MaskFacts(mask.pattern, key, dense, block, seqlens, known.live)
+
+
+def _block_facts(mask: Mask) -> tuple[BlockSpec | None, tuple[int, int] | None]:
+    block = mask.block
+    if block is None:
+        return None, None
+    lengths = getattr(block, "seq_lengths", None)
+    seqlens = None if lengths is None else (int(lengths[0]), int(lengths[1]))
+    if isinstance(block, _Lengths):
+        return None, seqlens
+    batch, heads = block.kv_num_blocks.shape[:2]
+    return BlockSpec(int(batch), int(heads), *mask.looks_at), seqlens
+
+
+def known_of(mask: Mask, seqlen_kv: int) -> Known:
+    """Say what is known of a mask's values without a synchronisation.
+
+    CPU tensors are looked at: a mask may have been written since the last call by means that torch doesn't
+    count (NumPy, `.data`). Others are known only from `prepare_mask`.
+    """
+    key, dense = mask.key, mask.dense
+    if dense is None:
+        return NOTHING if key is None else _look(key, seqlen_kv)
+    if key is None:
+        return _look(dense, seqlen_kv)
+    return Known(_look(key, seqlen_kv).all_true and _look(dense, seqlen_kv).all_true)
+
+
+def known_of_tensor(tensor: Tensor) -> Known:
+    """Say what is known of a dense mask's values without a synchronisation."""
+    return _look(tensor, 0)
+
+
+_not_all_true: dict[int, weakref.ref[Tensor]] = {}
+
+
+def _look(tensor: Tensor, seqlen_kv: int) -> Known:
+    if not tensor.is_cpu:
+        return _prepared(tensor)
+    if type(tensor) is not Tensor or tensor.dtype.is_floating_point:
+        return NOTHING
+    # A mask once seen to forbid something isn't looked at again: should that change, it is merely not dropped. One that
+    # allowed everything is, at every call, since NumPy and `.data` write without torch's counting.
+    name = id(tensor)
+    seen = _not_all_true.get(name)
+    if seen is not None and seen() is tensor:
+        return NOTHING
+    if tensor.dtype == torch.bool:
+        all_true = bool(tensor.all())
+    else:
+        all_true = tensor.numel() > 0 and int(tensor.min()) >= seqlen_kv
+    if all_true:
+        return _ALL_TRUE
+    _not_all_true[name] = weakref.ref(tensor, lambda _: _not_all_true.pop(name, None))
+    return NOTHING
+
+
+def _prepared(tensor: Tensor) -> Known:
+    entry = _seen.get(id(tensor))
+    if entry is None or entry[0]() is not tensor or tensor.is_inference() or entry[1] != tensor._version:
+        return NOTHING
+    return entry[2]
+
+
+def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None:
+    """Look at a mask's values once, so that calls with it need not.
+
+    This synchronises with the device. What is learnt (the mask allows everything; no row is without a
+    key) belongs to the tensor, until it is written to in place; writes that torch does not count (through
+    `.data`, or NumPy) must not be made after preparing.
+
+    Args:
+        attn_mask: What attention takes as attn_mask.
+        seqlen_kv: S_kv, needed for `KeyLengths` alone.
+
+    Returns:
+        The mask without the parts that allow everything; None where nothing is left.
+
+    Raises:
+        InvalidCallError: If it is no mask, or lengths are given without `seqlen_kv`.
+
+    Example:
+        >>> import torch, anyattn
+        >>> anyattn.prepare_mask(torch.ones(2, 1, 1, 8, dtype=torch.bool)) is None
+        True
+    """
+    mask = as_mask(attn_mask)
+    if mask is None:
+        return None
+    key = mask.key
+    if key is not None and key.dtype != torch.bool and seqlen_kv is None:
+        raise InvalidCallError("Preparing KeyLengths needs seqlen_kv=, the number of keys.")
+    if key is not None and _learn(key, seqlen_kv or 0).all_true:
+        key = None
+    dense = mask.dense
+    if dense is not None and _learn(dense, 0).all_true:
+        dense = None
+    if mask.pattern is None and key is None and dense is None and mask.block is None:
+        return None
+    return Mask(pattern=mask.pattern, key=key, dense=dense, block=mask.block)
+
+
+def _learn(tensor: Tensor, seqlen_kv: int) -> Known:
+    if tensor.dtype == torch.bool:
+        known = Known(bool(tensor.all()), bool(live_rows(tensor).all()))
+    elif tensor.is_floating_point():
+        known = Known(not tensor.requires_grad and not bool(tensor.any()), bool(live_rows(tensor).all()))
+    else:
+        shortest = int(tensor.min()) if tensor.numel() else 0
+        known = Known(shortest >= seqlen_kv, shortest > 0)
+    if not tensor.is_inference():
+        name = id(tensor)
+        reference = weakref.ref(tensor, lambda _: _seen.pop(name, None))
+        _seen[name] = (reference, tensor._version, known)
+    return known

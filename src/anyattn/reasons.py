@@ -1,0 +1,86 @@
+"""Why a backend refuses a call, as data: fields first, prose made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ReasonCode = Literal[
+    "not_built",
+    "not_installed",
+    "wrong_version",
+    "broken_import",
+    "no_device",
+    "device_type",
+    "arch",
+    "dtype",
+    "head_dim",
+    "head_dim_v",
+    "seqlen",
+    "size",
+    "mask",
+    "mask_dtype",
+    "mask_grad",
+    "layout",
+    "gqa",
+    "dropout",
+    "softcap",
+    "scale",
+    "sinks",
+    "lse",
+    "backward",
+    "deterministic",
+    "memory",
+    "precision",
+    "known_bad",
+    "value",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One ground for refusing a call.
+
+    Attributes:
+        code: What kind of ground it is; stable, for programs.
+        need: What the backend needs.
+        got: What the call or the machine has.
+        hint: What to do about it; empty when nothing helps.
+        link: Where the fact is documented, if anywhere.
+    """
+
+    code: ReasonCode
+    need: str
+    got: str
+    hint: str = ""
+    link: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.code}: needs {self.need}, got {self.got}"
+        return f"{text}; {self.hint}" if self.hint else text
+
+    def to_dict(self) -> dict[str, str]:
+        """Give the fields as a dictionary of strings, for JSON."""
+        return {
+            "code": self.code,
+            "need": self.need,
+            "got": self.got,
+            "hint": self.hint,
+            "link": self.link,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Something exact that is done to a call so that a kernel can take it.
+
+    Attributes:
+        code: What is done; stable, for programs.
+        text: What is done and why, for people.
+    """
+
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.text}"

@@ -1,0 +1,133 @@
+"""From a name to a backend, lazily; third parties join through the entry-point group `anyattn.backends`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Iterable
+
+from anyattn.backend import Backend
+from anyattn.decision import Preference
+from anyattn.errors import UnknownBackendError
+from anyattn.names import AUTO, BY_NAME, KNOWN, canonical, nearest
+from anyattn.reasons import Reason
+
+ENTRY_POINT_GROUP = "anyattn.backends"
+
+BUILTIN: dict[str, str] = {
+    "native": "anyattn.adapters.native:Native",
+    "native_flash": "anyattn.adapters.native:NativeFlash",
+    "native_efficient": "anyattn.adapters.native:NativeEfficient",
+    "native_cudnn": "anyattn.adapters.native:NativeCudnn",
+    "native_math": "anyattn.adapters.native:NativeMath",
+    "flex": "anyattn.adapters.flex:Flex",
+}
+"""Each built backend and the class that implements it: one line adds one."""
+
+_added: dict[str, Backend] = {}
+
+
+def names() -> tuple[str, ...]:
+    """Give every known canonical name: the plan's, then those of third parties."""
+    return (*(known.name for known in KNOWN), *third_parties())
+
+
+@functools.lru_cache(maxsize=1)
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    return {point.name: point for point in points if point.name not in BY_NAME}
+
+
+def third_parties() -> tuple[str, ...]:
+    """Give the names that other packages or `register` brought."""
+    return tuple(dict.fromkeys((*_entry_points(), *_added)))
+
+
+def register(backend: Backend) -> None:
+    """Add a backend at run time; for packages, an entry point in `anyattn.backends` is better.
+
+    Raises:
+        ValueError: If a built-in backend has the name.
+    """
+    if not backend.name or backend.name in BY_NAME or backend.name == AUTO:
+        raise ValueError(f"The name {backend.name!r} is empty or taken by a backend of anyattn itself.")
+    _added[backend.name] = backend
+
+
+def unregister(name: str) -> None:
+    """Take back what `register` added."""
+    _added.pop(name, None)
+
+
+@functools.lru_cache(maxsize=256)
+def _import(target: str) -> Backend:
+    module, _, attribute = target.partition(":")
+    backend: Backend = getattr(importlib.import_module(module), attribute)()
+    return backend
+
+
+@functools.lru_cache(maxsize=256)
+def _from_entry_point(name: str) -> Backend:
+    found = _entry_points()[name].load()
+    backend: Backend = found() if isinstance(found, type) else found
+    return backend
+
+
+def get(name: str) -> Backend | None:
+    """Give a backend by its canonical name; None where it is known but not built in this release."""
+    if name in _added:
+        return _added[name]
+    if name in BUILTIN:
+        return _import(BUILTIN[name])
+    if name in _entry_points():
+        return _from_entry_point(name)
+    return None
+
+
+def not_built(name: str) -> Reason:
+    """Say why a known backend without an adapter can't run."""
+    known = BY_NAME[name]
+    hint = f"it will need: {known.install}" if known.install else ""
+    return Reason("not_built", f"an adapter for {name} ({known.needs})", "none in this release of anyattn", hint)
+
+
+def resolve_name(name: object) -> str:
+    """Turn a name or alias into the canonical name.
+
+    Raises:
+        UnknownBackendError: If nothing has the name; the message gives the nearest that exist.
+        TypeError: If it isn't a string.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"A backend is named by a string, not {type(name).__name__}.")
+    extra = third_parties()
+    found = canonical(name, extra)
+    if found is None:
+        close = nearest(name, extra)
+        guess = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise UnknownBackendError(
+            f"There is no attention backend {name!r}.{guess} The names are: {', '.join((AUTO, *names()))}."
+        )
+    return found
+
+
+def resolve_preference(wish: Preference) -> Preference:
+    """Make every name of a preference canonical.
+
+    Raises:
+        UnknownBackendError: If one is unknown; where it came from an environment variable, that is said.
+    """
+    try:
+        found = tuple(dict.fromkeys(resolve_name(name) for name in wish.names))
+    except UnknownBackendError as error:
+        if wish.source.isupper():
+            raise UnknownBackendError(f"The environment variable {wish.source} can't be followed. {error}") from None
+        raise
+    mode = "prefer" if found == (AUTO,) else wish.mode
+    return Preference(found, mode, wish.source, wish.precision)
+
+
+def known(wanted: Iterable[str]) -> list[tuple[str, Backend | None]]:
+    """Give the backends for some canonical names, None for those without an adapter."""
+    return [(name, get(name)) for name in wanted]

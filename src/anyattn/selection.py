@@ -1,0 +1,109 @@
+"""From a call, a machine and a wish to a decision: pure, so that every machine can be tried on a laptop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from anyattn.backend import Backend
+from anyattn.decision import Candidate, Decision, Preference
+from anyattn.environment import Environment
+from anyattn.names import AUTO, BY_NAME
+from anyattn.reasons import Conversion, Reason
+from anyattn.registry import not_built
+from anyattn.spec import AttentionSpec
+
+AUTO_ORDER: Mapping[str, tuple[str, ...]] = {
+    "cuda": ("native", "native_efficient", "flex", "native_math"),
+    "cpu": ("native", "flex", "native_math"),
+}
+"""What `auto` tries, per type of device, where nothing was measured. torch's own pick is first: on an H100 it is the
+fastest or near it for short calls, and it is always installed."""
+
+_DEFAULT_ORDER = ("native", "native_math", "flex")
+_LOOSER = {"exact": (), "int8": ("int8",), "fp8": ("int8", "fp8")}
+
+Timings = Mapping[str, float]
+"""Seconds measured for this call (or its like) per backend name."""
+
+
+def order(device_type: str, available: Sequence[str], timings: Timings | None) -> tuple[tuple[str, ...], str]:
+    """Give the names that `auto` tries, in order, and what the order rests on."""
+    fixed = AUTO_ORDER.get(device_type, _DEFAULT_ORDER)
+    rest = tuple(name for name in available if name not in fixed and name not in BY_NAME)
+    names = (*fixed, *rest)
+    if timings:
+        measured = sorted((name for name in available if name in timings), key=lambda name: timings[name])
+        return (*measured, *(name for name in names if name not in timings)), "measured"
+    return names, "fixed order"
+
+
+def resolve(
+    spec: AttentionSpec,
+    env: Environment,
+    preference: Preference,
+    timings: Timings | None,
+    candidates: Sequence[tuple[str, Backend | None]],
+    *,
+    overruled: str = "",
+) -> Decision:
+    """Choose a backend for a call.
+
+    Args:
+        spec: The call.
+        env: The machine.
+        preference: What was asked for, with canonical names.
+        timings: Measured seconds per backend, or None.
+        candidates: Every known backend with its name; None for one without an adapter.
+        overruled: What to report as overruled.
+
+    Returns:
+        A decision that lists every candidate that was considered, with all the reasons against it. Where
+        nothing admits the call, `chosen` is None.
+    """
+    backends = dict(candidates)
+    wanted, basis = _wanted(spec, preference, timings, [name for name, found in candidates if found])
+    exact_only = preference.mode == "prefer"
+    judged = [_judge(name, backends.get(name), spec, env, preference if exact_only else None) for name in wanted]
+    chosen = next((candidate.name for candidate in judged if candidate.admits), None)
+    others = [
+        _judge(name, found, spec, env, None) for name, found in candidates if name not in {c.name for c in judged}
+    ]
+    kernel = ""
+    conversions: tuple[Conversion, ...] = ()
+    if chosen is not None:
+        backend = backends[chosen]
+        assert backend is not None
+        if spec.is_empty:
+            kernel = "none: there is nothing to attend to"
+        else:
+            lowering = backend.lower(spec, env)
+            kernel, conversions = lowering.entry, lowering.conversions
+    return Decision(spec, chosen, kernel, conversions, preference, basis, (*judged, *others), overruled)
+
+
+def _wanted(
+    spec: AttentionSpec, preference: Preference, timings: Timings | None, available: Sequence[str]
+) -> tuple[tuple[str, ...], str]:
+    if preference.mode == "require":
+        return preference.names, "required"
+    names: list[str] = []
+    basis = "preferred"
+    for name in preference.names:
+        if name == AUTO:
+            automatic, basis = order(spec.device_type, available, timings)
+            names.extend(automatic)
+        else:
+            names.append(name)
+    return tuple(dict.fromkeys(names)), basis
+
+
+def _judge(
+    name: str, backend: Backend | None, spec: AttentionSpec, env: Environment, limits: Preference | None
+) -> Candidate:
+    if backend is None:
+        return Candidate(name, (not_built(name),))
+    reasons = backend.reasons(spec, env)
+    caps = backend.capabilities(spec, env)
+    if limits is not None and caps is not None and not caps.exact and not _LOOSER[limits.precision]:
+        reasons = (*reasons, Reason("precision", "an exact kernel", "a quantised one", "allow it with precision="))
+    return Candidate(name, reasons)

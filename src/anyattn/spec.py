@@ -1,0 +1,252 @@
+"""A call without its data: everything that choosing a kernel may depend on, as frozen values."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from anyattn.masks import Align
+
+Layout = Literal["BSHD", "BHSD"]
+DenseKind = Literal["boolean", "bias"]
+KeyKind = Literal["padding", "lengths"]
+
+UNKNOWN = -1
+"""A size that isn't known yet: a dynamic dimension while torch.compile traces."""
+
+
+@dataclass(frozen=True, slots=True)
+class PatternSpec:
+    """A causal or windowed pattern; -1 is unbounded, and causal is `right == 0`.
+
+    Attributes:
+        left: Columns before a row's own position that it may see.
+        right: Columns after it.
+        align: Whether row i's own position is column i or `i + seqlen_kv - seqlen_q`.
+    """
+
+    left: int
+    right: int
+    align: Align
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is plain causal attention: everything before, nothing after."""
+        return self.left == -1 and self.right == 0
+
+
+@dataclass(frozen=True, slots=True)
+class DenseSpec:
+    """A dense mask's shape and type.
+
+    Attributes:
+        kind: `"boolean"` (True = attend) or `"bias"` (added).
+        dtype: Its dtype.
+        shape: Its shape as four dimensions, each full, 1, or UNKNOWN.
+    """
+
+    kind: DenseKind
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]
+
+    @property
+    def is_key_only(self) -> bool:
+        """Whether it depends on batch entry and key alone, so that it is a key mask in effect."""
+        return self.shape[1] == 1 and self.shape[2] == 1
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpec:
+    """A FlexAttention block mask's shape, and what its function looks at.
+
+    Attributes:
+        batch: How many batch entries it has blocks for: 1 or B.
+        heads: How many heads it has blocks for: 1 or H.
+        per_batch: Whether its function looks at the batch index.
+        per_head: Whether its function looks at the head index.
+    """
+
+    batch: int
+    heads: int
+    per_batch: bool = False
+    per_head: bool = False
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether its blocks stand for one entry alone though its function tells entries apart."""
+        return (self.per_batch and self.batch == 1) or (self.per_head and self.heads == 1)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSpec:
+    """What a call's mask is made of; all None means that every position is allowed.
+
+    Attributes:
+        pattern: Causal or window.
+        key: Whether keys are masked per batch entry, and how it is given.
+        dense: A dense mask.
+        block: A FlexAttention block mask.
+        dead_rows: Whether a row may have no allowed key at all, as far as is known without reading values.
+    """
+
+    pattern: PatternSpec | None = None
+    key: KeyKind | None = None
+    dense: DenseSpec | None = None
+    block: BlockSpec | None = None
+    dead_rows: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is masked."""
+        return self.pattern is None and self.key is None and self.dense is None and self.block is None
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How the three tensors lie in memory, as far as kernels care.
+
+    Attributes:
+        aligned: Whether every storage starts, and every row lies, at a multiple of 16 bytes.
+        unit_stride: Whether head_dim is contiguous in all three.
+        expanded_kv: Whether key or value has a stride of 0 in a dimension longer than 1.
+        bhsd_contiguous: Whether all three are contiguous when seen as (B, H, S, D).
+    """
+
+    aligned: bool = True
+    unit_stride: bool = True
+    expanded_kv: bool = False
+    bhsd_contiguous: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """A call of attention without its data: frozen, hashable, comparable.
+
+    Sizes are ints, or UNKNOWN (-1) for dimensions that torch.compile keeps dynamic.
+
+    Attributes:
+        batch: B.
+        seqlen_q: S_q.
+        seqlen_kv: S_kv.
+        num_heads: H, of the query.
+        num_kv_heads: H_kv, of key and value; H is a multiple of it.
+        head_dim: D, of query and key.
+        head_dim_v: D_v, of value and output.
+        dtype: The dtype of query, key and value.
+        device_type: `"cuda"`, `"cpu"`, ...
+        device_index: Which device of that type; None is the only one, or the current one.
+        layout: `"BSHD"` or `"BHSD"`.
+        mask: What is masked.
+        dropout_p: Probability with which a weight is dropped, in [0, 1].
+        scale: What the scores are multiplied by; already resolved, never None.
+        softcap: `softcap * tanh(score / softcap)`, or None.
+        sinks: Whether there are extra logits in the denominator.
+        return_lse: Whether the log-sum-exp is wanted.
+        requires_grad: Which of `"query"`, `"key"`, `"value"`, `"mask"`, `"sinks"` need a gradient.
+        same_lengths: Whether S_q == S_kv (known even where the lengths themselves are not).
+        storage: How the tensors lie in memory.
+        deterministic: Whether deterministic algorithms are asked for.
+        compiled: Whether the call is being traced by torch.compile or torch.export.
+    """
+
+    batch: int
+    seqlen_q: int
+    seqlen_kv: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    device_type: str
+    scale: float
+    device_index: int | None = None
+    layout: Layout = "BSHD"
+    mask: MaskSpec = MaskSpec()
+    dropout_p: float = 0.0
+    softcap: float | None = None
+    sinks: bool = False
+    return_lse: bool = False
+    requires_grad: frozenset[str] = frozenset()
+    same_lengths: bool = True
+    storage: Storage = Storage()
+    deterministic: bool = False
+    compiled: bool = False
+
+    @property
+    def is_gqa(self) -> bool:
+        """Whether several query heads share one key/value head."""
+        return self.num_heads != self.num_kv_heads
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether any input needs a gradient."""
+        return bool(self.requires_grad)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to attend from or to: no batch entry, no query, or no key."""
+        return 0 in (self.batch, self.seqlen_q, self.seqlen_kv)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element of the query."""
+        return self.dtype.itemsize
+
+    def replace(self, **changes: Any) -> AttentionSpec:
+        """Give a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as plain data, for JSON."""
+        data = dataclasses.asdict(self)
+        data["dtype"] = _dtype_name(self.dtype)
+        data["requires_grad"] = sorted(self.requires_grad)
+        if self.mask.dense is not None:
+            data["mask"]["dense"]["dtype"] = _dtype_name(self.mask.dense.dtype)
+        return data
+
+    def __str__(self) -> str:
+        heads = f"{self.num_heads}" if not self.is_gqa else f"{self.num_heads}/{self.num_kv_heads}"
+        dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
+        parts = [
+            f"{self.device_type} {_dtype_name(self.dtype)} B{self.batch} Sq{self.seqlen_q} Skv{self.seqlen_kv}"
+            f" H{heads} D{dims}"
+        ]
+        mask = describe_mask(self.mask)
+        if mask != "none":
+            parts.append(f"mask {mask}")
+        if self.dropout_p:
+            parts.append(f"dropout {self.dropout_p}")
+        if self.softcap is not None:
+            parts.append(f"softcap {self.softcap}")
+        if self.sinks:
+            parts.append("sinks")
+        if self.return_lse:
+            parts.append("lse")
+        if self.requires_grad:
+            parts.append("grad of " + ", ".join(sorted(self.requires_grad)))
+        return ", ".join(parts)
+
+
+def describe_mask(mask: MaskSpec) -> str:
+    """Say in words what a mask is made of."""
+    parts = []
+    if mask.pattern is not None:
+        if mask.pattern.is_causal:
+            parts.append(f"causal ({mask.pattern.align})")
+        else:
+            parts.append(f"window ({mask.pattern.left}, {mask.pattern.right}, {mask.pattern.align})")
+    if mask.key is not None:
+        parts.append(f"key {mask.key}")
+    if mask.dense is not None:
+        parts.append(f"{mask.dense.kind} {_dtype_name(mask.dense.dtype)} {mask.dense.shape}")
+    if mask.block is not None:
+        parts.append("block")
+    return " & ".join(parts) or "none"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""The shipped conformance suite: the laws of a backend, run against any backend on any machine."""

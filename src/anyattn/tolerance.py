@@ -1,0 +1,57 @@
+"""How large an error may be: derived from a plain computation in the same dtype, never tabled.
+
+The budget of a result is twice the error that a plain implementation (`anyattn.reference` computing in the call's
+own dtype) makes against float64, plus a rounding band of two units in the last place of the largest true value; both
+are taken per (batch, head), so that one large head doesn't excuse the others. This is the rule by which
+FlashAttention's own tests compare against a same-precision PyTorch run (Dao et al., arXiv:2205.14135, test suite).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SLACK = 2.0
+"""How many times the plain implementation's error is allowed."""
+
+BAND = 2.0
+"""Units in the last place of the largest true value that are allowed besides."""
+
+
+def budget(truth: Tensor, plain: Tensor, dtype: torch.dtype, *, over: tuple[int, ...]) -> Tensor:
+    """Give the largest error allowed.
+
+    Args:
+        truth: The result in float64.
+        plain: The plain implementation's result in `dtype`.
+        dtype: The dtype of the call.
+        over: The dimensions that share one budget; the others each have their own.
+
+    Returns:
+        float64, broadcastable to `truth`.
+    """
+    finite = torch.isfinite(truth)
+    error = torch.where(finite, (plain.double() - truth).abs(), 0.0)
+    error = torch.nan_to_num(error, nan=0.0, posinf=0.0)
+    size = torch.where(finite, truth.abs(), 0.0)
+    if truth.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=truth.device)
+    eps = torch.finfo(dtype).eps
+    return SLACK * error.amax(over, keepdim=True) + BAND * eps * size.amax(over, keepdim=True)
+
+
+def excess(result: Tensor, truth: Tensor, allowed: Tensor) -> float:
+    """Give the worst error as a multiple of its budget; anything above 1 is wrong, and inf is not a number.
+
+    Infinities must agree exactly, as in the lse of a row without a key.
+    """
+    if result.shape != truth.shape:
+        return float("inf")
+    if truth.numel() == 0:
+        return 0.0
+    result = result.double()
+    same_infinity = torch.isinf(truth) & (result == truth)
+    error = torch.where(same_infinity, 0.0, (result - truth).abs())
+    tiny = torch.finfo(torch.float64).tiny
+    ratio = torch.where(error == 0, 0.0, error / allowed.clamp_min(tiny))
+    return float(torch.nan_to_num(ratio, nan=float("inf"), posinf=float("inf")).amax())
