@@ -1,18 +1,8 @@
 """One call for attention in PyTorch, over every attention kernel a person can install."""
 
 from anyattn import masks
-from anyattn.api import (
-    BackendRow,
-    attention,
-    attention_backend,
-    backends,
-    explain,
-    plan,
-    record,
-    reset,
-    scaled_dot_product_attention,
-    set_default_backend,
-)
+from anyattn.api import attention, scaled_dot_product_attention
+from anyattn.choosing import attention_backend, reset, set_default_backend
 from anyattn.decision import Candidate, Decision, Preference
 from anyattn.errors import (
     AnyattnError,
@@ -26,6 +16,7 @@ from anyattn.errors import (
 from anyattn.integrations.models import reset_attention_backend, set_attention_backend
 from anyattn.prepare import prepare_mask
 from anyattn.reasons import Conversion, Reason
+from anyattn.seeing import BackendRow, backends, explain, plan, record
 from anyattn.spec import AttentionSpec, MaskSpec
 from anyattn.version import __version__
 

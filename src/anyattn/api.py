@@ -1,41 +1,18 @@
-"""The public calls: attention, its drop-in for torch's SDPA, and what shows and steers the choice."""
+"""The public calls: attention, and its drop-in for torch's SDPA."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anyattn import environment, policy, registry
-from anyattn.backend import Output, Runner
-from anyattn.decision import Decision, Precision, Preference
+from anyattn import policy
 from anyattn.describe import Options
-from anyattn.dispatch import decide as _decide
-from anyattn.dispatch import (
-    decision_for,
-    describe,
-    entry_for,
-    explain_failure,
-    make_entry,
-    make_preference,
-    raise_kernel_error,
-    scope_of_call,
-    traced_call,
-)
-from anyattn.errors import InvalidCallError
+from anyattn.dispatch import Backends, entry_for, explain_failure, raise_kernel_error, scope_of_call
 from anyattn.masks import Mask
-from anyattn.names import BY_NAME
 from anyattn.prepare import known_of, known_of_tensor
-from anyattn.reasons import Reason
-from anyattn.spec import AttentionSpec
-
-Backends = str | list[str] | tuple[str, ...]
-"""A name, an alias, `"auto"`, or a list in order of preference."""
+from anyattn.traced import traced_call
 
 _current = policy.current.get
 _tracing = torch.compiler.is_dynamo_compiling
@@ -130,8 +107,8 @@ def attention(
             except Exception as error:  # noqa: BLE001 - whatever a kernel raises is wrapped, and raised again
                 options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
                 explain_failure(error, scope, query, key, value, options)
-    options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
-    return _general(scope, query, key, value, attn_mask, sinks, options)
+    plain = (dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
+    return _general(scope, query, key, value, attn_mask, sinks, plain)
 
 
 def scaled_dot_product_attention(
@@ -165,13 +142,14 @@ def scaled_dot_product_attention(
         >>> torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
         True
     """
-    options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BHSD")
     if _tracing():
+        options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BHSD")
         return traced_call(query, key, value, attn_mask, sinks, options, backend)
     scope = _current()
     if backend is not None:
         scope = scope_of_call(scope, backend)
-    return _general(scope, query, key, value, attn_mask, sinks, options)
+    plain = (dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BHSD")
+    return _general(scope, query, key, value, attn_mask, sinks, plain)
 
 
 def _general(
@@ -181,18 +159,18 @@ def _general(
     value: Tensor,
     attn_mask: Any,
     sinks: Tensor | None,
-    options: Options,
+    plain: tuple[Any, ...],
 ) -> Any:
     """Run any call: find it in the table by everything that its decision depends on, or decide it."""
     table_key: Any = None
     try:
-        table_key = _table_key(query, key, value, attn_mask, sinks, options)
+        table_key = _table_key(query, key, value, attn_mask, sinks, plain)
         entry = scope.table[table_key]
     except KeyError:
-        entry = entry_for(scope, table_key, query, key, value, attn_mask, sinks, options)
+        entry = entry_for(scope, table_key, query, key, value, attn_mask, sinks, Options(*plain))
     except (TypeError, AttributeError, RuntimeError):
         # Not tensors, symbolic sizes, or an unhashable option: described anew, and refused where it is wrong.
-        entry = entry_for(scope, None, query, key, value, attn_mask, sinks, options)
+        entry = entry_for(scope, None, query, key, value, attn_mask, sinks, Options(*plain))
     try:
         if attn_mask is None and sinks is None:
             return entry.call(query, key, value)
@@ -202,11 +180,12 @@ def _general(
 
 
 def _table_key(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, options: Options
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, plain: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     """Give what the decision of a call depends on."""
-    grad = _grad_enabled()
-    on_cpu = query.is_cpu
+    grads: Any = None
+    if _grad_enabled():
+        grads = (query.requires_grad, key.requires_grad, value.requires_grad)
     return (
         query.shape,
         key.shape,
@@ -217,28 +196,26 @@ def _table_key(
         query.device,
         key.device,
         value.device,
-        grad and query.requires_grad,
-        grad and key.requires_grad,
-        grad and value.requires_grad,
-        options,
-        None if attn_mask is None else _mask_key(attn_mask, key, options, grad),
-        None if sinks is None else (sinks.shape, sinks.dtype, sinks.device, grad and sinks.requires_grad),
-        None if on_cpu else _storage_key(query, key, value),
+        grads,
+        plain,
+        None if attn_mask is None else _mask_key(attn_mask, key, plain, grads is not None),
+        None if sinks is None else (sinks.shape, sinks.dtype, sinks.device, grads is not None and sinks.requires_grad),
+        None if query.is_cpu else _storage_key(query, key, value),
         _autocast_key(query) if _autocast_on() else None,
         None if type(query) is Tensor else (type(query), type(key), type(value)),
     )
 
 
-def _mask_key(attn_mask: Any, key: Tensor, options: Options, grad: bool) -> Any:
+def _mask_key(attn_mask: Any, key: Tensor, plain: tuple[Any, ...], grad: bool) -> Any:
+    if type(attn_mask) is Tensor:
+        known = known_of_tensor(attn_mask)
+        return (attn_mask.shape, attn_mask.dtype, attn_mask.device, grad and attn_mask.requires_grad, known)
     if isinstance(attn_mask, Mask):
         dense = attn_mask.dense
         if dense is None and attn_mask.key is None:
             return attn_mask.signature
-        known = known_of(attn_mask, key.shape[1 if options.layout == "BSHD" else 2])
+        known = known_of(attn_mask, key.shape[1 if plain[7] == "BSHD" else 2])
         return (attn_mask.signature, known, grad and dense is not None and dense.requires_grad)
-    if type(attn_mask) is Tensor:
-        known = known_of_tensor(attn_mask)
-        return (attn_mask.shape, attn_mask.dtype, attn_mask.device, grad and attn_mask.requires_grad, known)
     raise TypeError("a mask of another type is looked at anew at every call")
 
 
@@ -254,275 +231,3 @@ def _storage_key(query: Tensor, key: Tensor, value: Tensor) -> Any:
 def _autocast_key(query: Tensor) -> Any:
     kind = query.device.type
     return (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-
-
-# --- choosing -----------------------------------------------------------------------------------------------------
-
-
-class attention_backend:
-    """Choose the backend of every call inside a `with` block, in this thread or task alone.
-
-    A module's own pin beats the block, which is said once; `override=True` turns that round.
-
-    Args:
-        backend: A name, an alias, `"auto"`, or a list in order of preference.
-        override: Whether the block beats pins.
-        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"` or `"fp8"`.
-
-    Raises:
-        UnknownBackendError: If a name is unknown.
-
-    Example:
-        >>> import torch, anyattn
-        >>> q = k = v = torch.randn(1, 8, 2, 16)
-        >>> with anyattn.attention_backend("native_math"):
-        ...     out = anyattn.attention(q, k, v)
-    """
-
-    def __init__(self, backend: Backends, *, override: bool = False, precision: Precision = "exact") -> None:
-        self.override = override
-        if _tracing():
-            is_list = not isinstance(backend, str)
-            names = tuple(backend) if is_list else (backend,)
-            mode = "prefer" if is_list or backend == "auto" else "require"
-            self.wish = Preference(names, mode, "context", precision)  # type: ignore[arg-type]
-        else:
-            self.wish = make_preference(backend, "context", precision)
-        self._tokens: list[Any] = []
-
-    def __enter__(self) -> attention_backend:
-        if _tracing():
-            policy.traced.append(policy.plain("context", self.wish, self.override))
-        else:
-            self._tokens.append(policy.current.set(policy.enter(_current(), self.wish, self.override)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if _tracing():
-            policy.traced.pop()
-        else:
-            policy.current.reset(self._tokens.pop())
-
-
-def set_default_backend(backend: Backends | None, *, precision: Precision = "exact") -> None:
-    """Set the process's default, for calls that no block, pin or argument decides; None clears it.
-
-    Raises:
-        UnknownBackendError: If a name is unknown; nothing is changed then.
-    """
-    policy.set_default(None if backend is None else make_preference(backend, "default", precision))
-
-
-def reset() -> None:
-    """Forget every decision, and look at the machine and the environment variables again."""
-    environment.detect.cache_clear()
-    policy.forget()
-
-
-# --- seeing -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class BackendRow:
-    """One known backend on this machine.
-
-    Attributes:
-        name: Its name.
-        family: The group that shares a kernel source.
-        installed: Whether its kernel's package is there.
-        version: That package's version, or the empty string.
-        usable: Whether some call can run with it here.
-        exact: Whether it computes in the inputs' precision.
-        needs: What it needs.
-        install: The command that installs that; empty where it comes with torch.
-        reasons: Why it isn't usable.
-    """
-
-    name: str
-    family: str
-    installed: bool
-    version: str
-    usable: bool
-    exact: bool
-    needs: str
-    install: str
-    reasons: tuple[Reason, ...]
-
-
-def backends(env: environment.Environment | None = None) -> tuple[BackendRow, ...]:
-    """List every known backend, built or not, usable here or not, with every reason.
-
-    Args:
-        env: The machine to ask about; None is this one.
-    """
-    env = environment.detect() if env is None else env
-    rows = []
-    for name, backend in registry.known(registry.names()):
-        known = BY_NAME.get(name)
-        if backend is None:
-            reasons: tuple[Reason, ...] = (registry.not_built(name),)
-            exact = known is not None and known.family != "sage"
-        else:
-            reasons = tuple(backend.availability(env))
-            exact = all(caps.exact for caps in backend.declarations.values())
-        family = backend.family if backend is not None else (known.family if known else "")
-        missing = any(reason.code in ("not_built", "not_installed") for reason in reasons)
-        version = str(env.torch) if family in ("native", "flex") else ""
-        rows.append(
-            BackendRow(
-                name,
-                family,
-                not missing,
-                version,
-                not reasons,
-                exact,
-                known.needs if known else "",
-                known.install if known else "",
-                reasons,
-            )
-        )
-    return tuple(rows)
-
-
-def explain(
-    query: Tensor | AttentionSpec,
-    key: Tensor | None = None,
-    value: Tensor | None = None,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    window: tuple[int, int] | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    return_lse: bool = False,
-    backend: Backends | None = None,
-    env: environment.Environment | None = None,
-) -> Decision:
-    """Say what `attention` would run for these arguments, and why not each other backend; runs nothing.
-
-    Args:
-        query: As for `attention`, or a spec in place of all tensors.
-        key: As for `attention`.
-        value: As for `attention`.
-        attn_mask: As for `attention`.
-        dropout_p: As for `attention`.
-        is_causal: As for `attention`.
-        scale: As for `attention`.
-        enable_gqa: As for `attention`.
-        window: As for `attention`.
-        softcap: As for `attention`.
-        sinks: As for `attention`.
-        return_lse: As for `attention`.
-        backend: As for `attention`.
-        env: The machine to suppose, such as `anyattn.environment.preset("h100")`; None is this one.
-
-    Returns:
-        The decision; where nothing admits the call its `chosen` is None.
-
-    Raises:
-        InvalidCallError: If the call is wrong for any backend.
-    """
-    if isinstance(query, AttentionSpec):
-        spec = query
-    else:
-        options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
-        spec = describe(query, key, value, attn_mask, sinks, options)  # type: ignore[arg-type]
-    scope = _current()
-    if backend is not None:
-        scope = scope_of_call(scope, backend)
-    return decision_for(spec, scope, environment.detect() if env is None else env)
-
-
-def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
-    """Make the choice for a spec once, and give a callable that has it made.
-
-    Args:
-        spec: The call, such as `anyattn.explain(...).spec`.
-        backend: As for `attention`.
-
-    Returns:
-        `run(query, key, value)` for a spec without mask and sinks, else
-        `run(query, key, value, attn_mask=None, sinks=None)`. It compares shapes and dtype with the spec's, and leaves
-        all else to the caller: strides, devices and gradients must be as described.
-
-    Raises:
-        UnsupportedCallError: If nothing admits the call.
-    """
-    scope = _current()
-    if backend is not None:
-        scope = scope_of_call(scope, backend)
-    entry = make_entry(_decide(spec, scope))
-    order = (0, 1, 2, 3) if spec.layout == "BSHD" else (0, 2, 1, 3)
-    full = (
-        (spec.batch, spec.seqlen_q, spec.num_heads, spec.head_dim),
-        (spec.batch, spec.seqlen_kv, spec.num_kv_heads, spec.head_dim),
-        (spec.batch, spec.seqlen_kv, spec.num_kv_heads, spec.head_dim_v),
-    )
-    shapes = tuple(tuple(shape[axis] for axis in order) for shape in full)
-    dtype = spec.dtype
-    if spec.mask.key or spec.mask.dense or spec.mask.block or spec.sinks:
-        return _masked_plan(entry, shapes, dtype)
-    call: Runner = entry.call
-
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Output:
-        if (query.shape, key.shape, value.shape) != shapes or query.dtype is not dtype:
-            raise _off_plan(shapes, dtype, query, key, value)
-        return call(query, key, value)
-
-    run.decision = entry.decision  # type: ignore[attr-defined]
-    return run
-
-
-def _masked_plan(entry: Any, shapes: Any, dtype: torch.dtype) -> Any:
-    spec: AttentionSpec = entry.decision.spec
-
-    def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, sinks: Tensor | None = None) -> Output:
-        if (query.shape, key.shape, value.shape) != shapes or query.dtype is not dtype:
-            raise _off_plan(shapes, dtype, query, key, value)
-        if (attn_mask is None) != spec.mask.is_empty or (sinks is None) == spec.sinks:
-            raise InvalidCallError(
-                "The plan was made with a mask or sinks that this call lacks, or the other way round."
-            )
-        return entry.call_masked(query, key, value, attn_mask, sinks)  # type: ignore[no-any-return]
-
-    run.decision = entry.decision  # type: ignore[attr-defined]
-    return run
-
-
-def _off_plan(shapes: Any, dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -> InvalidCallError:
-    given = tuple(tuple(tensor.shape) for tensor in (query, key, value))
-    return InvalidCallError(f"The plan is for {shapes} in {dtype}; {given} in {query.dtype} was given. Plan again.")
-
-
-@contextmanager
-def record() -> Iterator[list[Decision]]:
-    """Collect the decision of every call made inside the block, in this thread or task.
-
-    Calls inside code compiled by torch.compile run without Python and aren't seen.
-
-    Example:
-        >>> import torch, anyattn
-        >>> q = k = v = torch.randn(1, 8, 2, 16)
-        >>> with anyattn.record() as calls:
-        ...     out = anyattn.attention(q, k, v)
-        >>> [call.chosen for call in calls]
-        ['native']
-    """
-    calls: list[Decision] = []
-    outer = _current()
-
-    def told(decision: Decision) -> None:
-        calls.append(decision)
-        if outer.recorder is not None:
-            outer.recorder(decision)
-
-    changed = policy.current.set(policy.recording(outer, told))
-    try:
-        yield calls
-    finally:
-        policy.current.reset(changed)

@@ -71,15 +71,16 @@ class Plan:
         backend: The backend's name.
         spec: The call.
         lowering: How it reaches the kernel.
-        run: `run(plan, query, key, value, parts)`, a plain function that torch.compile can trace.
+        rescale: Whether sinks are added after the fact, by rescaling with lse.
     """
 
     backend: str
     spec: AttentionSpec
     lowering: Lowering
-    run: Callable[[Plan, Tensor, Tensor, Tensor, Parts], Output]
+    rescale: bool = False
 
 
+Run = Callable[[Plan, Tensor, Tensor, Tensor, Parts], Output]
 Runner = Callable[[Tensor, Tensor, Tensor], Output]
 MaskedRunner = Callable[[Tensor, Tensor, Tensor, Any], Output]
 
@@ -144,7 +145,10 @@ class Backend:
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        """Call the kernel, in the spec's layout. Law: gives what the reference gives, inputs unchanged."""
+        """Call the kernel, in the spec's layout. Law: gives what the reference gives, inputs unchanged.
+
+        torch.compile traces it, and sees the fields of the plan and its spec, but no properties.
+        """
         raise NotImplementedError
 
     def bind(self, plan: Plan) -> Runner | None:

@@ -123,7 +123,7 @@ def build_spec(
         "mask": mask.dense,
         "sinks": sinks,
     }
-    needs = frozenset(name for name, facts in wants.items() if facts is not None and facts.requires_grad)
+    needs = tuple(name for name, facts in wants.items() if facts is not None and facts.requires_grad)
     return AttentionSpec(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -142,7 +142,7 @@ def build_spec(
         softcap=None if options.softcap is None else float(options.softcap),
         sinks=sinks is not None,
         return_lse=bool(options.return_lse),
-        requires_grad=needs if grad else frozenset(),
+        requires_grad=needs if grad else (),
         same_lengths=same,
         storage=storage,
         deterministic=deterministic,

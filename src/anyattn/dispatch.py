@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -10,8 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from anyattn import _in_force, policy, registry
-from anyattn.backend import Backend, Lowering, Output, Parts, Plan
+from anyattn import policy, registry
+from anyattn.backend import Backend, Lowering, MaskedRunner, Output, Parts, Plan, Run, Runner
 from anyattn.checks import check_inputs, check_output
 from anyattn.decision import Decision, Precision, Preference
 from anyattn.describe import Facts, MaskFacts, Options, build_spec, check_tensors, facts_of
@@ -25,12 +24,14 @@ from anyattn.errors import (
     UnsupportedCallError,
 )
 from anyattn.lowering import apply_sinks, empty_attention
-from anyattn.masks import Mask
 from anyattn.names import AUTO, BY_NAME
 from anyattn.prepare import NOTHING, as_mask, known_of, mask_facts, parts_of
 from anyattn.reasons import Reason
 from anyattn.selection import Timings, resolve
-from anyattn.spec import UNKNOWN, AttentionSpec, BlockSpec, Layout, Storage
+from anyattn.spec import UNKNOWN, AttentionSpec, Layout, Storage
+
+Backends = str | list[str] | tuple[str, ...]
+"""A name, an alias, `"auto"`, or a list in order of preference."""
 
 _UNAVAILABLE = frozenset(("not_built", "not_installed", "wrong_version", "broken_import", "no_device"))
 
@@ -45,8 +46,8 @@ class Entry:
         call: `call(query, key, value)` for a call without mask and sinks.
         call_masked: `call_masked(query, key, value, attn_mask, sinks)`.
         decision: What was chosen and why.
-        short: Whether `call` itself refuses mismatched dtypes and devices, follows autocast and gives gradients, so that a
-            table key needn't hold those.
+        short: Whether `call` itself refuses mismatched dtypes and devices, follows autocast and gives gradients, so
+            that a table key needn't hold those.
     """
 
     __slots__ = ("call", "call_masked", "decision", "short")
@@ -300,47 +301,42 @@ def _load(backend: Backend) -> None:
     _loaded.add(backend.name)
 
 
-def make_plan(decision: Decision) -> Plan:
+def make_plan(decision: Decision) -> tuple[Plan, Run]:
     """Turn a decision into what runs it; loads the kernel."""
     assert decision.chosen is not None
     backend = registry.get(decision.chosen)
     assert backend is not None
     if decision.spec.is_empty:
-        return Plan(backend.name, decision.spec, Lowering("empty"), _run_empty)
+        return Plan(backend.name, decision.spec, Lowering("empty")), run_empty
     _load(backend)
     lowering = backend.lower(decision.spec, detect())
     caps = backend.capabilities(decision.spec, detect())
-    run = backend.run
-    if decision.spec.sinks and caps is not None and not caps.sinks:
-        run = _with_sinks(run)
-    return Plan(backend.name, decision.spec, lowering, run)
+    rescale = decision.spec.sinks and caps is not None and not caps.sinks
+    return Plan(backend.name, decision.spec, lowering, rescale), backend.run
 
 
-def _run_empty(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+def run_empty(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+    """Answer a call without anything to attend to, whatever the backend."""
     return empty_attention(plan.spec, query, key, value, parts)
 
 
-def _with_sinks(run: Callable[..., Output]) -> Callable[..., Output]:
-    def rescaled(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        out, lse = run(plan, query, key, value, parts)
-        assert parts.sinks is not None
-        out, lse = apply_sinks(out, lse, parts.sinks, plan.spec.layout)
-        return (out, lse) if plan.spec.return_lse else out
-
-    return rescaled
+def execute(run: Run, plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+    """Run a plan, and add the sinks where its kernel has none."""
+    result = run(plan, query, key, value, parts)
+    if not plan.rescale or parts.sinks is None:
+        return result
+    out, lse = apply_sinks(result[0], result[1], parts.sinks, plan.spec.layout)
+    return (out, lse) if plan.spec.return_lse else out
 
 
 def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
     """Turn a decision into something that can be called."""
-    plan = make_plan(decision)
-    run = plan.run
+    plan, run = make_plan(decision)
 
     def call_masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
-        return run(plan, query, key, value, _kept(plan.spec, parts_of(as_mask(attn_mask), sinks)))
+        return execute(run, plan, query, key, value, _kept(plan.spec, parts_of(as_mask(attn_mask), sinks)))
 
-    backend = registry.get(plan.backend)
-    bound = backend.bind(plan) if backend is not None and plan.lowering.entry != "empty" else None
-    bound_masked = backend.bind_masked(plan) if backend is not None and plan.lowering.entry != "empty" else None
+    bound, bound_masked = _shortcuts(plan)
     nothing = Parts()
     call = bound if bound is not None else lambda query, key, value: run(plan, query, key, value, nothing)
     masked = call_masked
@@ -358,6 +354,21 @@ def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
         call, masked = _checked(masked, plan)
         short = False
     return Entry(call, masked, decision, short)
+
+
+def _shortcuts(plan: Plan) -> tuple[Runner | None, MaskedRunner | None]:
+    """Ask the backend for shorter ways, where they are its own: a subclass with another `run` doesn't inherit them."""
+    backend = registry.get(plan.backend)
+    if backend is None or plan.lowering.entry == "empty":
+        return None, None
+    kind = type(backend)
+
+    def owner(name: str) -> type:
+        return next(base for base in kind.__mro__ if name in vars(base))
+
+    bound = backend.bind(plan) if issubclass(owner("bind"), owner("run")) else None
+    masked = backend.bind_masked(plan) if issubclass(owner("bind_masked"), owner("run")) else None
+    return bound, masked
 
 
 def _kept(spec: AttentionSpec, parts: Parts) -> Parts:
@@ -419,124 +430,3 @@ def raise_kernel_error(error: Exception, decision: Decision) -> NoReturn:
         f"The call was {decision.spec}. Choose another backend, and run `anyattn doctor` to look into this one.",
         backend=name,
     ) from error
-
-
-# --- torch.compile ------------------------------------------------------------------------------------------------
-
-
-def _size(size: int) -> int:
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return size if has_static_value(size) else UNKNOWN
-
-
-def _traced_facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """Write a tensor's facts as plain constants."""
-    if tensor is None:
-        return None
-    return (tuple(_size(size) for size in tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
-
-
-def _traced_block(mask: Mask) -> tuple[Any, ...] | None:
-    block = mask.block
-    if block is None:
-        return None
-    lengths = block.seq_lengths
-    shape = block.kv_num_blocks.shape
-    return (_size(shape[0]), _size(shape[1]), *mask.looks_at, _size(lengths[0]), _size(lengths[1]))
-
-
-def traced_call(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, options: Options, backend: Any
-) -> Output:
-    """Make a call inside torch.compile: an opaque chooser sees constants alone, the kernel's call is traced."""
-    mask = as_mask(attn_mask)
-    axis = 1 if options.layout == "BSHD" else 2
-    facts = tuple(_sized(tensor, axis) for tensor in (query, key, value))
-    same = True if query.shape[axis] == key.shape[axis] else False  # noqa: SIM210 - makes a guard, not a symbol
-    agree = True if _batches_agree(query, key, value, axis) else False  # noqa: SIM210
-    mask_plain: tuple[Any, ...] = (None, None, None, None)
-    if mask is not None:
-        mask_plain = (mask.pattern, _traced_facts(mask.key), _traced_facts(mask.dense), _traced_block(mask))
-    plan: Plan = _choose(
-        _in_force.token,
-        tuple(policy.traced),
-        backend,
-        facts,
-        mask_plain,
-        _traced_facts(sinks),
-        tuple(options),
-        (torch.is_grad_enabled(), same, agree, torch.are_deterministic_algorithms_enabled()),
-        _traced_storage(query, key, value, axis),
-    )
-    return plan.run(plan, query, key, value, parts_of(mask, sinks))
-
-
-def _sized(tensor: Tensor, axis: int) -> tuple[Any, ...]:
-    shape = tuple(_size(size) if dim in (0, axis) else operator.index(size) for dim, size in enumerate(tensor.shape))
-    return (shape, tensor.dtype, tensor.device, tensor.requires_grad)
-
-
-def _batches_agree(query: Tensor, key: Tensor, value: Tensor, axis: int) -> bool:
-    if not query.dim() == key.dim() == value.dim() == 4:
-        return True  # refused with its own message
-    return query.shape[0] == key.shape[0] == value.shape[0] and key.shape[axis] == value.shape[axis]
-
-
-def _traced_storage(query: Tensor, key: Tensor, value: Tensor, axis: int) -> tuple[bool, bool, bool]:
-    if query.device.type == "cpu":
-        return (True, True, False)
-    size = query.element_size()
-    aligned, unit, expanded = True, True, False
-    for tensor in (query, key, value):
-        if tensor.storage_offset() * size % 16:
-            aligned = False
-        if tensor.stride(-1) != 1:
-            unit = False
-        if tensor.shape[-1] * size % 16 == 0:
-            for dim in (0, 1, 2):
-                if tensor.shape[dim] > 1 and tensor.stride(dim) * size % 16:
-                    aligned = False
-        if tensor is not query and tensor.shape[3 - axis] > 1 and tensor.stride(3 - axis) == 0:
-            expanded = True
-    return (aligned, unit, expanded)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _choose(
-    token: str,
-    entered: tuple[policy.Entered, ...],
-    backend: Any,
-    facts: tuple[Any, ...],
-    mask_plain: tuple[Any, ...],
-    sinks: tuple[Any, ...] | None,
-    options_plain: tuple[Any, ...],
-    flags: tuple[bool, bool, bool, bool],
-    storage: tuple[bool, bool, bool],
-) -> Plan:
-    options = Options(*options_plain)
-    scope = policy.scope_of_token(token, entered)
-    if backend is not None:
-        scope = scope_of_call(scope, backend)
-    grad, same, agree, deterministic = flags
-    query, key, value = (Facts(*fact) for fact in facts)
-    if not agree:
-        raise InvalidCallError("query, key and value need the same batch size, and key and value the same length.")
-    block, seqlens = None, None
-    if mask_plain[3] is not None:
-        block, seqlens = BlockSpec(*mask_plain[3][:4]), mask_plain[3][4:]
-    parts = [None if fact is None else Facts(*fact) for fact in mask_plain[1:3]]
-    spec = build_spec(
-        query,
-        key,
-        value,
-        MaskFacts(mask_plain[0], parts[0], parts[1], block, seqlens),
-        options,
-        None if sinks is None else Facts(*sinks),
-        grad=grad,
-        storage=Storage(*storage),
-        same_lengths=same,
-        deterministic=deterministic,
-        compiled=True,
-    )
-    return make_plan(decide(spec, scope))

@@ -41,7 +41,7 @@ def wide(attn_mask: Any) -> Tensor:
     """Give the one tensor of a mask (a tensor itself, key padding, or a dense mask) with four dimensions."""
     if isinstance(attn_mask, Mask):
         if attn_mask.key is not None:
-            return attn_mask.key.unsqueeze(1).unsqueeze(1)
+            return attn_mask.wide_key()
         attn_mask = attn_mask.dense
     found: Tensor = attn_mask
     return found if found.dim() == 4 else found[(None,) * (4 - found.dim())]

@@ -83,7 +83,7 @@ class Mask:
         looks_at: Whether the block mask's function may look at the batch index, and at the head index.
     """
 
-    __slots__ = ("__weakref__", "_signature", "block", "dense", "key", "looks_at", "pattern")
+    __slots__ = ("__weakref__", "_signature", "_wide_key", "block", "dense", "key", "looks_at", "pattern")
 
     def __init__(
         self,
@@ -100,6 +100,15 @@ class Mask:
         self.block = block
         self.looks_at = looks_at
         self._signature: tuple[Any, ...] | None = None
+        self._wide_key: Tensor | None = None
+
+    def wide_key(self) -> Tensor:
+        """Give the key padding as `(B, 1, 1, S_kv)`: a view made once, which in-place writes reach."""
+        found = self._wide_key
+        if found is None:
+            assert self.key is not None
+            found = self._wide_key = self.key[:, None, None, :]
+        return found
 
     @property
     def signature(self) -> tuple[Any, ...]:

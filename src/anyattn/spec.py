@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -67,17 +67,18 @@ class BlockSpec:
         heads: How many heads it has blocks for: 1 or H.
         per_batch: Whether its function looks at the batch index.
         per_head: Whether its function looks at the head index.
+        is_partial: Whether its blocks stand for one entry alone though its function tells entries apart.
     """
 
     batch: int
     heads: int
     per_batch: bool = False
     per_head: bool = False
+    is_partial: bool = field(init=False, compare=False, repr=False)
 
-    @property
-    def is_partial(self) -> bool:
-        """Whether its blocks stand for one entry alone though its function tells entries apart."""
-        return (self.per_batch and self.batch == 1) or (self.per_head and self.heads == 1)
+    def __post_init__(self) -> None:
+        partial = (self.per_batch and self.batch == 1) or (self.per_head and self.heads == 1)
+        object.__setattr__(self, "is_partial", partial)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,9 @@ class AttentionSpec:
         storage: How the tensors lie in memory.
         deterministic: Whether deterministic algorithms are asked for.
         compiled: Whether the call is being traced by torch.compile or torch.export.
+        is_gqa: Whether several query heads share one key/value head.
+        needs_grad: Whether any input needs a gradient.
+        is_empty: Whether there is no batch entry, no query, or no key.
     """
 
     batch: int
@@ -169,31 +173,20 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: bool = False
     return_lse: bool = False
-    requires_grad: frozenset[str] = frozenset()
+    requires_grad: tuple[str, ...] = ()
     same_lengths: bool = True
     storage: Storage = Storage()
     deterministic: bool = False
     compiled: bool = False
+    # Fields and not properties: torch.compile reads the fields of a frozen dataclass, and nothing else of it.
+    is_gqa: bool = field(init=False, compare=False, repr=False)
+    needs_grad: bool = field(init=False, compare=False, repr=False)
+    is_empty: bool = field(init=False, compare=False, repr=False)
 
-    @property
-    def is_gqa(self) -> bool:
-        """Whether several query heads share one key/value head."""
-        return self.num_heads != self.num_kv_heads
-
-    @property
-    def needs_grad(self) -> bool:
-        """Whether any input needs a gradient."""
-        return bool(self.requires_grad)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to attend from or to: no batch entry, no query, or no key."""
-        return 0 in (self.batch, self.seqlen_q, self.seqlen_kv)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element of the query."""
-        return self.dtype.itemsize
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_gqa", self.num_heads != self.num_kv_heads)
+        object.__setattr__(self, "needs_grad", bool(self.requires_grad))
+        object.__setattr__(self, "is_empty", 0 in (self.batch, self.seqlen_q, self.seqlen_kv))
 
     def replace(self, **changes: Any) -> AttentionSpec:
         """Give a copy with some fields changed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -101,20 +102,33 @@ class Flex(Backend):
         with_lse = spec.return_lse or spec.sinks
         if plan.lowering.compiled and not torch.compiler.is_compiling():
             call = _compiled(plan)
-        result = call(
-            query,
-            key,
-            value,
-            score_mod=_score_mod(spec, parts),
-            block_mask=_block_mask(plan, parts, query, key),
-            scale=spec.scale,
-            enable_gqa=spec.is_gqa,
-            return_lse=with_lse,
-        )
+        arguments: dict[str, Any] = {
+            "score_mod": _score_mod(spec, parts),
+            "block_mask": _block_mask(plan, parts, query, key),
+            "scale": spec.scale,
+            "enable_gqa": spec.is_gqa,
+            "return_lse": with_lse,
+        }
+        if plan.lowering.compiled or _warned:
+            result = call(query, key, value, **arguments)
+        else:
+            result = _first_eager(call, query, key, value, arguments)
         out, lse = result if with_lse else (result, None)
         if spec.layout == "BSHD":
             out = out.transpose(1, 2)
         return out if lse is None else (out, lse.detach().float())
+
+
+_warned: list[bool] = []
+
+
+def _first_eager(call: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> Any:
+    """Run the process's first eager call without torch's one warning that it is eager: the decision says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        result = call(query, key, value, **arguments)
+    _warned.append(True)
+    return result
 
 
 def _compiles(spec: AttentionSpec, env: Environment) -> tuple[bool, str]:

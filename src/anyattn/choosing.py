@@ -1,0 +1,77 @@
+"""What steers the choice: blocks, the process's default, and starting afresh."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from anyattn import environment, policy
+from anyattn.decision import Precision, Preference
+from anyattn.dispatch import Backends, make_preference
+
+_current = policy.current.get
+_tracing = torch.compiler.is_dynamo_compiling
+
+
+class attention_backend:
+    """Choose the backend of every call inside a `with` block, in this thread or task alone.
+
+    A module's own pin beats the block, which is said once; `override=True` turns that round.
+
+    Args:
+        backend: A name, an alias, `"auto"`, or a list in order of preference.
+        override: Whether the block beats pins.
+        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"` or `"fp8"`.
+
+    Raises:
+        UnknownBackendError: If a name is unknown.
+
+    Example:
+        >>> import torch, anyattn
+        >>> q = k = v = torch.randn(1, 8, 2, 16)
+        >>> with anyattn.attention_backend("native_math"):
+        ...     out = anyattn.attention(q, k, v)
+    """
+
+    def __init__(self, backend: Backends, *, override: bool = False, precision: Precision = "exact") -> None:
+        self.override = override
+        if _tracing():
+            is_list = not isinstance(backend, str)
+            names = tuple(backend) if is_list else (backend,)
+            mode = "prefer" if is_list or backend == "auto" else "require"
+            self.wish = Preference(names, mode, "context", precision)  # type: ignore[arg-type]
+        else:
+            self.wish = make_preference(backend, "context", precision)
+        self._tokens: list[Any] = []
+
+    def __enter__(self) -> attention_backend:
+        if _tracing():
+            policy.traced.append(policy.plain("context", self.wish, self.override))
+        else:
+            self._tokens.append(policy.current.set(policy.enter(_current(), self.wish, self.override)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if _tracing():
+            policy.traced.pop()
+        else:
+            policy.current.reset(self._tokens.pop())
+
+
+def set_default_backend(backend: Backends | None, *, precision: Precision = "exact") -> None:
+    """Set the process's default, for calls that no block, pin or argument decides; None clears it.
+
+    Raises:
+        UnknownBackendError: If a name is unknown; nothing is changed then.
+    """
+    policy.set_default(None if backend is None else make_preference(backend, "default", precision))
+
+
+def reset() -> None:
+    """Forget every decision, and look at the machine and the environment variables again."""
+    environment.detect.cache_clear()
+    policy.forget()

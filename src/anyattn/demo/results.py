@@ -1,0 +1,137 @@
+"""What the demo found, as frozen values; nothing here runs anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from anyattn.demo.budget import Errors
+from anyattn.demo.recipes import ModelName
+
+__all__ = ["BackendRun", "DemoResult", "ModelResult", "Status"]
+
+Status = Literal["passed", "failed", "refused", "measured"]
+"""`passed` and `failed`: an exact backend inside or outside of the budget, or broken; `refused`: it declined
+a call of the model, with reasons; `measured`: a quantised backend, which the budget doesn't judge."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendRun:
+    """One model through one backend.
+
+    Attributes:
+        backend: Its name.
+        exact: Whether it claims to be exact, so that the budget judges it.
+        status: What came of it.
+        reason: Why it was refused or failed; empty otherwise.
+        calls: Attention calls of the model that this backend made, as recorded by anyattn.
+        kernels: How often each kernel ran, by name.
+        seconds: Wall time of the run, the first calls of its kernels included; None where it didn't finish.
+        errors: Largest differences to the truth; None where it didn't finish.
+        image: Its images or frames `(n, 3, height, width)` on the CPU, in [0, 1]; None where it didn't
+            finish.
+    """
+
+    backend: str
+    exact: bool
+    status: Status
+    reason: str = ""
+    calls: int = 0
+    kernels: tuple[tuple[str, int], ...] = ()
+    seconds: float | None = None
+    errors: Errors | None = None
+    image: Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all but the image as plain data, for JSON."""
+        return {
+            "backend": self.backend,
+            "exact": self.exact,
+            "status": self.status,
+            "reason": self.reason,
+            "calls": self.calls,
+            "kernels": dict(self.kernels),
+            "seconds": self.seconds,
+            "errors": None if self.errors is None else self.errors.to_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelResult:
+    """One model: the truth, the yardstick, and every backend beside them.
+
+    Attributes:
+        name: Which model.
+        title: Its name for people.
+        calls: Attention calls that the model makes.
+        image: The truth's images or frames `(n, 3, height, width)` on the CPU, in [0, 1].
+        truth_seconds: Wall time of the float64 run.
+        plain: Error of plain arithmetic in the judged dtype.
+        budget: What a backend may be off by.
+        runs: One per backend.
+    """
+
+    name: ModelName
+    title: str
+    calls: int
+    image: Tensor
+    truth_seconds: float
+    plain: Errors
+    budget: Errors
+    runs: tuple[BackendRun, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no backend failed, and at least one passed."""
+        statuses = {run.status for run in self.runs}
+        return "failed" not in statuses and "passed" in statuses
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all but the image as plain data, for JSON."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "calls": self.calls,
+            "truth_seconds": self.truth_seconds,
+            "plain": self.plain.to_dict(),
+            "budget": self.budget.to_dict(),
+            "ok": self.ok,
+            "runs": [run.to_dict() for run in self.runs],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        device: Where it ran.
+        dtype: What the judged runs computed in.
+        steps: Denoising steps per run.
+        seed: Of weights and inputs.
+        models: One result per model.
+    """
+
+    device: str
+    dtype: str
+    steps: int
+    seed: int
+    models: tuple[ModelResult, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every model was run by some backend, and no exact backend left the budget or broke."""
+        return all(model.ok for model in self.models)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all but the images as plain data, for JSON."""
+        return {
+            "ok": self.ok,
+            "device": self.device,
+            "dtype": self.dtype,
+            "steps": self.steps,
+            "seed": self.seed,
+            "models": [model.to_dict() for model in self.models],
+        }

@@ -1,0 +1,227 @@
+"""What shows the choice: the list of backends, explanations, plans and records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn import environment, policy, registry
+from anyattn.backend import Output, Runner
+from anyattn.decision import Decision
+from anyattn.describe import Options
+from anyattn.dispatch import Backends, decide, decision_for, describe, make_entry, scope_of_call
+from anyattn.errors import InvalidCallError
+from anyattn.names import BY_NAME
+from anyattn.reasons import Reason
+from anyattn.spec import AttentionSpec
+
+_current = policy.current.get
+
+
+@dataclass(frozen=True, slots=True)
+class BackendRow:
+    """One known backend on this machine.
+
+    Attributes:
+        name: Its name.
+        family: The group that shares a kernel source.
+        installed: Whether its kernel's package is there.
+        version: That package's version, or the empty string.
+        usable: Whether some call can run with it here.
+        exact: Whether it computes in the inputs' precision.
+        needs: What it needs.
+        install: The command that installs that; empty where it comes with torch.
+        reasons: Why it isn't usable.
+    """
+
+    name: str
+    family: str
+    installed: bool
+    version: str
+    usable: bool
+    exact: bool
+    needs: str
+    install: str
+    reasons: tuple[Reason, ...]
+
+
+def backends(env: environment.Environment | None = None) -> tuple[BackendRow, ...]:
+    """List every known backend, built or not, usable here or not, with every reason.
+
+    Args:
+        env: The machine to ask about; None is this one.
+    """
+    env = environment.detect() if env is None else env
+    rows = []
+    for name, backend in registry.known(registry.names()):
+        known = BY_NAME.get(name)
+        if backend is None:
+            reasons: tuple[Reason, ...] = (registry.not_built(name),)
+            exact = known is not None and known.family != "sage"
+        else:
+            reasons = tuple(backend.availability(env))
+            exact = bool(backend.declarations) and all(caps.exact for caps in backend.declarations.values())
+        family = backend.family if backend is not None else (known.family if known else "")
+        missing = any(reason.code in ("not_built", "not_installed") for reason in reasons)
+        version = str(env.torch) if family in ("native", "flex") else ""
+        rows.append(
+            BackendRow(
+                name,
+                family,
+                not missing,
+                version,
+                not reasons,
+                exact,
+                known.needs if known else "",
+                known.install if known else "",
+                reasons,
+            )
+        )
+    return tuple(rows)
+
+
+def explain(
+    query: Tensor | AttentionSpec,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: Backends | None = None,
+    env: environment.Environment | None = None,
+) -> Decision:
+    """Say what `attention` would run for these arguments, and why not each other backend; runs nothing.
+
+    Args:
+        query: As for `attention`, or a spec in place of all tensors.
+        key: As for `attention`.
+        value: As for `attention`.
+        attn_mask: As for `attention`.
+        dropout_p: As for `attention`.
+        is_causal: As for `attention`.
+        scale: As for `attention`.
+        enable_gqa: As for `attention`.
+        window: As for `attention`.
+        softcap: As for `attention`.
+        sinks: As for `attention`.
+        return_lse: As for `attention`.
+        backend: As for `attention`.
+        env: The machine to suppose, such as `anyattn.environment.preset("h100")`; None is this one.
+
+    Returns:
+        The decision; where nothing admits the call its `chosen` is None.
+
+    Raises:
+        InvalidCallError: If the call is wrong for any backend.
+    """
+    if isinstance(query, AttentionSpec):
+        spec = query
+    else:
+        options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
+        spec = describe(query, key, value, attn_mask, sinks, options)  # type: ignore[arg-type]
+    scope = _current()
+    if backend is not None:
+        scope = scope_of_call(scope, backend)
+    return decision_for(spec, scope, environment.detect() if env is None else env)
+
+
+def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
+    """Make the choice for a spec once, and give a callable that has it made.
+
+    Args:
+        spec: The call, such as `anyattn.explain(...).spec`.
+        backend: As for `attention`.
+
+    Returns:
+        `run(query, key, value)` for a spec without mask and sinks, else
+        `run(query, key, value, attn_mask=None, sinks=None)`. It compares shapes and dtype with the spec's, and leaves
+        all else to the caller: strides, devices and gradients must be as described.
+
+    Raises:
+        UnsupportedCallError: If nothing admits the call.
+    """
+    scope = _current()
+    if backend is not None:
+        scope = scope_of_call(scope, backend)
+    entry = make_entry(decide(spec, scope))
+    order = (0, 1, 2, 3) if spec.layout == "BSHD" else (0, 2, 1, 3)
+    full = (
+        (spec.batch, spec.seqlen_q, spec.num_heads, spec.head_dim),
+        (spec.batch, spec.seqlen_kv, spec.num_kv_heads, spec.head_dim),
+        (spec.batch, spec.seqlen_kv, spec.num_kv_heads, spec.head_dim_v),
+    )
+    shapes = tuple(tuple(shape[axis] for axis in order) for shape in full)
+    dtype = spec.dtype
+    if spec.mask.key or spec.mask.dense or spec.mask.block or spec.sinks:
+        return _masked_plan(entry, shapes, dtype)
+    call: Runner = entry.call
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Output:
+        if (query.shape, key.shape, value.shape) != shapes or query.dtype is not dtype:
+            raise _off_plan(shapes, dtype, query, key, value)
+        return call(query, key, value)
+
+    run.decision = entry.decision  # type: ignore[attr-defined]
+    return run
+
+
+def _masked_plan(entry: Any, shapes: Any, dtype: torch.dtype) -> Any:
+    spec: AttentionSpec = entry.decision.spec
+
+    def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, sinks: Tensor | None = None) -> Output:
+        if (query.shape, key.shape, value.shape) != shapes or query.dtype is not dtype:
+            raise _off_plan(shapes, dtype, query, key, value)
+        if (attn_mask is None) != spec.mask.is_empty or (sinks is None) == spec.sinks:
+            raise InvalidCallError(
+                "The plan was made with a mask or sinks that this call lacks, or the other way round."
+            )
+        return entry.call_masked(query, key, value, attn_mask, sinks)  # type: ignore[no-any-return]
+
+    run.decision = entry.decision  # type: ignore[attr-defined]
+    return run
+
+
+def _off_plan(shapes: Any, dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -> InvalidCallError:
+    given = tuple(tuple(tensor.shape) for tensor in (query, key, value))
+    return InvalidCallError(f"The plan is for {shapes} in {dtype}; {given} in {query.dtype} was given. Plan again.")
+
+
+@contextmanager
+def record() -> Iterator[list[Decision]]:
+    """Collect the decision of every call made inside the block, in this thread or task.
+
+    Calls inside code compiled by torch.compile run without Python and aren't seen.
+
+    Example:
+        >>> import torch, anyattn
+        >>> q = k = v = torch.randn(1, 8, 2, 16)
+        >>> with anyattn.record() as calls:
+        ...     out = anyattn.attention(q, k, v)
+        >>> [call.chosen for call in calls]
+        ['native']
+    """
+    calls: list[Decision] = []
+    outer = _current()
+
+    def told(decision: Decision) -> None:
+        calls.append(decision)
+        if outer.recorder is not None:
+            outer.recorder(decision)
+
+    changed = policy.current.set(policy.recording(outer, told))
+    try:
+        yield calls
+    finally:
+        policy.current.reset(changed)

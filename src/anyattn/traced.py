@@ -1,0 +1,168 @@
+"""Calls inside torch.compile: an opaque chooser sees constants alone, and the kernel's call is traced.
+
+Dynamo refuses `functools.cache` and context variables. A function marked as giving a constant runs while tracing and
+installs no guard, so that the preference in force has to be among its arguments (see `anyattn._in_force`).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn import _in_force, _runs, policy
+from anyattn.backend import Output, Plan, Run
+from anyattn.describe import Facts, MaskFacts, Options, build_spec
+from anyattn.dispatch import decide, execute, make_plan, scope_of_call
+from anyattn.errors import InvalidCallError
+from anyattn.masks import Mask
+from anyattn.prepare import as_mask, parts_of
+from anyattn.spec import UNKNOWN, BlockSpec, Storage
+
+
+def _size(size: int) -> int:
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return operator.index(size) if has_static_value(size) else UNKNOWN
+
+
+def _number(number: Any) -> Any:
+    """Make a number static: with dynamic shapes even the defaults of arguments arrive as symbols."""
+    if isinstance(number, float):
+        return number.__float__()
+    if isinstance(number, int) and not isinstance(number, bool):
+        return operator.index(number)
+    return number
+
+
+def _static_options(options: Options) -> tuple[Any, ...]:
+    window = options.window
+    if window is not None and len(window) == 2:
+        window = (_number(window[0]), _number(window[1]))
+    return (
+        _number(options.dropout_p),
+        options.is_causal,
+        _number(options.scale),
+        options.enable_gqa,
+        window,
+        _number(options.softcap),
+        options.return_lse,
+        options.layout,
+    )
+
+
+def _traced_facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """Write a tensor's facts as plain constants."""
+    if tensor is None:
+        return None
+    return (tuple(_size(size) for size in tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
+
+
+def _traced_block(mask: Mask) -> tuple[Any, ...] | None:
+    block = mask.block
+    if block is None:
+        return None
+    lengths = block.seq_lengths
+    shape = block.kv_num_blocks.shape
+    return (_size(shape[0]), _size(shape[1]), *mask.looks_at, _size(lengths[0]), _size(lengths[1]))
+
+
+def traced_call(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, options: Options, backend: Any
+) -> Output:
+    """Make a call inside torch.compile: an opaque chooser sees constants alone, the kernel's call is traced."""
+    mask = as_mask(attn_mask)
+    axis = 1 if options.layout == "BSHD" else 2
+    facts = tuple(_sized(tensor, axis) for tensor in (query, key, value))
+    same = True if query.shape[axis] == key.shape[axis] else False  # noqa: SIM210 - makes a guard, not a symbol
+    agree = True if _batches_agree(query, key, value, axis) else False  # noqa: SIM210
+    mask_plain: tuple[Any, ...] = (None, None, None, None)
+    if mask is not None:
+        mask_plain = (mask.pattern, _traced_facts(mask.key), _traced_facts(mask.dense), _traced_block(mask))
+    plan: Plan = _choose(
+        _in_force.token,
+        tuple(policy.traced),
+        backend,
+        facts,
+        mask_plain,
+        _traced_facts(sinks),
+        _static_options(options),
+        (torch.is_grad_enabled(), same, agree, torch.are_deterministic_algorithms_enabled()),
+        _traced_storage(query, key, value, axis),
+    )
+    run: Run = getattr(_runs, plan.backend if plan.lowering.entry != "empty" else "empty")
+    return execute(run, plan, query, key, value, parts_of(mask, sinks))
+
+
+def _sized(tensor: Tensor, axis: int) -> tuple[Any, ...]:
+    shape = tuple(_size(size) if dim in (0, axis) else operator.index(size) for dim, size in enumerate(tensor.shape))
+    return (shape, tensor.dtype, tensor.device, tensor.requires_grad)
+
+
+def _batches_agree(query: Tensor, key: Tensor, value: Tensor, axis: int) -> bool:
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return True  # refused with its own message
+    return query.shape[0] == key.shape[0] == value.shape[0] and key.shape[axis] == value.shape[axis]
+
+
+def _traced_storage(query: Tensor, key: Tensor, value: Tensor, axis: int) -> tuple[bool, bool, bool]:
+    if query.device.type == "cpu":
+        return (True, True, False)
+    size = query.element_size()
+    aligned, unit, expanded = True, True, False
+    for tensor in (query, key, value):
+        if tensor.storage_offset() * size % 16:
+            aligned = False
+        if tensor.stride(-1) != 1:
+            unit = False
+        if tensor.shape[-1] * size % 16 == 0:
+            for dim in (0, 1, 2):
+                if tensor.shape[dim] > 1 and tensor.stride(dim) * size % 16:
+                    aligned = False
+        if tensor is not query and tensor.shape[3 - axis] > 1 and tensor.stride(3 - axis) == 0:
+            expanded = True
+    return (aligned, unit, expanded)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose(
+    token: str,
+    entered: tuple[policy.Entered, ...],
+    backend: Any,
+    facts: tuple[Any, ...],
+    mask_plain: tuple[Any, ...],
+    sinks: tuple[Any, ...] | None,
+    options_plain: tuple[Any, ...],
+    flags: tuple[bool, bool, bool, bool],
+    storage: tuple[bool, bool, bool],
+) -> Plan:
+    options = Options(*options_plain)
+    scope = policy.scope_of_token(token, entered)
+    if backend is not None:
+        scope = scope_of_call(scope, backend)
+    grad, same, agree, deterministic = flags
+    query, key, value = (Facts(*fact) for fact in facts)
+    if not agree:
+        raise InvalidCallError("query, key and value need the same batch size, and key and value the same length.")
+    block, seqlens = None, None
+    if mask_plain[3] is not None:
+        block, seqlens = BlockSpec(*mask_plain[3][:4]), mask_plain[3][4:]
+    parts = [None if fact is None else Facts(*fact) for fact in mask_plain[1:3]]
+    spec = build_spec(
+        query,
+        key,
+        value,
+        MaskFacts(mask_plain[0], parts[0], parts[1], block, seqlens),
+        options,
+        None if sinks is None else Facts(*sinks),
+        grad=grad,
+        storage=Storage(*storage),
+        same_lengths=same,
+        deterministic=deterministic,
+        compiled=True,
+    )
+    plan, run = make_plan(decide(spec, scope))
+    setattr(_runs, "empty" if spec.is_empty else plan.backend, run)
+    return plan
