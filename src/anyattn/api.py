@@ -9,9 +9,10 @@ from torch import Tensor
 
 from anyattn import policy
 from anyattn.describe import Options
-from anyattn.dispatch import Backends, entry_for, explain_failure, raise_kernel_error, scope_of_call
+from anyattn.dispatch import Backends, entry_for, explain_failure, scope_of_call
 from anyattn.masks import Mask
 from anyattn.prepare import known_of, known_of_tensor
+from anyattn.running import raise_kernel_error
 from anyattn.traced import traced_call
 
 _current = policy.current.get

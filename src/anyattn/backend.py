@@ -51,7 +51,8 @@ class Lowering:
         is_causal: Whether the kernel's own causal flag is set.
         dense: Whether every part of the mask is joined into one dense mask.
         copy: Whether query, key and value are copied to aligned, contiguous storage.
-        compiled: Whether the kernel is compiled by the backend itself.
+        compiled: Whether the kernel is compiled, by the backend itself or with the caller's code.
+        pad_keys: Whether keys are padded to a multiple of 16, and masked.
         conversions: What is done, for people.
     """
 
@@ -60,6 +61,7 @@ class Lowering:
     dense: bool = False
     copy: bool = False
     compiled: bool = False
+    pad_keys: bool = False
     conversions: tuple[Conversion, ...] = ()
 
 

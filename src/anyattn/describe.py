@@ -260,7 +260,9 @@ def _mask_spec(mask: MaskFacts, options: Options, query: Facts, sizes: tuple[int
         key = _check_key(mask.key, batch, seqlen_kv, query)
     dense = None if mask.dense is None else _check_dense(mask.dense, (batch, heads, seqlen_q, seqlen_kv), query)
     if mask.block is not None:
-        _check_block(mask, batch, heads, (seqlen_q, seqlen_kv), query)
+        _check_block(mask.block, batch, heads)
+    if mask.seqlens is not None:
+        _check_seqlens(mask.seqlens, (seqlen_q, seqlen_kv))
     dead = not mask.live and (key is not None or dense is not None or mask.block is not None)
     dead = dead or _pattern_may_be_dead(pattern, seqlen_q, seqlen_kv, same_lengths)
     if mask.live and pattern is not None and (key is not None or dense is not None):
@@ -354,16 +356,16 @@ def _check_dense(dense: Facts, full: tuple[int, int, int, int], query: Facts) ->
     return DenseSpec(kind, dense.dtype, (shape[0], shape[1], shape[2], shape[3]))
 
 
-def _check_block(mask: MaskFacts, batch: int, heads: int, lengths: tuple[int, int], query: Facts) -> None:
-    block = mask.block
-    assert block is not None
+def _check_block(block: BlockSpec, batch: int, heads: int) -> None:
     if not (block.batch in (1, batch) or batch == UNKNOWN) or block.heads not in (1, heads):
         raise InvalidCallError(
             f"The block mask was made for batch {block.batch} and {block.heads} heads; the call has {batch} and "
             f"{heads}. Make it with those, or with None where nothing depends on them."
         )
-    made = mask.seqlens
-    if made is not None and not (_agree(made[0], lengths[0]) and _agree(made[1], lengths[1])):
+
+
+def _check_seqlens(made: tuple[int, int], lengths: tuple[int, int]) -> None:
+    if not (_agree(made[0], lengths[0]) and _agree(made[1], lengths[1])):
         raise InvalidCallError(
-            f"The block mask was made for lengths {made}; the call has {lengths}. Make it again with create_block_mask."
+            f"The mask was made for lengths (S_q, S_kv) = {made}; the call has {lengths}. Make it again for those."
         )

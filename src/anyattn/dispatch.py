@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from anyattn import policy, registry
-from anyattn.backend import Backend, Lowering, MaskedRunner, Output, Parts, Plan, Run, Runner
-from anyattn.checks import check_inputs, check_output
 from anyattn.decision import Decision, Precision, Preference
 from anyattn.describe import Facts, MaskFacts, Options, build_spec, check_tensors, facts_of
 from anyattn.environment import Environment, detect
@@ -20,13 +18,11 @@ from anyattn.errors import (
     AnyattnWarning,
     BackendUnavailableError,
     InvalidCallError,
-    KernelError,
     UnsupportedCallError,
 )
-from anyattn.lowering import apply_sinks, empty_attention
 from anyattn.names import AUTO, BY_NAME
-from anyattn.prepare import NOTHING, as_mask, known_of, mask_facts, parts_of
-from anyattn.reasons import Reason
+from anyattn.prepare import NOTHING, as_mask, known_of, mask_facts
+from anyattn.running import Entry, listed, make_entry, raise_kernel_error
 from anyattn.selection import Timings, resolve
 from anyattn.spec import UNKNOWN, AttentionSpec, Layout, Storage
 
@@ -37,32 +33,6 @@ _UNAVAILABLE = frozenset(("not_built", "not_installed", "wrong_version", "broken
 
 timings_for: Callable[[AttentionSpec, Environment], Timings | None] = lambda spec, env: None  # noqa: E731
 """Where measured times for a call come from; the tuner sets it."""
-
-
-class Entry:
-    """A decided call.
-
-    Attributes:
-        call: `call(query, key, value)` for a call without mask and sinks.
-        call_masked: `call_masked(query, key, value, attn_mask, sinks)`.
-        decision: What was chosen and why.
-        short: Whether `call` itself refuses mismatched dtypes and devices, follows autocast and gives gradients, so
-            that a table key needn't hold those.
-    """
-
-    __slots__ = ("call", "call_masked", "decision", "short")
-
-    def __init__(
-        self,
-        call: Callable[[Tensor, Tensor, Tensor], Output],
-        call_masked: Callable[[Tensor, Tensor, Tensor, Any, Tensor | None], Output],
-        decision: Decision,
-        short: bool,
-    ) -> None:
-        self.call = call
-        self.call_masked = call_masked
-        self.decision = decision
-        self.short = short
 
 
 def entry_for(
@@ -271,145 +241,15 @@ def _refusal(decision: Decision) -> AnyattnError:
         missing = tuple(reason for reason in reasons if reason.code in _UNAVAILABLE)
         if missing:
             text = f"The attention backend {wish} (asked for by {wish.source}) can't be used here:"
-            return BackendUnavailableError(_listed(text, missing), backend=wish.names[0], reasons=missing)
+            return BackendUnavailableError(listed(text, missing), backend=wish.names[0], reasons=missing)
         admit = [c.name for c in decision.candidates if c.admits]
         text = f"The attention backend {wish} (asked for by {wish.source}) refuses the call {decision.spec}:"
         more = f"\nBackends that admit it: {', '.join(admit)}." if admit else ""
-        return UnsupportedCallError(_listed(text, reasons) + more, decision=decision)
+        return UnsupportedCallError(listed(text, reasons) + more, decision=decision)
     lines = [f"No backend of {wish} (asked for by {wish.source}) admits the call {decision.spec}:"]
     for candidate in wanted:
-        lines.append(_listed(f"  {candidate.name}:", candidate.reasons))
+        lines.append(listed(f"  {candidate.name}:", candidate.reasons))
     return UnsupportedCallError("\n".join(lines), decision=decision)
-
-
-def _listed(head: str, reasons: Sequence[Reason]) -> str:
-    return "\n".join([head, *(f"  - {reason}" for reason in reasons)])
-
-
-_loaded: set[str] = set()
-
-
-def _load(backend: Backend) -> None:
-    if backend.name in _loaded:
-        return
-    try:
-        backend.load()
-    except Exception as error:
-        reason = Reason("broken_import", f"an importable {backend.name}", f"{type(error).__name__}: {error}")
-        text = _listed(f"The attention backend {backend.name} is installed but can't be imported:", [reason])
-        raise BackendUnavailableError(text, backend=backend.name, reasons=(reason,)) from error
-    _loaded.add(backend.name)
-
-
-def make_plan(decision: Decision) -> tuple[Plan, Run]:
-    """Turn a decision into what runs it; loads the kernel."""
-    assert decision.chosen is not None
-    backend = registry.get(decision.chosen)
-    assert backend is not None
-    if decision.spec.is_empty:
-        return Plan(backend.name, decision.spec, Lowering("empty")), run_empty
-    _load(backend)
-    lowering = backend.lower(decision.spec, detect())
-    caps = backend.capabilities(decision.spec, detect())
-    rescale = decision.spec.sinks and caps is not None and not caps.sinks
-    return Plan(backend.name, decision.spec, lowering, rescale), backend.run
-
-
-def run_empty(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-    """Answer a call without anything to attend to, whatever the backend."""
-    return empty_attention(plan.spec, query, key, value, parts)
-
-
-def execute(run: Run, plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-    """Run a plan, and add the sinks where its kernel has none."""
-    result = run(plan, query, key, value, parts)
-    if not plan.rescale or parts.sinks is None:
-        return result
-    out, lse = apply_sinks(result[0], result[1], parts.sinks, plan.spec.layout)
-    return (out, lse) if plan.spec.return_lse else out
-
-
-def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
-    """Turn a decision into something that can be called."""
-    plan, run = make_plan(decision)
-
-    def call_masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
-        return execute(run, plan, query, key, value, _kept(plan.spec, parts_of(as_mask(attn_mask), sinks)))
-
-    bound, bound_masked = _shortcuts(plan)
-    nothing = Parts()
-    call = bound if bound is not None else lambda query, key, value: run(plan, query, key, value, nothing)
-    masked = call_masked
-    if bound_masked is not None:
-        bound_to = bound_masked
-
-        def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
-            return bound_to(query, key, value, attn_mask)
-
-    short = bound is not None
-    if cast is not None:
-        call, masked = _autocast(call, masked, cast, plan.spec.device_type)
-        short = False
-    if policy.checks_enabled():
-        call, masked = _checked(masked, plan)
-        short = False
-    return Entry(call, masked, decision, short)
-
-
-def _shortcuts(plan: Plan) -> tuple[Runner | None, MaskedRunner | None]:
-    """Ask the backend for shorter ways, where they are its own: a subclass with another `run` doesn't inherit them."""
-    backend = registry.get(plan.backend)
-    if backend is None or plan.lowering.entry == "empty":
-        return None, None
-    kind = type(backend)
-
-    def owner(name: str) -> type:
-        return next(base for base in kind.__mro__ if name in vars(base))
-
-    bound = backend.bind(plan) if issubclass(owner("bind"), owner("run")) else None
-    masked = backend.bind_masked(plan) if issubclass(owner("bind_masked"), owner("run")) else None
-    return bound, masked
-
-
-def _kept(spec: AttentionSpec, parts: Parts) -> Parts:
-    """Leave out the parts of a mask that the spec left out, known as they are to allow everything."""
-    mask = spec.mask
-    if mask.key is None and mask.dense is None and (parts.key is not None or parts.dense is not None):
-        return parts._replace(key=None, dense=None)
-    return parts
-
-
-def _autocast(call: Any, call_masked: Any, dtype: torch.dtype, device_type: str) -> tuple[Any, Any]:
-    """Cast as autocast does for SDPA, once, and run with it off, so that a mask keeps its precision."""
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-    def cast_call(query: Tensor, key: Tensor, value: Tensor) -> Output:
-        with torch.autocast(device_type, enabled=False):
-            return call(cast(query), cast(key), cast(value))  # type: ignore[no-any-return]
-
-    def cast_call_masked(query: Tensor, key: Tensor, value: Tensor, mask: Any, sinks: Tensor | None) -> Output:
-        with torch.autocast(device_type, enabled=False):
-            return call_masked(cast(query), cast(key), cast(value), mask, sinks)  # type: ignore[no-any-return]
-
-    return cast_call, cast_call_masked
-
-
-def _checked(call_masked: Any, plan: Plan) -> tuple[Any, Any]:
-    """Add the value checks: inputs at every call, the output against the reference at the first."""
-    first = [True]
-
-    def checked(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, sinks: Tensor | None = None) -> Output:
-        parts = _kept(plan.spec, parts_of(as_mask(mask), sinks))
-        check_inputs(plan.spec, query, key, value, parts)
-        result: Output = call_masked(query, key, value, mask, sinks)
-        if first[0]:
-            check_output(plan, query, key, value, parts, result)
-            first[0] = False
-        return result
-
-    return checked, checked
 
 
 def explain_failure(
@@ -418,15 +258,3 @@ def explain_failure(
     """Say why a call from the short table failed: it was wrong, or the kernel raised."""
     spec = describe(query, key, value, None, None, options)
     raise_kernel_error(error, decide(spec, scope))
-
-
-def raise_kernel_error(error: Exception, decision: Decision) -> NoReturn:
-    """Wrap what a kernel raised; out-of-memory and our own errors pass through."""
-    if isinstance(error, AnyattnError | torch.OutOfMemoryError):
-        raise error
-    name = decision.chosen or ""
-    raise KernelError(
-        f"The attention backend {name} ({decision.kernel}) raised {type(error).__name__}: {error}\n"
-        f"The call was {decision.spec}. Choose another backend, and run `anyattn doctor` to look into this one.",
-        backend=name,
-    ) from error

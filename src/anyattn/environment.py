@@ -63,6 +63,7 @@ class Environment:
         devices: The devices, cpu always among them.
         packages: Version of each installed distribution that matters.
         cudnn: The version of cuDNN, such as `(9, 19, 0)`, or None.
+        cpu: The widest instruction set that torch uses on the processor, such as `"AVX512"`.
         cxx: Whether a C++ compiler is at hand, which compiled CPU code needs.
         python: The version of Python.
         platform: The operating system and processor.
@@ -72,6 +73,7 @@ class Environment:
     devices: tuple[Device, ...] = (Device("cpu"),)
     packages: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cudnn: tuple[int, int, int] | None = None
+    cpu: str = ""
     cxx: bool = False
     python: str = ""
     platform: str = ""
@@ -80,7 +82,7 @@ class Environment:
         object.__setattr__(self, "packages", MappingProxyType(dict(self.packages)))
 
     def __hash__(self) -> int:
-        return hash((self.torch, self.devices, tuple(sorted(self.packages.items())), self.cudnn, self.cxx))
+        return hash((self.torch, self.devices, tuple(sorted(self.packages.items())), self.cudnn, self.cpu, self.cxx))
 
     def device(self, device_type: str, index: int | None = None) -> Device | None:
         """Find a device; without an index, the first of its type."""
@@ -103,6 +105,7 @@ class Environment:
             "devices": [dataclasses.asdict(device) for device in self.devices],
             "packages": dict(self.packages),
             "cudnn": None if self.cudnn is None else ".".join(map(str, self.cudnn)),
+            "cpu": self.cpu,
             "cxx": self.cxx,
             "python": self.python,
             "platform": self.platform,
@@ -117,6 +120,7 @@ def detect() -> Environment:
         devices=_devices(),
         packages=_packages(),
         cudnn=_cudnn(),
+        cpu=torch.backends.cpu.get_cpu_capability(),
         cxx=any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")),
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",

@@ -34,6 +34,7 @@ class KnownBad:
         torch: The versions of torch it concerns.
         device_type: The type of device.
         archs: The major compute capabilities it concerns; empty is all.
+        unless_cpu: The instruction set of CPUs that it does not concern.
     """
 
     name: str
@@ -46,12 +47,15 @@ class KnownBad:
     torch: str = ""
     device_type: str = "cuda"
     archs: tuple[int, ...] = ()
+    unless_cpu: str = ""
 
     def concerns(self, backend: str, env: Environment, spec: AttentionSpec) -> bool:
         """Whether the row is about this backend on this machine for this call."""
         if backend not in self.backends or spec.device_type != self.device_type:
             return False
         if self.torch and not SpecifierSet(self.torch).contains(env.torch.base_version):
+            return False
+        if self.unless_cpu and env.cpu.startswith(self.unless_cpu):
             return False
         if self.archs and not self._arch_matches(env, spec):
             return False
@@ -210,15 +214,16 @@ TABLE: tuple[KnownBad, ...] = (
         device_type="mps",
     ),
     KnownBad(
-        "flex-cpu-short-tail",
+        "flex-cpu-tail",
         ("flex (compiled)",),
         "wrong results or NaN",
-        "compiled for the CPU, and seqlen_kv is 24 or 40",
-        lambda s: _maybe(s.seqlen_kv, s.seqlen_kv in (24, 40)),
-        "eager flex, or native",
-        "seen with torch 2.13 on an AVX2 CPU",
+        "compiled for a CPU without AVX-512, and seqlen_kv % 16 == 8",
+        lambda s: _maybe(s.seqlen_kv, s.seqlen_kv % 16 == 8),
+        "keys padded to a multiple of 16 (done by anyattn), eager flex, or native",
+        "seen with torch 2.13 and inductor's code for AVX2; right with its code for AVX-512",
         ">=2.5",
         device_type="cpu",
+        unless_cpu="AVX512",
     ),
     KnownBad(
         "flex-block-mask-one-head",

@@ -119,7 +119,7 @@ class Mask:
                 self.pattern,
                 _tensor_signature(self.key),
                 _tensor_signature(self.dense),
-                None if self.block is None else _serial_of(self.block),
+                None if self.block is None else serial_of(self.block),
             )
             self._signature = found
         return found
@@ -162,7 +162,7 @@ _serials = itertools.count()
 _serial_by_block: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
-def _serial_of(block: Any) -> int:
+def serial_of(block: Any) -> int:
     """Give a number that no other block mask has or will have, unlike its id."""
     found = _serial_by_block.get(block)
     if found is None:

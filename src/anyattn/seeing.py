@@ -14,10 +14,11 @@ from anyattn import environment, policy, registry
 from anyattn.backend import Output, Runner
 from anyattn.decision import Decision
 from anyattn.describe import Options
-from anyattn.dispatch import Backends, decide, decision_for, describe, make_entry, scope_of_call
+from anyattn.dispatch import Backends, decide, decision_for, describe, scope_of_call
 from anyattn.errors import InvalidCallError
 from anyattn.names import BY_NAME
 from anyattn.reasons import Reason
+from anyattn.running import make_entry
 from anyattn.spec import AttentionSpec
 
 _current = policy.current.get

@@ -15,10 +15,11 @@ from torch import Tensor
 from anyattn import _in_force, _runs, policy
 from anyattn.backend import Output, Plan, Run
 from anyattn.describe import Facts, MaskFacts, Options, build_spec
-from anyattn.dispatch import decide, execute, make_plan, scope_of_call
+from anyattn.dispatch import decide, scope_of_call
 from anyattn.errors import InvalidCallError
 from anyattn.masks import Mask
 from anyattn.prepare import as_mask, parts_of
+from anyattn.running import execute, make_plan
 from anyattn.spec import UNKNOWN, BlockSpec, Storage
 
 
@@ -126,7 +127,6 @@ def _traced_storage(query: Tensor, key: Tensor, value: Tensor, axis: int) -> tup
     return (aligned, unit, expanded)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose(
     token: str,
     entered: tuple[policy.Entered, ...],
@@ -166,3 +166,8 @@ def _choose(
     plan, run = make_plan(decide(spec, scope))
     setattr(_runs, "empty" if spec.is_empty else plan.backend, run)
     return plan
+
+
+# What torch.compiler.assume_constant_result does; the decorator itself imports torch._dynamo, which takes over a second
+# and would make `import anyattn` as slow (torch 2.6 to 2.13, torch/_dynamo/decorators.py).
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]

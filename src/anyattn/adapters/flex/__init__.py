@@ -1,0 +1,103 @@
+"""torch's FlexAttention: compiled where that pays, eager otherwise, and the decision says which.
+
+Sources: torch 2.13 `torch/nn/attention/flex_attention.py` and `torch/_higher_order_ops/flex_attention.py`, run on a
+CPU; an H100 with torch 2.11. Compiled code accepts mismatched lengths and heads, so the call is checked before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+
+from anyattn.adapters.flex import kernels
+from anyattn.backend import Backend, Lowering
+from anyattn.capabilities import BOTH, Capabilities
+from anyattn.environment import Environment
+from anyattn.known_bad import hits
+from anyattn.reasons import Conversion, Reason
+from anyattn.spec import AttentionSpec
+
+_CPU = Capabilities(
+    dtypes=frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)),
+    head_dim_max=1 << 20,
+    head_dim_v=True,
+    causal=BOTH,
+    window=BOTH,
+    key_mask=True,
+    boolean=True,
+    bias=True,
+    bias_float32=True,
+    block=True,
+    dead_rows=True,
+    gqa=True,
+    softcap=True,
+    scale_any=True,
+    lse=True,
+    exact=True,
+    unit_stride=False,
+    compile=True,
+)
+
+_CUDA = _CPU.replace(
+    dtypes=frozenset((torch.float16, torch.bfloat16, torch.float32)),
+    arch_min=(7, 5),
+    head_dim_max=256,
+    backward=True,
+    deterministic=False,
+    cuda_graph=True,
+)
+
+_PAYS_ON_CPU = 1 << 22
+"""Scores (batch * heads * seqlen_q * seqlen_kv) from which compiling for the CPU is worth its seconds."""
+
+_HELD = "all scores are held in memory"
+
+
+class Flex(Backend):
+    """FlexAttention: every mask, bias and softcap in one kernel."""
+
+    name = "flex"
+    family = "flex"
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cpu": _CPU, "cuda": _CUDA}
+    run = staticmethod(kernels.run)
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        if spec.device_type == "cuda" and min(spec.head_dim, spec.head_dim_v) < 16:
+            yield Reason("head_dim", "head_dim >= 16 on CUDA", str(min(spec.head_dim, spec.head_dim_v)))
+        if spec.device_type == "cpu" and spec.compiled and (spec.return_lse or spec.sinks):
+            yield Reason("lse", "no lse under torch.compile on a CPU (inductor has none)", "return_lse or sinks")
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        compiled, why = _compiles(spec, env)
+        entry = "flex_attention (compiled)" if compiled else "flex_attention (eager)"
+        notes = [Conversion("compiled" if compiled else "eager", why)]
+        rows = hits(("flex (compiled)",), spec, env) if compiled else ()
+        if rows:
+            text = f"keys padded to a multiple of 16 and masked: {rows[0].what} otherwise ({rows[0].link})"
+            notes.append(Conversion("pad_keys", text))
+        if spec.mask.block is not None and spec.mask.block.is_partial:
+            text = "block mask made again with every head and batch entry: its blocks were those of the first alone"
+            notes.append(Conversion("rebuild_block_mask", text))
+        return Lowering(entry, compiled=compiled, pad_keys=bool(rows), conversions=tuple(notes))
+
+    def load(self) -> None:
+        import torch.nn.attention.flex_attention  # noqa: F401
+
+
+def _compiles(spec: AttentionSpec, env: Environment) -> tuple[bool, str]:
+    """Decide whether the call is compiled, and say why."""
+    if spec.compiled:
+        return True, "traced into the caller's torch.compile"
+    if spec.device_type == "cuda":
+        return True, "compiled by torch.compile at the first call of this kind"
+    if spec.batch * spec.num_heads * spec.seqlen_q * spec.seqlen_kv < _PAYS_ON_CPU:
+        return False, f"eager: too small for compiling to pay ({_HELD})"
+    if not env.cxx:
+        return False, f"eager: there is no C++ compiler for torch.compile ({_HELD})"
+    if spec.return_lse or spec.sinks:
+        return False, f"eager: compiled code gives no lse on a CPU ({_HELD})"
+    if spec.dtype == torch.float64:
+        return False, f"eager: float64 isn't compiled ({_HELD})"
+    return True, "compiled by torch.compile at the first call of this kind"
