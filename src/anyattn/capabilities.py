@@ -19,7 +19,7 @@ MAX_LOWERED_MASK_BYTES = 1 << 30
 """The largest mask (bytes, one per position) that is made behind the caller's back to express a pattern."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """What a backend accepts on one type of device; every default is the pessimistic one.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import platform
 import shutil
 from collections.abc import Mapping
@@ -145,6 +144,8 @@ def _devices() -> tuple[Device, ...]:
 
 
 def _packages() -> dict[str, str]:
+    import importlib.metadata
+
     versions = {}
     for name in DISTRIBUTIONS:
         try:

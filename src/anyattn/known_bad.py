@@ -7,16 +7,22 @@ with dynamic shapes) counts as if the condition held.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-
-from packaging.specifiers import SpecifierSet
 
 from anyattn.environment import Arch, Environment
 from anyattn.reasons import Reason
 from anyattn.spec import UNKNOWN, AttentionSpec
 
 _PYTORCH = "https://github.com/pytorch/pytorch"
+
+
+@functools.lru_cache(maxsize=256)
+def _in_range(specifiers: str, version: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(specifiers).contains(version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ class KnownBad:
         """Whether the row is about this backend on this machine for this call."""
         if backend not in self.backends or spec.device_type != self.device_type:
             return False
-        if self.torch and not SpecifierSet(self.torch).contains(env.torch.base_version):
+        if self.torch and not _in_range(self.torch, env.torch.base_version):
             return False
         if self.unless_cpu and env.cpu.startswith(self.unless_cpu):
             return False

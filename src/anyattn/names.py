@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -112,5 +111,7 @@ def canonical(name: str, extra: Iterable[str] = ()) -> str | None:
 
 def nearest(name: str, extra: Iterable[str] = ()) -> list[str]:
     """Give the known names and aliases that look most like a misspelt one."""
+    import difflib
+
     known = [AUTO, *BY_NAME, *ALIASES, *extra]
     return difflib.get_close_matches(name.strip().lower(), known, n=4, cutoff=0.4)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from anyattn.backend import Backend
 from anyattn.decision import Preference
 from anyattn.errors import UnknownBackendError
 from anyattn.names import AUTO, BY_NAME, KNOWN, canonical, nearest
 from anyattn.reasons import Reason
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINT_GROUP = "anyattn.backends"
 
@@ -34,7 +37,9 @@ def names() -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=1)
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+def _entry_points() -> dict[str, EntryPoint]:
+    import importlib.metadata
+
     points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     return {point.name: point for point in points if point.name not in BY_NAME}
 

@@ -122,7 +122,7 @@ class Storage:
     bhsd_contiguous: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionSpec:
     """A call of attention without its data: frozen, hashable, comparable.
 
