@@ -12,7 +12,7 @@ from anyattn.describe import Options
 from anyattn.dispatch import Backends, entry_for, explain_failure, scope_of_call
 from anyattn.masks import Mask
 from anyattn.prepare import known_of, known_of_tensor
-from anyattn.running import raise_kernel_error
+from anyattn.running import KERNEL_ERRORS, raise_kernel_error
 from anyattn.traced import traced_call
 
 _current = policy.current.get
@@ -105,7 +105,7 @@ def attention(
         else:
             try:
                 return call(query, key, value)
-            except Exception as error:  # noqa: BLE001 - whatever a kernel raises is wrapped, and raised again
+            except KERNEL_ERRORS as error:
                 options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
                 explain_failure(error, scope, query, key, value, options)
     plain = (dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
@@ -176,7 +176,7 @@ def _general(
         if attn_mask is None and sinks is None:
             return entry.call(query, key, value)
         return entry.call_masked(query, key, value, attn_mask, sinks)
-    except Exception as error:  # noqa: BLE001 - whatever a kernel raises is wrapped, and raised again
+    except KERNEL_ERRORS as error:
         raise_kernel_error(error, entry.decision)
 
 

@@ -52,6 +52,7 @@ class Lowering:
         dense: Whether every part of the mask is joined into one dense mask.
         copy: Whether query, key and value are copied to aligned, contiguous storage.
         compiled: Whether the kernel is compiled, by the backend itself or with the caller's code.
+        upcast: Whether query, key and value are computed with as float32, and the output cast back.
         pad_keys: Whether keys are padded to a multiple of 16, and masked.
         conversions: What is done, for people.
     """
@@ -62,6 +63,7 @@ class Lowering:
     copy: bool = False
     compiled: bool = False
     pad_keys: bool = False
+    upcast: bool = False
     conversions: tuple[Conversion, ...] = ()
 
 

@@ -217,8 +217,8 @@ def decision_for(spec: AttentionSpec, scope: policy.Scope, env: Environment) -> 
     """Choose as `decide` does, on any machine, and give the decision even where nothing was chosen."""
     wish = registry.resolve_preference(scope.preference())
     overruled = scope.overruled()
-    if overruled:
-        _say_once(f"{overruled} was overruled; write override=True to have the block beat pins, or change the pin.")
+    if overruled and not scope.settings.override:
+        _say_once(f"Overruled: {overruled}. Write override=True to have the block beat pins, or change the pin.")
     times = timings_for(spec, env) if AUTO in wish.names else None
     names = dict.fromkeys((*registry.names(), *wish.names))
     return resolve(spec, env, wish, times, registry.known(n for n in names if n != AUTO), overruled=overruled)

@@ -11,8 +11,6 @@ import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from anyattn.errors import InvalidCallError
 
@@ -80,10 +78,9 @@ class Mask:
         dense: Boolean (True = attend) or floating (added to the scores), broadcastable to
             `(B, H, S_q, S_kv)`; or None.
         block: A `torch.nn.attention.flex_attention.BlockMask`, or None.
-        looks_at: Whether the block mask's function may look at the batch index, and at the head index.
     """
 
-    __slots__ = ("__weakref__", "_signature", "_wide_key", "block", "dense", "key", "looks_at", "pattern")
+    __slots__ = ("__weakref__", "_signature", "_wide_key", "block", "dense", "key", "pattern")
 
     def __init__(
         self,
@@ -92,13 +89,11 @@ class Mask:
         key: Tensor | None = None,
         dense: Tensor | None = None,
         block: Any | None = None,
-        looks_at: tuple[bool, bool] = (True, True),
     ) -> None:
         self.pattern = pattern
         self.key = key
         self.dense = dense
         self.block = block
-        self.looks_at = looks_at
         self._signature: tuple[Any, ...] | None = None
         self._wide_key: Tensor | None = None
 
@@ -142,7 +137,6 @@ class Mask:
             key=_only_one("key mask (KeyPadding, KeyLengths)", self.key, other.key),
             dense=_only_one("dense mask (Boolean, Bias)", self.dense, other.dense),
             block=_only_one("block mask (Block)", self.block, other.block),
-            looks_at=self.looks_at if other.block is None else other.looks_at,
         )
 
     def __repr__(self) -> str:
@@ -282,38 +276,12 @@ class Bias(Mask):
         super().__init__(dense=bias)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which of some tensors any operation takes as an argument."""
-
-    def __init__(self, *watched: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.watched = watched
-        self.used = [False] * len(watched)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            for index, tensor in enumerate(self.watched):
-                if leaf is tensor:
-                    self.used[index] = True
-        return func(*args, **kwargs)
-
-
-def _looks_at(block_mask: Any) -> tuple[bool, bool]:
-    """Find out whether a block mask's function looks at the batch or head index, by watching one call."""
-    device = block_mask.kv_num_blocks.device
-    b, h, q, kv = (torch.zeros((), dtype=torch.int32, device=device) for _ in range(4))
-    with torch.no_grad(), _Watch(b, h) as watch:
-        block_mask.mask_mod(b, h, q, kv)
-    return watch.used[0], watch.used[1]
-
-
 class Block(Mask):
     """A FlexAttention block mask: a position is allowed where its blocks and its function both allow it.
 
     Where the function looks at the head (or batch) index but the mask was made with `H=None` (`B=None`), its
-    blocks are those of head 0 and compiled kernels would use them for all. Such a mask is made again from its
-    function, with the full B and H, and the decision says so.
+    blocks are those of the first head and compiled kernels would use them for all. Such a mask is made again from
+    its function, with the full B and H, and the decision says so.
 
     Args:
         block_mask: A `torch.nn.attention.flex_attention.BlockMask`.
@@ -326,6 +294,4 @@ class Block(Mask):
             raise InvalidCallError(
                 f"Block needs a torch.nn.attention.flex_attention.BlockMask, not {type(block_mask).__name__}."
             )
-        # While torch.compile traces, the function can't be watched: it counts as looking at both.
-        looks_at = (True, True) if torch.compiler.is_dynamo_compiling() else _looks_at(block_mask)
-        super().__init__(block=block_mask, looks_at=looks_at)
+        super().__init__(block=block_mask)

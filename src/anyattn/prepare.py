@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anyattn.backend import Parts
+from anyattn.block_masks import block_spec
 from anyattn.describe import Facts, MaskFacts, facts_of
 from anyattn.errors import InvalidCallError
 from anyattn.lowering import live_rows
@@ -97,12 +98,9 @@ def _block_facts(mask: Mask) -> tuple[BlockSpec | None, tuple[int, int] | None]:
     block = mask.block
     if block is None:
         return None, None
-    lengths = getattr(block, "seq_lengths", None)
-    seqlens = None if lengths is None else (int(lengths[0]), int(lengths[1]))
-    if isinstance(block, _Lengths):
-        return None, seqlens
-    batch, heads = block.kv_num_blocks.shape[:2]
-    return BlockSpec(int(batch), int(heads), *mask.looks_at), seqlens
+    lengths = block.seq_lengths
+    seqlens = (int(lengths[0]), int(lengths[1]))
+    return (None if isinstance(block, _Lengths) else block_spec(block)), seqlens
 
 
 def known_of(mask: Mask, seqlen_kv: int) -> Known:

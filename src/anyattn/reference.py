@@ -54,11 +54,15 @@ def _block_positions(block: Any, batch: int, heads: int, seqlen_q: int, seqlen_k
     blocks = block.to_dense() != 0
     rows, columns = block.BLOCK_SIZE
     wide = blocks.repeat_interleave(rows, -2).repeat_interleave(columns, -1)[..., :seqlen_q, :seqlen_kv]
-    # Blocks made for one entry speak for the others only where the function does not tell them apart.
-    alone = (blocks.shape[0] == 1 and bool((written != written[:1]).any())) or (
-        blocks.shape[1] == 1 and bool((written != written[:, :1]).any())
-    )
-    return written if alone else written & wide
+    # Blocks that were made from the function's first entry alone say nothing of the others (create_block_mask with
+    # B=None or H=None): then the function is the mask.
+    tiles = torch.nn.functional.pad(written, (0, -seqlen_kv % columns, 0, -seqlen_q % rows))
+    counts = (tiles.shape[-2] // rows, tiles.shape[-1] // columns)
+    tiles = tiles.reshape(batch, heads, counts[0], rows, counts[1], columns).any(-1).any(-2)
+    if torch.equal(tiles[: blocks.shape[0], : blocks.shape[1]], blocks):
+        return written
+    both: Tensor = written & wide
+    return both
 
 
 def attention(

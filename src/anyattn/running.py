@@ -19,6 +19,19 @@ from anyattn.prepare import as_mask, parts_of
 from anyattn.reasons import Reason
 from anyattn.spec import AttentionSpec
 
+KERNEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What kernels raise. Not Exception itself: gradient checkpointing stops a forward by raising through it."""
+
 
 class Entry:
     """A decided call.

@@ -67,18 +67,14 @@ class BlockSpec:
         heads: How many heads it has blocks for: 1 or H.
         per_batch: Whether its function looks at the batch index.
         per_head: Whether its function looks at the head index.
-        is_partial: Whether its blocks stand for one entry alone though its function tells entries apart.
+        is_partial: Whether its blocks are those of one entry alone though its function tells entries apart.
     """
 
     batch: int
     heads: int
     per_batch: bool = False
     per_head: bool = False
-    is_partial: bool = field(init=False, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        partial = (self.per_batch and self.batch == 1) or (self.per_head and self.heads == 1)
-        object.__setattr__(self, "is_partial", partial)
+    is_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from anyattn.describe import Facts, MaskFacts, Options, build_spec
 from anyattn.dispatch import decide, scope_of_call
 from anyattn.errors import InvalidCallError
 from anyattn.masks import Mask
-from anyattn.prepare import as_mask, parts_of
+from anyattn.prepare import NOTHING, as_mask, mask_facts, parts_of
 from anyattn.running import execute, make_plan
-from anyattn.spec import UNKNOWN, BlockSpec, Storage
+from anyattn.spec import UNKNOWN, Storage
 
 
 def _size(size: int) -> int:
@@ -61,13 +61,9 @@ def _traced_facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return (tuple(_size(size) for size in tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
 
 
-def _traced_block(mask: Mask) -> tuple[Any, ...] | None:
-    block = mask.block
-    if block is None:
-        return None
-    lengths = block.seq_lengths
-    shape = block.kv_num_blocks.shape
-    return (_size(shape[0]), _size(shape[1]), *mask.looks_at, _size(lengths[0]), _size(lengths[1]))
+def _pattern(mask: Mask) -> tuple[int, int, str] | None:
+    pattern = mask.pattern
+    return None if pattern is None else (_number(pattern[0]), _number(pattern[1]), pattern[2])
 
 
 def traced_call(
@@ -79,9 +75,9 @@ def traced_call(
     facts = tuple(_sized(tensor, axis) for tensor in (query, key, value))
     same = True if query.shape[axis] == key.shape[axis] else False  # noqa: SIM210 - makes a guard, not a symbol
     agree = True if _batches_agree(query, key, value, axis) else False  # noqa: SIM210
-    mask_plain: tuple[Any, ...] = (None, None, None, None)
+    mask_plain: tuple[Any, ...] = (None, None, None)
     if mask is not None:
-        mask_plain = (mask.pattern, _traced_facts(mask.key), _traced_facts(mask.dense), _traced_block(mask))
+        mask_plain = (_pattern(mask), _traced_facts(mask.key), _traced_facts(mask.dense))
     plan: Plan = _choose(
         _in_force.token,
         tuple(policy.traced),
@@ -92,6 +88,7 @@ def traced_call(
         _static_options(options),
         (torch.is_grad_enabled(), same, agree, torch.are_deterministic_algorithms_enabled()),
         _traced_storage(query, key, value, axis),
+        None if mask is None else mask.block,
     )
     run: Run = getattr(_runs, plan.backend if plan.lowering.entry != "empty" else "empty")
     return execute(run, plan, query, key, value, parts_of(mask, sinks))
@@ -137,6 +134,7 @@ def _choose(
     options_plain: tuple[Any, ...],
     flags: tuple[bool, bool, bool, bool],
     storage: tuple[bool, bool, bool],
+    block_mask: Any,
 ) -> Plan:
     options = Options(*options_plain)
     scope = policy.scope_of_token(token, entered)
@@ -146,15 +144,13 @@ def _choose(
     query, key, value = (Facts(*fact) for fact in facts)
     if not agree:
         raise InvalidCallError("query, key and value need the same batch size, and key and value the same length.")
-    block, seqlens = None, None
-    if mask_plain[3] is not None:
-        block, seqlens = BlockSpec(*mask_plain[3][:4]), mask_plain[3][4:]
+    facts_of_block = mask_facts(None if block_mask is None else Mask(block=block_mask), NOTHING)
     parts = [None if fact is None else Facts(*fact) for fact in mask_plain[1:3]]
     spec = build_spec(
         query,
         key,
         value,
-        MaskFacts(mask_plain[0], parts[0], parts[1], block, seqlens),
+        MaskFacts(mask_plain[0], parts[0], parts[1], facts_of_block.block, facts_of_block.seqlens),
         options,
         None if sinks is None else Facts(*sinks),
         grad=grad,

@@ -164,7 +164,7 @@ def test_kernels_own_error_is_wrapped_and_chained(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("no viable kernel")
 
     monkeypatch.setitem(kernels._ENTRIES, "math", broken)  # type: ignore[arg-type]
-    with pytest.raises(anyattn.KernelError, match="native_math .*no viable kernel") as caught:
+    with pytest.raises(anyattn.KernelError, match=r"native_math .*no viable kernel") as caught:
         call(backend="native_math")
     assert caught.value.backend == "native_math"
     assert isinstance(caught.value.__cause__, RuntimeError)
@@ -187,7 +187,7 @@ def test_refusal_lists_every_reason_and_who_would_admit_the_call() -> None:
     assert "softcap" in text
     assert caught.value.decision.chosen is None
     assert {reason.code for reason in caught.value.decision.reasons("native_flash")} == {"dropout", "softcap"}
-    with pytest.raises(UnsupportedCallError, match="Backends that admit it: .*flex"):
+    with pytest.raises(UnsupportedCallError, match=r"Backends that admit it: .*flex"):
         call(backend="native_flash", softcap=2.0)
 
 

@@ -17,7 +17,13 @@ BACKENDS = ("native", "native_flash", "native_math", "flex")
 
 
 def tensors(
-    batch: int = 2, seqlen_q: int = 9, seqlen_kv: int = 12, heads: int = 4, kv_heads: int = 4, dim: int = 16, **options: Any
+    batch: int = 2,
+    seqlen_q: int = 9,
+    seqlen_kv: int = 12,
+    heads: int = 4,
+    kv_heads: int = 4,
+    dim: int = 16,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q = torch.randn(batch, seqlen_q, heads, dim, **options)
     k = torch.randn(batch, seqlen_kv, kv_heads, dim, **options)
@@ -178,7 +184,7 @@ def test_drop_in_takes_torchs_positional_arguments() -> None:
     import inspect
 
     names = list(inspect.signature(anyattn.scaled_dot_product_attention).parameters)
-    assert names[:8] == "query key value attn_mask dropout_p is_causal scale enable_gqa".split()
+    assert names[:8] == ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
 
 
 @pytest.mark.parametrize("backend", ["native", "native_math"])

@@ -7,6 +7,7 @@ Source: torch 2.13 `torch/nn/attention/__init__.py` (sdpa_kernel), `torch/nn/att
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -137,7 +138,7 @@ class Native(Backend):
         rows = hits((self.name,), spec, env)
         if rows:
             why = Conversion("copy", f"query, key and value copied: {rows[0].what} otherwise ({rows[0].link})")
-            return Lowering(plain.entry, plain.is_causal, plain.dense, True, conversions=(*plain.conversions, why))
+            return dataclasses.replace(plain, copy=True, conversions=(*plain.conversions, why))
         return plain
 
     def bind(self, plan: Plan) -> Runner | None:
@@ -173,15 +174,17 @@ def _steer(plain: Lowering, spec: AttentionSpec, env: Environment) -> Lowering:
     if not rows and not misaligned:
         return plain
     why = "; ".join(f"{row.what} with {row.backends[0]} for {row.when}" for row in rows)
+    dense = spec.mask.dense
+    if dense is not None and dense.kind == "bias" and dense.dtype != spec.dtype:
+        wide = spec.replace(dtype=dense.dtype)
+        efficient = _FUSED[2]
+        if not efficient.reasons(wide, env):
+            note = Conversion("steered", f"sent to {efficient.name} in {dense.dtype}, the mask's own dtype: {why}")
+            lowering = efficient.lower(wide, env)
+            return dataclasses.replace(lowering, upcast=True, conversions=(note, *lowering.conversions))
     for sub in _by_priority(spec, env):
         if not sub.reasons(spec, env):
             lowering = sub.lower(spec, env)
             note = Conversion("steered", f"sent to {sub.name}: {why or 'storage is not aligned for every kernel'}")
-            return Lowering(
-                lowering.entry,
-                lowering.is_causal,
-                lowering.dense,
-                lowering.copy,
-                conversions=(note, *lowering.conversions),
-            )
+            return dataclasses.replace(lowering, conversions=(note, *lowering.conversions))
     raise AssertionError(f"native_math takes every call that native declares, but refused {spec}")

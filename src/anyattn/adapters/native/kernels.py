@@ -142,8 +142,13 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if lowering.copy:
         query, key, value = realigned(query), realigned(key), realigned(value)
+    dtype = query.dtype
+    if lowering.upcast:
+        query, key, value = query.float(), key.float(), value.float()
     mask = joined_mask(spec, parts, query.shape[2], key.shape[2], query.device, pattern=not lowering.is_causal)
     out, lse = _ENTRIES[lowering.entry](spec, query, key, value, mask, lowering.is_causal)
+    if lowering.upcast:
+        out = out.to(dtype)
     if spec.layout == "BSHD":
         out = out.transpose(1, 2)
     if not (spec.return_lse or spec.sinks):

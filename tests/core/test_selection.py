@@ -1,0 +1,225 @@
+"""Selection on machines that aren't here: pure, so that an H100, a T4 or a Mac is tried on a laptop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import anyattn
+from anyattn import known_bad
+from anyattn.decision import Preference
+from anyattn.environment import Environment, preset
+from anyattn.names import ALIASES, BY_NAME, KNOWN
+from anyattn.registry import known, names
+from anyattn.selection import resolve
+from anyattn.spec import UNKNOWN, AttentionSpec, BlockSpec, DenseSpec, MaskSpec, PatternSpec, Storage
+
+H100 = preset("h100", torch_version="2.11.0")
+
+
+def spec(**changes: Any) -> AttentionSpec:
+    fields: dict[str, Any] = {
+        "batch": 2,
+        "seqlen_q": 1024,
+        "seqlen_kv": 1024,
+        "num_heads": 16,
+        "num_kv_heads": 16,
+        "head_dim": 128,
+        "head_dim_v": 128,
+        "dtype": torch.bfloat16,
+        "device_type": "cuda",
+        "scale": 0.1,
+    }
+    fields.update(changes)
+    if "same_lengths" not in fields:
+        fields["same_lengths"] = fields["seqlen_q"] == fields["seqlen_kv"]
+    return AttentionSpec(**fields)
+
+
+def decide(call: AttentionSpec, wish: str = "native", env: Environment = H100, timings: Any = None) -> anyattn.Decision:
+    mode: Any = "prefer" if wish == "auto" else "require"
+    return resolve(call, env, Preference((wish,), mode, "test"), timings, known(names()))
+
+
+BOOLEAN = MaskSpec(dense=DenseSpec("boolean", torch.bool, (2, 1, 1024, 1024)), dead_rows=True)
+FLOAT32 = MaskSpec(dense=DenseSpec("bias", torch.float32, (1, 16, 1024, 1024)), dead_rows=True)
+
+
+def test_plain_call_on_h100_is_torchs_own_pick() -> None:
+    decision = decide(spec())
+    assert (decision.chosen, decision.kernel, decision.conversions) == ("native", "sdpa", ())
+
+
+@pytest.mark.parametrize(
+    ("call", "kernel", "why"),
+    [
+        (spec(scale=0.0), "efficient", "NaN"),
+        (spec(scale=-1.0), "efficient", "NaN"),
+        (spec(mask=BOOLEAN), "efficient", "nothing were masked"),
+        (spec(mask=MaskSpec(key="padding", dead_rows=True)), "efficient", "nothing were masked"),
+        (spec(mask=FLOAT32), "efficient", "bits are read"),
+        (spec(mask=FLOAT32, head_dim=66, head_dim_v=66), "math", "bits are read"),
+        (spec(storage=Storage(aligned=False)), "cudnn", "not aligned"),
+        (spec(batch=1024, num_heads=128, num_kv_heads=128), "cudnn", "loses the context"),
+    ],
+    ids=[
+        "scale 0",
+        "scale -1",
+        "boolean",
+        "padding",
+        "float32 mask",
+        "float32 mask, odd head_dim",
+        "misaligned",
+        "many heads",
+    ],
+)
+def test_native_is_steered_away_from_what_an_h100_gets_wrong(call: AttentionSpec, kernel: str, why: str) -> None:
+    decision = decide(call)
+    assert decision.kernel == kernel
+    steered = [conversion for conversion in decision.conversions if conversion.code == "steered"]
+    assert len(steered) == 1
+    assert why in steered[0].text
+
+
+def test_misaligned_storage_is_copied_before_a_fused_kernel() -> None:
+    call = spec(storage=Storage(aligned=False))
+    for name in ("native", "native_flash", "native_efficient", "native_cudnn"):
+        assert "copy" in {conversion.code for conversion in decide(call, name).conversions}, name
+
+
+def test_mask_prepared_and_found_alive_keeps_torchs_pick() -> None:
+    alive = MaskSpec(dense=DenseSpec("boolean", torch.bool, (2, 1, 1024, 1024)), dead_rows=False)
+    assert decide(spec(mask=alive)).kernel == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (spec(scale=0.0), "native_flash"),
+        (spec(scale=-2.0), "native_cudnn"),
+        (spec(mask=BOOLEAN), "native_flash"),
+        (spec(mask=BOOLEAN), "native_cudnn"),
+        (spec(mask=FLOAT32), "native_cudnn"),
+        (spec(mask=FLOAT32), "native_efficient"),
+        (spec(batch=1024, num_heads=128, num_kv_heads=128), "native_flash"),
+        (spec(seqlen_kv=1), "native_cudnn"),
+        (spec(dtype=torch.float32), "native_flash"),
+        (spec(dtype=torch.float64), "native_efficient"),
+        (spec(head_dim=44, head_dim_v=44), "native_cudnn"),
+        (spec(head_dim=512, head_dim_v=512), "native_flash"),
+        (spec(head_dim_v=64), "native_flash"),
+        (spec(mask=MaskSpec(pattern=PatternSpec(-1, 0, "upper_left")), seqlen_kv=512), "native_flash"),
+        (spec(seqlen_q=192, requires_grad=("query",), mask=BOOLEAN), "native_cudnn"),
+        (spec(dropout_p=0.1), "native_cudnn"),
+        (spec(softcap=1.0), "native"),
+        (spec(dtype=torch.float32), "native_cudnn"),
+        (spec(requires_grad=("query",), deterministic=True), "native_efficient"),
+    ],
+)
+def test_single_kernel_refuses_what_it_gets_wrong(call: AttentionSpec, name: str) -> None:
+    decision = decide(call, name)
+    assert decision.chosen is None
+    assert decision.reasons(name)
+
+
+def test_unknown_lengths_count_as_if_the_bad_condition_held() -> None:
+    masked = MaskSpec(dense=DenseSpec("bias", torch.bfloat16, (1, 1, UNKNOWN, UNKNOWN)))
+    call = spec(seqlen_q=UNKNOWN, seqlen_kv=UNKNOWN, same_lengths=True, requires_grad=("query",), mask=masked)
+    rows = known_bad.hits(("native_cudnn",), call, H100)
+    assert "cudnn-backward-nan-mask" in {row.name for row in rows}
+    assert decide(call).kernel != "sdpa"
+
+
+@pytest.mark.parametrize(("version", "bad"), [("2.11.0", True), ("2.12.0", False), ("2.13.0+cu130", False)])
+def test_known_bad_rows_end_with_the_version_that_mended_them(version: str, bad: bool) -> None:
+    env = preset("h100", torch_version=version)
+    rows = known_bad.hits(("native_cudnn",), spec(mask=BOOLEAN), env)
+    assert ("cudnn-dead-rows" in {row.name for row in rows}) is bad
+
+
+def test_mps_views_are_copied() -> None:
+    decision = decide(spec(device_type="mps", dtype=torch.float32), env=preset("mps"))
+    assert "copy" in {conversion.code for conversion in decision.conversions}
+    flat = spec(device_type="mps", dtype=torch.float32, storage=Storage(bhsd_contiguous=True))
+    assert decide(flat, env=preset("mps")).conversions == ()
+
+
+def test_t4_has_no_flash_and_says_so() -> None:
+    reasons = decide(spec(dtype=torch.float16), "native_flash", preset("t4")).reasons("native_flash")
+    assert [reason.code for reason in reasons] == ["arch"]
+    assert decide(spec(dtype=torch.float16), "native_efficient", preset("t4")).chosen == "native_efficient"
+
+
+def test_amd_gpu_gets_math_and_native_not_nvidias_kernels() -> None:
+    env = preset("mi300")
+    assert decide(spec(), env=env).chosen == "native"
+    assert decide(spec(), "native_flash", env).chosen is None
+
+
+def test_lse_on_h100_comes_from_a_kernel_that_gives_it() -> None:
+    decision = decide(spec(return_lse=True))
+    assert decision.kernel in ("cudnn", "flash", "efficient")
+    assert decide(spec(return_lse=True, scale=-1.0)).kernel == "efficient"
+    assert decide(spec(return_lse=True, dtype=torch.float64)).chosen is None
+
+
+def test_a_huge_mask_is_never_made_behind_the_callers_back() -> None:
+    window = MaskSpec(pattern=PatternSpec(512, 0, "upper_left"))
+    call = spec(seqlen_q=65536, seqlen_kv=65536, mask=window)
+    decision = decide(call)
+    assert decision.chosen is None
+    assert [reason.code for reason in decision.reasons("native")] == ["memory"]
+    assert decide(call, "auto").chosen == "flex"
+
+
+def test_auto_goes_by_measurements_where_there_are_any() -> None:
+    assert decide(spec(), "auto").basis == "fixed order"
+    decision = decide(spec(), "auto", timings={"flex": 1e-3, "native": 2e-3, "native_efficient": 3e-3})
+    assert (decision.chosen, decision.basis) == ("flex", "measured")
+    capped = decide(spec(scale=0.0), "auto", timings={"native_cudnn": 1e-3, "native": 2e-3})
+    assert capped.chosen == "native"
+
+
+def test_decision_lists_every_known_backend_with_reasons() -> None:
+    decision = decide(spec())
+    assert {candidate.name for candidate in decision.candidates} == set(names())
+    for candidate in decision.candidates:
+        assert candidate.admits or all(reason.need and reason.got for reason in candidate.reasons)
+
+
+def test_resolve_is_pure_and_hashable() -> None:
+    one, other = decide(spec()), decide(spec())
+    assert one == other
+    assert hash(one) == hash(other)
+    assert hash(H100) == hash(preset("h100", torch_version="2.11.0"))
+
+
+def test_every_alias_of_diffusers_enumeration_is_known() -> None:
+    diffusers = pytest.importorskip("diffusers.models.attention_dispatch")
+    for name in diffusers.AttentionBackendName:
+        assert name.value in BY_NAME or name.value in ALIASES, name
+
+
+def test_names_and_aliases_are_unambiguous() -> None:
+    aliases = [alias for entry in KNOWN for alias in entry.aliases]
+    assert len(set(aliases)) == len(aliases)
+    assert not set(aliases) & set(BY_NAME)
+
+
+def test_every_known_bad_row_is_documented_and_pure() -> None:
+    calls = [
+        spec(),
+        spec(mask=BOOLEAN),
+        spec(device_type="cpu", mask=MaskSpec(block=BlockSpec(1, 1, True, True, True))),
+    ]
+    for row in known_bad.TABLE:
+        assert row.what and row.when and row.instead and row.link, row.name  # noqa: PT018
+        for call in calls:
+            assert row.holds(call) is row.holds(call)
+
+
+def test_unknown_preset_says_which_exist() -> None:
+    with pytest.raises(ValueError, match="h100"):
+        preset("h1000")
