@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anyattn import policy
 from anyattn.describe import Options
-from anyattn.dispatch import Backends, entry_for, explain_failure, scope_of_call
+from anyattn.dispatch import Backends, autocast_dtype, entry_for, explain_failure, place_key, scope_of_call
 from anyattn.masks import Mask
 from anyattn.prepare import known_of, known_of_tensor
 from anyattn.running import KERNEL_ERRORS, raise_kernel_error
@@ -91,7 +91,7 @@ def attention(
                 key.shape,
                 value.shape,
                 query.dtype,
-                query.is_cpu,
+                query.is_cpu or place_key(query, key, value),
                 dropout_p,
                 is_causal,
                 scale,
@@ -201,8 +201,8 @@ def _table_key(
         plain,
         None if attn_mask is None else _mask_key(attn_mask, key, plain, grads is not None),
         None if sinks is None else (sinks.shape, sinks.dtype, sinks.device, grads is not None and sinks.requires_grad),
-        None if query.is_cpu else _storage_key(query, key, value),
-        _autocast_key(query) if _autocast_on() else None,
+        query.is_cpu or place_key(query, key, value),
+        autocast_dtype(query.device.type) if _autocast_on() else None,
         None if type(query) is Tensor else (type(query), type(key), type(value)),
     )
 
@@ -218,17 +218,3 @@ def _mask_key(attn_mask: Any, key: Tensor, plain: tuple[Any, ...], grad: bool) -
         known = known_of(attn_mask, key.shape[1 if plain[7] == "BSHD" else 2])
         return (attn_mask.signature, known, grad and dense is not None and dense.requires_grad)
     raise TypeError("a mask of another type is looked at anew at every call")
-
-
-def _storage_key(query: Tensor, key: Tensor, value: Tensor) -> Any:
-    try:
-        start = (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15
-    except RuntimeError:
-        start = -1
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return (query.stride(), key.stride(), value.stride(), start, deterministic)
-
-
-def _autocast_key(query: Tensor) -> Any:
-    kind = query.device.type
-    return (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))

@@ -53,15 +53,38 @@ def entry_for(
     if entry is None:
         spec = describe(query, key, value, attn_mask, sinks, options)
         decision = decide(spec, base)
-        entry = make_entry(decision, _cast_dtype(query))
+        entry = make_entry(decision, autocast_dtype(query.device.type))
         if table_key is not None:
             base.remember(table_key, entry)
-            if entry.short and attn_mask is None and sinks is None and query.is_cpu and type(query) is Tensor:
-                short_key = (query.shape, key.shape, value.shape, query.dtype, True, *options[:7])
+            if entry.short and attn_mask is None and sinks is None and type(query) is Tensor:
+                place = query.is_cpu or place_key(query, key, value)
+                short_key = (query.shape, key.shape, value.shape, query.dtype, place, *options[:7])
                 base.short[short_key] = entry.call
     if scope.recorder is not None:
         scope.recorder(entry.decision)
     return entry
+
+
+def place_key(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+    """Give what a decision depends on besides shapes for tensors that aren't on a CPU.
+
+    Where kernels differ by alignment, strides, gradients and the like, all of that is part of the key; on a CPU none of
+    it matters to a call without a mask.
+    """
+    try:
+        start = (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15
+    except RuntimeError:  # traced or transformed tensors have no storage of their own
+        start = -1
+    return (
+        query.device,
+        query.stride(),
+        key.stride(),
+        value.stride(),
+        start,
+        torch.is_grad_enabled() and (query.requires_grad, key.requires_grad, value.requires_grad),
+        torch._C._is_any_autocast_enabled() and autocast_dtype(query.device.type),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def describe(
@@ -79,7 +102,7 @@ def describe(
     known = NOTHING
     if mask is not None and (mask.key is not None or mask.dense is not None):
         known = known_of(mask, _kv_length(key, options.layout))
-    cast = _cast_dtype(query)
+    cast = autocast_dtype(query.device.type)
     facts = tuple(_cast_facts(facts_of(tensor), cast) for tensor in (query, key, value))
     sink_facts = None if sinks is None else facts_of(sinks)
     storage = _storage(query, key, value, options.layout)
@@ -114,12 +137,11 @@ def _kv_length(key: Tensor, layout: Layout) -> int:
     return key.shape[1 if layout == "BSHD" else 2]
 
 
-def _cast_dtype(query: Tensor) -> torch.dtype | None:
-    """Give the dtype that autocast asks for, or None."""
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Give the dtype that autocast asks for on a type of device, or None."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _storage(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Storage:

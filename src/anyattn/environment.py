@@ -85,6 +85,8 @@ class Environment:
 
     def device(self, device_type: str, index: int | None = None) -> Device | None:
         """Find a device; without an index, the first of its type."""
+        if device_type == "meta":
+            return Device("meta", "shapes alone")
         for device in self.devices:
             if device.type == device_type and index in (None, device.index):
                 return device

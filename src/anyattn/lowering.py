@@ -92,9 +92,12 @@ def live_rows(mask: Tensor) -> Tensor:
     return (mask if mask.dtype == torch.bool else mask > float("-inf")).any(-1)
 
 
-def normalise_lse(lse: Tensor, mask: Tensor | None) -> Tensor:
-    """Give lse as float32, detached, with -inf in rows without a key whatever the kernel wrote there."""
-    lse = lse.detach().float()
+def normalise_lse(lse: Tensor, mask: Tensor | None, *, keep: bool = False) -> Tensor:
+    """Give lse as float32, detached, with -inf in rows without a key whatever the kernel wrote there.
+
+    `keep` leaves float64 as it is, for `apply_sinks`, whose output would be no better than float32 otherwise.
+    """
+    lse = lse.detach() if keep and lse.dtype == torch.float64 else lse.detach().float()
     if mask is not None:
         lse = torch.where(live_rows(mask), lse, float("-inf"))
     return lse
@@ -117,17 +120,17 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor, layout: str) -> tuple[T
 
     Args:
         out: The output without sinks, in `layout`.
-        lse: float32 `(B, H, S_q)`.
+        lse: float32 or float64 `(B, H, S_q)`.
         sinks: `(H,)`.
         layout: `"BSHD"` or `"BHSD"`.
     """
-    sink = sinks.float()[None, :, None]
+    sink = sinks.to(lse.dtype)[None, :, None]
     # In float32 the factor keeps its accuracy; rounding happens once, when the product is stored.
     factor = torch.sigmoid(lse - sink).unsqueeze(-1)
     if layout == "BSHD":
         factor = factor.transpose(1, 2)
     scaled = (out.to(torch.promote_types(out.dtype, torch.float32)) * factor).to(out.dtype)
-    return scaled, torch.logaddexp(lse, sink.expand_as(lse))
+    return scaled, torch.logaddexp(lse, sink.expand_as(lse)).float()
 
 
 def empty_attention(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:

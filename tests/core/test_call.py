@@ -254,6 +254,17 @@ def test_strided_head_dim_is_right_after_a_contiguous_call(backend: str) -> None
     assert_close(anyattn.attention(q, k, v, backend=backend), wanted)
 
 
+def test_meta_tensors_give_shapes_and_their_strides_are_part_of_the_decision() -> None:
+    q, k, v = tensors(device="meta")
+    for query in (q, q.transpose(1, 2).contiguous().transpose(1, 2), q):
+        with anyattn.record() as calls:
+            out = anyattn.attention(query, k, v, is_causal=True)
+        assert out.shape == q.shape
+        assert out.device.type == "meta"
+        assert calls[0].spec.storage.bhsd_contiguous is False
+    assert len(anyattn.policy.current.get().short) == 2
+
+
 def test_causal_bias_of_torch_is_a_pattern_with_its_lengths_checked() -> None:
     from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 

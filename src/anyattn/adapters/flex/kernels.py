@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.backend import Output, Parts, Plan
-from anyattn.lowering import key_mask
+from anyattn.lowering import key_mask, normalise_lse
 from anyattn.masks import serial_of
 from anyattn.spec import AttentionSpec
 
@@ -56,7 +56,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if extra is None:
         return out  # type: ignore[no-any-return]
     lse = extra if isinstance(extra, Tensor) else extra.lse
-    return out, lse.detach().float()
+    return out, normalise_lse(lse, None, keep=spec.sinks)
 
 
 def _lse_request() -> dict[str, Any]:

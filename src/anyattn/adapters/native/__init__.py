@@ -53,6 +53,10 @@ def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec) -> Lowering:
         conversions.append(Conversion("pad_head_dim", f"head_dim {spec.head_dim} padded to a multiple of 8"))
     pattern = spec.mask.pattern
     is_causal = pattern is not None and not dense and pattern.is_causal and pattern_is_native(caps, spec)
+    if is_causal and spec.scale <= 0 and spec.device_type == "cpu" and entry in ("sdpa", "flash_cpu"):
+        # The CPU flash kernel fills with -inf before it scales: NaN (torch 2.13, run).
+        is_causal, dense = False, True
+        conversions.append(Conversion("dense_mask", "causal given as a dense mask: NaN otherwise where scale <= 0"))
     return Lowering(entry, is_causal, dense, copy, conversions=tuple(conversions))
 
 

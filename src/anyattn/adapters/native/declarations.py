@@ -107,4 +107,6 @@ NATIVE: Mapping[str, Capabilities] = {
     "cuda": _NATIVE,
     "mps": _MATH,
     "xpu": _MATH,
+    # Shapes alone: nothing is computed.
+    "meta": _MATH,
 }

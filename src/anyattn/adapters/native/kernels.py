@@ -146,6 +146,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if lowering.upcast:
         query, key, value = query.float(), key.float(), value.float()
     mask = joined_mask(spec, parts, query.shape[2], key.shape[2], query.device, pattern=not lowering.is_causal)
+    if mask is not None and _misread(spec):
+        mask = mask.to(query.dtype)
     out, lse = _ENTRIES[lowering.entry](spec, query, key, value, mask, lowering.is_causal)
     if lowering.upcast:
         out = out.to(dtype)
@@ -155,7 +157,13 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
         return out
     if lse is None:
         raise AssertionError(f"the entry {lowering.entry} gives no lse")
-    return out, normalise_lse(lse, mask)
+    return out, normalise_lse(lse, mask, keep=spec.sinks)
+
+
+def _misread(spec: AttentionSpec) -> bool:
+    """Say whether the CPU flash kernel loses -inf: a float32 bias with a float64 query, from 16 keys on (torch 2.13)."""
+    dense = spec.mask.dense
+    return dense is not None and dense.kind == "bias" and spec.dtype == torch.float64 and dense.dtype != spec.dtype
 
 
 def bind_sdpa(plan: Plan) -> Runner | None:
@@ -181,7 +189,7 @@ def bind_sdpa(plan: Plan) -> Runner | None:
 def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
     """Give the shortest way to an SDPA call with one mask tensor, or with a pattern that is SDPA's own."""
     spec, lowering = plan.spec, plan.lowering
-    if lowering.entry != "sdpa" or lowering.copy or spec.sinks or spec.mask.key == "lengths":
+    if lowering.entry != "sdpa" or lowering.copy or spec.sinks or spec.mask.key == "lengths" or _misread(spec):
         return None
     if (spec.mask.key is not None) + (spec.mask.dense is not None) > 1:
         return None
