@@ -9,6 +9,7 @@ the extra times over the hand-written call, which shared machines disturb least.
 from __future__ import annotations
 
 import argparse
+import contextvars
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +28,11 @@ from anyattn import masks
 B, S, H, D = 1, 16, 2, 16
 
 
-def cases() -> dict[str, Callable[[], object]]:
+def cases(device: str) -> dict[str, Callable[[], object]]:
     """Give every timed call by name."""
-    q, k, v = (torch.randn(B, S, H, D) for _ in range(3))
-    pad = torch.ones(B, S, dtype=torch.bool)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q, k, v = (torch.randn(B, S, H, D, device=device, dtype=dtype) for _ in range(3))
+    pad = torch.ones(B, S, dtype=torch.bool, device=device)
     pad[:, S // 2 :] = False
     wide = pad[:, None, None, :]
     key_padding = masks.KeyPadding(pad)
@@ -44,6 +47,9 @@ def cases() -> dict[str, Callable[[], object]]:
     def by_hand_mask() -> object:
         return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), wide).transpose(1, 2)
 
+    inside = contextvars.copy_context()
+    inside.run(anyattn.attention_backend("native").__enter__)
+
     def in_context() -> object:
         with anyattn.attention_backend("native"):
             return attention(q, k, v)
@@ -54,6 +60,7 @@ def cases() -> dict[str, Callable[[], object]]:
         "anyattn": lambda: attention(q, k, v),
         "anyattn, backend=": lambda: attention(q, k, v, backend="native"),
         "anyattn, entering a context": in_context,
+        "anyattn, inside a context (+ Context.run)": lambda: inside.run(attention, q, k, v),
         "anyattn, plan": lambda: run(q, k, v),
         "anyattn, mask tensor": lambda: attention(q, k, v, wide),
         "anyattn, KeyPadding": lambda: attention(q, k, v, key_padding),
@@ -81,7 +88,12 @@ def diffusers_cases(
         finally:
             registry._checks_enabled = False
 
+    def in_context() -> object:
+        with dispatch.attention_backend("native"):
+            return call(q, k, v)
+
     return {
+        "diffusers, entering a context": in_context,
         "diffusers": lambda: call(q, k, v),
         "diffusers, checks": checked,
         "diffusers, mask": lambda: call(q, k, v, attn_mask=pad),
@@ -126,19 +138,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=400)
     parser.add_argument("--calls", type=int, default=100)
     parser.add_argument("--json")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
-        rows = summary(measure(cases(), options.rounds, options.calls))
+        rows = summary(measure(cases(options.device), options.rounds, options.calls))
     theirs = rows.get("diffusers", {}).get("extra_us")
-    print(f"{'call':32}{'median us':>11}{'extra us':>10}{'of diffusers':>14}")
+    print(f"{'call':44}{'median us':>11}{'extra us':>10}{'of diffusers':>14}")
     for name, row in rows.items():
         ratio = f"{row['extra_us'] / theirs:14.2f}" if theirs else ""
-        print(f"{name:32}{row['median_us']:11.2f}{row['extra_us']:10.2f}{ratio}")
+        print(f"{name:44}{row['median_us']:11.2f}{row['extra_us']:10.2f}{ratio}")
     if options.json:
         about = {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
-        with open(options.json, "w") as file:
-            json.dump({"about": about, "rounds": options.rounds, "calls": options.calls, "rows": rows}, file, indent=1)
+        found = {"about": about, "rounds": options.rounds, "calls": options.calls, "rows": rows}
+        if options.json == "-":
+            print(json.dumps(found))
+        else:
+            Path(options.json).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

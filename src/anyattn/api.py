@@ -84,9 +84,10 @@ def attention(
     scope = _current()
     if backend is not None:
         scope = scope_of_call(scope, backend)
-    if attn_mask is None and sinks is None:
+    if sinks is None and (attn_mask is None or type(attn_mask) is not Tensor):
         try:
             call = scope.short[
+                None if attn_mask is None else attn_mask.short,
                 query.shape,
                 key.shape,
                 value.shape,
@@ -104,10 +105,10 @@ def attention(
             pass  # not decided yet, or wrong: described below, with an error that says why
         else:
             try:
-                return call(query, key, value)
+                return call(query, key, value) if attn_mask is None else call(query, key, value, attn_mask)
             except KERNEL_ERRORS as error:
                 options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
-                explain_failure(error, scope, query, key, value, options)
+                explain_failure(error, scope, query, key, value, attn_mask, options)
     plain = (dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
     return _general(scope, query, key, value, attn_mask, sinks, plain)
 

@@ -21,7 +21,7 @@ from anyattn.errors import (
     UnsupportedCallError,
 )
 from anyattn.names import AUTO, BY_NAME
-from anyattn.prepare import NOTHING, as_mask, known_of, mask_facts
+from anyattn.prepare import NOTHING, as_mask, known_of, mask_facts, short_name
 from anyattn.running import Entry, listed, make_entry, raise_kernel_error
 from anyattn.selection import Timings, resolve
 from anyattn.spec import UNKNOWN, AttentionSpec, Layout, Storage
@@ -56,13 +56,25 @@ def entry_for(
         entry = make_entry(decision, autocast_dtype(query.device.type))
         if table_key is not None:
             base.remember(table_key, entry)
-            if entry.short and attn_mask is None and sinks is None and type(query) is Tensor:
-                place = query.is_cpu or place_key(query, key, value)
-                short_key = (query.shape, key.shape, value.shape, query.dtype, place, *options[:7])
-                base.short[short_key] = entry.call
+            if entry.short and sinks is None and options.layout == "BSHD" and type(query) is Tensor:
+                _shorten(base, entry, query, key, value, attn_mask, options)
     if scope.recorder is not None:
         scope.recorder(entry.decision)
     return entry
+
+
+def _shorten(
+    scope: policy.Scope, entry: Entry, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, options: Options
+) -> None:
+    """Put a decided call into the short table as well, where its mask isn't one that must be looked at each time."""
+    name: int | None = None
+    if attn_mask is not None:
+        name = short_name(attn_mask, entry.decision.spec.mask)
+        if name is None:
+            return
+    place = query.is_cpu or place_key(query, key, value)
+    short_key = (name, query.shape, key.shape, value.shape, query.dtype, place, *options[:7])
+    scope.short[short_key] = entry.call if attn_mask is None else entry.short_masked
 
 
 def place_key(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
@@ -275,8 +287,8 @@ def _refusal(decision: Decision) -> AnyattnError:
 
 
 def explain_failure(
-    error: Exception, scope: policy.Scope, query: Tensor, key: Tensor, value: Tensor, options: Options
+    error: Exception, scope: policy.Scope, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, options: Options
 ) -> NoReturn:
     """Say why a call from the short table failed: it was wrong, or the kernel raised."""
-    spec = describe(query, key, value, None, None, options)
+    spec = describe(query, key, value, attn_mask, None, options)
     raise_kernel_error(error, decide(spec, scope))

@@ -80,7 +80,7 @@ class Mask:
         block: A `torch.nn.attention.flex_attention.BlockMask`, or None.
     """
 
-    __slots__ = ("__weakref__", "_signature", "_wide_key", "block", "dense", "key", "pattern")
+    __slots__ = ("__weakref__", "_signature", "_wide_key", "block", "dense", "key", "pattern", "short")
 
     def __init__(
         self,
@@ -96,6 +96,8 @@ class Mask:
         self.block = block
         self._signature: tuple[Any, ...] | None = None
         self._wide_key: Tensor | None = None
+        # Names the mask in the table of decided calls, once that is known to be safe.
+        self.short = -1
 
     def wide_key(self) -> Tensor:
         """Give the key padding as `(B, 1, 1, S_kv)`: a view made once, which in-place writes reach."""

@@ -57,7 +57,7 @@ class Scope:
         # Decided calls; those without mask that need no further look are in `short`, under a shorter key.
         self.table: dict[Any, Any] = {}
         self.short: dict[Any, Any] = {}
-        self.entered: dict[Any, Scope] = {}
+        self.entered: dict[tuple[int, bool], tuple[Preference, Scope]] = {}
 
     def preference(self) -> Preference:
         """Give the wish in force: pin, then block, then process default, then environment, then native."""
@@ -142,12 +142,13 @@ def derive(scope: Scope, **changes: Any) -> Scope:
 
 def enter(scope: Scope, wish: Preference, override: bool) -> Scope:
     """Give the scope inside an `attention_backend` block."""
-    found = scope.entered.get((wish, override))
+    # Keyed by identity, which costs less than hashing a preference; the entry keeps the object alive.
+    found = scope.entered.get((id(wish), override))
     if found is None:
-        found = derive(scope, context=wish, override=override, precision=wish.precision)
+        found = (wish, derive(scope, context=wish, override=override, precision=wish.precision))
         if scope.recorder is None and len(scope.entered) < _MAX_SCOPES:
-            scope.entered[wish, override] = found
-    return found
+            scope.entered[id(wish), override] = found
+    return found[1]
 
 
 def recording(scope: Scope, recorder: Recorder) -> Scope:

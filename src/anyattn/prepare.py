@@ -15,7 +15,7 @@ from anyattn.describe import Facts, MaskFacts, facts_of
 from anyattn.errors import InvalidCallError
 from anyattn.lowering import live_rows
 from anyattn.masks import Block, Causal, Mask
-from anyattn.spec import BlockSpec
+from anyattn.spec import BlockSpec, MaskSpec
 
 
 class Known(NamedTuple):
@@ -115,6 +115,26 @@ def known_of(mask: Mask, seqlen_kv: int) -> Known:
     if key is None:
         return _look(dense, seqlen_kv)
     return Known(_look(key, seqlen_kv).all_true and _look(dense, seqlen_kv).all_true)
+
+
+_names: dict[Any, int] = {}
+
+
+def short_name(attn_mask: Any, spec: MaskSpec) -> int | None:
+    """Give a mask object the number under which the short table holds its decisions, or None.
+
+    A pattern alone has one, and so has a CPU mask that was seen to forbid something: should its values change, the
+    decision stays right. Every other mask is looked at each time.
+    """
+    if not isinstance(attn_mask, Mask) or attn_mask.block is not None:
+        return None
+    tensors = [tensor for tensor in (attn_mask.key, attn_mask.dense) if tensor is not None]
+    if any(not tensor.is_cpu or tensor.dtype != torch.bool or id(tensor) not in _not_all_true for tensor in tensors):
+        return None
+    if len(tensors) != (spec.key is not None) + (spec.dense is not None):
+        return None
+    attn_mask.short = _names.setdefault(attn_mask.signature, len(_names))
+    return attn_mask.short
 
 
 def known_of_tensor(tensor: Tensor) -> Known:

@@ -42,9 +42,10 @@ class Entry:
         decision: What was chosen and why.
         short: Whether `call` itself refuses mismatched dtypes and devices, follows autocast and gives gradients, so
             that a table key needn't hold those.
+        short_masked: The same with a mask object: `short_masked(query, key, value, attn_mask)`.
     """
 
-    __slots__ = ("call", "call_masked", "decision", "short")
+    __slots__ = ("call", "call_masked", "decision", "short", "short_masked")
 
     def __init__(
         self,
@@ -52,11 +53,13 @@ class Entry:
         call_masked: Callable[[Tensor, Tensor, Tensor, Any, Tensor | None], Output],
         decision: Decision,
         short: bool,
+        short_masked: MaskedRunner | None = None,
     ) -> None:
         self.call = call
         self.call_masked = call_masked
         self.decision = decision
         self.short = short
+        self.short_masked = short_masked
 
 
 def listed(head: str, reasons: Sequence[Reason]) -> str:
@@ -124,14 +127,14 @@ def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
         def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
             return bound_to(query, key, value, attn_mask)
 
-    short = bound is not None
+    short = bound is not None or bound_masked is not None
     if cast is not None:
         call, masked = _autocast(call, masked, cast, plan.spec.device_type)
         short = False
     if policy.checks_enabled():
         call, masked = _checked(masked, plan)
         short = False
-    return Entry(call, masked, decision, short)
+    return Entry(call, masked, decision, short, bound_masked)
 
 
 def _shortcuts(plan: Plan) -> tuple[Runner | None, MaskedRunner | None]:

@@ -1,0 +1,134 @@
+"""The parts of `run.py` that run in one process: about, laws, graphs, compile, speed. Prints one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import anyattn
+from anyattn import environment, reference
+
+FAMILY = ("native", "native_flash", "native_efficient", "native_cudnn", "native_math")
+
+CALLS: dict[str, dict[str, Any]] = {
+    "flux-1024": {"q": (1, 4608, 24, 128)},
+    "sd3.5L-1024": {"q": (2, 4429, 38, 64)},
+    "sdxl-self-64": {"q": (2, 4096, 10, 64)},
+    "sdxl-cross-64": {"q": (2, 4096, 10, 64), "kv": (2, 77, 10, 64)},
+    "sd15-self-64": {"q": (2, 4096, 8, 40)},
+    "vit-l-224": {"q": (64, 257, 16, 64)},
+    "llama8b-prefill-8k": {"q": (1, 8192, 32, 128), "kv": (1, 8192, 8, 128), "is_causal": True, "enable_gqa": True},
+}
+"""Attention calls of published models, as (batch, seqlen, heads, head_dim)."""
+
+
+def about(device: str) -> dict[str, Any]:
+    return environment.detect().to_dict() | {"anyattn": anyattn.__version__, "device": device}
+
+
+def laws(device: str, backend: str, cases: str) -> dict[str, Any]:
+    from anyattn.testing.verify import verify
+
+    return verify(backend, device=device, cases=int(cases)).to_dict()
+
+
+def _inputs(device: str, shape: tuple[int, ...] = (2, 192, 4, 64)) -> list[torch.Tensor]:
+    return [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3)]
+
+
+def graphs(device: str) -> dict[str, Any]:
+    """Capture a call in a CUDA graph, replay it on new data, and compare."""
+    found: dict[str, Any] = {}
+    for name in (*FAMILY, "flex"):
+        q, k, v = _inputs(device)
+        try:
+            for _ in range(3):
+                anyattn.attention(q, k, v, is_causal=True, backend=name)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = anyattn.attention(q, k, v, is_causal=True, backend=name)
+            for tensor in (q, k, v):
+                tensor.copy_(torch.randn_like(tensor))
+            graph.replay()
+            torch.cuda.synchronize()
+            truth = reference.attention(q, k, v, anyattn.masks.Causal())[0]
+            error = float((out.double() - truth).norm() / truth.norm())
+            found[name] = {"outcome": "right" if error < 1e-2 else "WRONG", "relative_error": error}
+        except anyattn.AnyattnError as error:
+            found[name] = {"outcome": "refused", "why": str(error)[:500]}
+    return found
+
+
+def compile(device: str) -> dict[str, Any]:
+    """Trace each backend with fullgraph=True and dynamic lengths, with inductor."""
+    found: dict[str, Any] = {}
+    for name in (*FAMILY, "flex"):
+        torch._dynamo.reset()
+        run = torch.compile(
+            lambda q, k, v, name=name: anyattn.attention(q, k, v, is_causal=True, backend=name),
+            fullgraph=True,
+            dynamic=True,
+        )
+        try:
+            worst = 0.0
+            for seqlen in (192, 200, 256):
+                q, k, v = _inputs(device, (2, seqlen, 4, 64))
+                truth = reference.attention(q, k, v, anyattn.masks.Causal())[0]
+                worst = max(worst, float((run(q, k, v).double() - truth).norm() / truth.norm()))
+            found[name] = {"outcome": "right" if worst < 1e-2 else "WRONG", "relative_error": worst}
+        except Exception as error:  # noqa: BLE001 - dynamo wraps errors in its own
+            found[name] = {"outcome": "refused", "why": f"{type(error).__name__}: {str(error)[:500]}"}
+    return found
+
+
+def _median_ms(runs: dict[str, Any], rounds: int = 30) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        for _ in range(5):
+            run()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(5):
+                run()
+            torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / 5 * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def speed(device: str) -> dict[str, Any]:
+    """Time calls of real models: anyattn's native against SDPA by hand, and each kernel, interleaved in one run."""
+    found: dict[str, Any] = {}
+    for name, call in CALLS.items():
+        q = torch.randn(call["q"], device=device, dtype=torch.bfloat16)
+        k, v = (torch.randn(call.get("kv", call["q"]), device=device, dtype=torch.bfloat16) for _ in range(2))
+        flags = {key: call[key] for key in ("is_causal", "enable_gqa") if key in call}
+
+        def by_hand(q: Any = q, k: Any = k, v: Any = v, flags: Any = flags) -> Any:
+            return F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **flags
+            ).transpose(1, 2)
+
+        runs: dict[str, Any] = {"by hand": by_hand}
+        for backend in (*FAMILY[:-1], "flex"):
+            if anyattn.explain(q, k, v, **flags, backend=backend).chosen:
+                runs[backend] = lambda q=q, k=k, v=v, flags=flags, backend=backend: anyattn.attention(
+                    q, k, v, **flags, backend=backend
+                )
+        found[name] = _median_ms(runs)
+    return found
+
+
+PARTS = {"about": about, "laws": laws, "graphs": graphs, "compile": compile, "speed": speed}
+
+if __name__ == "__main__":
+    with torch.no_grad() if sys.argv[1] != "laws" else torch.enable_grad():
+        print(json.dumps(PARTS[sys.argv[1]](*sys.argv[2:])))

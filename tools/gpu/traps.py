@@ -1,0 +1,152 @@
+"""The calls that are silently wrong or fatal in plain torch on a GPU, each through anyattn, each in its own process.
+
+A trap is passed when the call is right against the float64 reference, or refused by an error of anyattn, and the device
+still answers afterwards. `python tools/gpu/traps.py NAME BACKEND DEVICE` runs one and prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import anyattn
+from anyattn import masks, reference, tolerance
+
+Call = dict[str, Any]
+
+
+def _tensors(
+    device: str, batch: int = 2, seqlen_q: int = 192, seqlen_kv: int = 256, heads: int = 4, dim: int = 64
+) -> Call:
+    dtype = torch.bfloat16
+    return {
+        "query": torch.randn(batch, seqlen_q, heads, dim, device=device, dtype=dtype),
+        "key": torch.randn(batch, seqlen_kv, heads, dim, device=device, dtype=dtype),
+        "value": torch.randn(batch, seqlen_kv, heads, dim, device=device, dtype=dtype),
+    }
+
+
+def _misaligned(device: str) -> Call:
+    call = _tensors(device)
+    for name in ("query", "key", "value"):
+        shape = call[name].shape
+        flat = torch.randn(shape.numel() + 1, device=device, dtype=torch.bfloat16)
+        call[name] = flat[1:].view(shape)
+    return call
+
+
+def _dead_rows(device: str) -> Call:
+    call = _tensors(device)
+    mask = torch.rand(2, 1, 192, 256, device=device) > 0.3
+    mask[0, 0, 5] = False
+    return call | {"attn_mask": mask}
+
+
+def _padding_of_nothing(device: str) -> Call:
+    lengths = torch.tensor([0, 100], device=device)
+    return _tensors(device) | {"attn_mask": masks.KeyLengths(lengths)}
+
+
+def _float32_mask(device: str) -> Call:
+    return _tensors(device) | {"attn_mask": torch.randn(192, 256, device=device)}
+
+
+def _expanded(device: str) -> Call:
+    call = _tensors(device, seqlen_q=65)
+    for name in ("key", "value"):
+        call[name] = call[name][:, :, :1].expand(-1, -1, 4, -1)
+    return call
+
+
+def _gradients(device: str) -> Call:
+    call = _tensors(device)
+    for name in ("query", "key", "value"):
+        call[name].requires_grad_()
+    return call | {"attn_mask": torch.rand(2, 1, 192, 256, device=device) > 0.3}
+
+
+def _block_of_one_head(device: str) -> Call:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = create_block_mask(lambda b, h, q, kv: (kv <= q) | (h == 1), None, None, 192, 256, device=device)
+    return _tensors(device) | {"attn_mask": mask}
+
+
+def _wide_value(device: str) -> Call:
+    call = _tensors(device)
+    call["value"] = torch.randn(2, 256, 4, 128, device=device, dtype=torch.bfloat16)
+    return call
+
+
+TRAPS: dict[str, Callable[[str], Call]] = {
+    "scale of zero": lambda d: _tensors(d) | {"scale": 0.0},
+    "negative scale": lambda d: _tensors(d) | {"scale": -0.1},
+    "storage off by one element": _misaligned,
+    "boolean row without a key": _dead_rows,
+    "batch entry without a key": _padding_of_nothing,
+    "float32 mask with bf16": _float32_mask,
+    "no query": lambda d: _tensors(d, seqlen_q=0),
+    "no key": lambda d: _tensors(d, seqlen_kv=0),
+    "one key": lambda d: _tensors(d, seqlen_kv=1),
+    "70000 heads in all": lambda d: _tensors(d, batch=700, heads=100, seqlen_q=8, seqlen_kv=8),
+    "head_dim 44": lambda d: _tensors(d, dim=44),
+    "head_dim_v of another size": _wide_value,
+    "expanded heads, one query in the tail": _expanded,
+    "causal upper left, lengths differ": lambda d: _tensors(d) | {"is_causal": True},
+    "causal lower right, lengths differ": lambda d: _tensors(d) | {"attn_mask": masks.Causal("lower_right")},
+    "lower right with rows without a key": lambda d: (
+        _tensors(d, 2, 256, 192) | {"attn_mask": masks.Causal("lower_right")}
+    ),
+    "window": lambda d: _tensors(d) | {"window": (17, 5)},
+    "gradients, mask, S % 128 == 64": _gradients,
+    "block mask made for one head": _block_of_one_head,
+    "log-sum-exp": lambda d: _tensors(d) | {"return_lse": True},
+    "log-sum-exp of rows without a key": lambda d: _dead_rows(d) | {"return_lse": True},
+}
+
+
+def judge(call: Call, backend: str) -> dict[str, Any]:
+    """Run one call and compare it with the reference, gradients included where inputs need them."""
+    try:
+        result = anyattn.attention(**call, backend=backend)
+    except (anyattn.UnsupportedCallError, anyattn.BackendUnavailableError) as error:
+        return {"outcome": "refused", "why": str(error)}
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    mask = anyattn.prepare.as_mask(call.get("attn_mask"))
+    if call.get("is_causal"):
+        mask = masks.Causal()
+    if call.get("window"):
+        mask = masks.SlidingWindow(*call["window"])
+    inputs = [call[name] for name in ("query", "key", "value")]
+    arguments: Any = (*inputs, mask)
+    truth, true_lse = reference.attention(*arguments, scale=call.get("scale"))
+    plain, plain_lse = reference.attention(*arguments, scale=call.get("scale"), dtype=torch.bfloat16)
+    worst = tolerance.excess(out, truth, tolerance.budget(truth, plain, torch.bfloat16, over=(1, 3)))
+    if lse is not None:
+        allowed = tolerance.budget(true_lse, plain_lse, torch.bfloat16, over=(2,))
+        worst = max(worst, tolerance.excess(lse, true_lse, allowed))
+    if inputs[0].requires_grad:
+        weight = torch.randn_like(out)
+        grads = [torch.autograd.grad((o * weight).sum(), inputs) for o in (out, truth, plain)]
+        for found, true, rough in zip(*grads, strict=True):
+            allowed = tolerance.budget(true.double(), rough, torch.bfloat16, over=(1, 3))
+            worst = max(worst, tolerance.excess(found, true.double(), allowed))
+    return {"outcome": "right" if worst <= 1 else "WRONG", "error_over_budget": worst}
+
+
+def main() -> None:
+    name, backend, device = sys.argv[1:4]
+    torch.manual_seed(0)
+    found = judge(TRAPS[name](device), backend)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        found["context"] = bool((torch.ones(8, device=device) * 2).sum() == 16)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
