@@ -1,0 +1,289 @@
+"""Pin a backend to a model or a whole pipeline of Diffusers, and take the pin away exactly."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from anyattn import pins
+from anyattn.decision import Precision, Preference
+from anyattn.dispatch import make_preference
+from anyattn.errors import AnyattnWarning, InvalidCallError
+from anyattn.integrations.diffusers import state
+from anyattn.integrations.diffusers.coverage import Layer, attention_layers
+from anyattn.integrations.diffusers.sites import TEXT_ENCODER
+from anyattn.names import AUTO
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentReport:
+    """What setting a backend did to one component.
+
+    Attributes:
+        name: Its name in the pipeline; empty for a model given by itself.
+        kind: Its class.
+        pinned: Whether the backend is now pinned to it.
+        layers: How many attention layers the pin reaches.
+        left: The layers that it doesn't reach, each with the reason.
+        reason: Why the component as a whole was left alone; empty where it was pinned.
+    """
+
+    name: str
+    kind: str
+    pinned: bool
+    layers: int
+    left: tuple[Layer, ...] = ()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        title = f"{self.name} ({self.kind})" if self.name else self.kind
+        if not self.pinned:
+            return f"{title}: left alone, {self.reason}"
+        rest = f", {len(self.left)} more left alone: {_say_left(self.left)}" if self.left else ""
+        return f"{title}: {self.layers} attention layers{rest}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetReport:
+    """What setting a backend did.
+
+    Attributes:
+        backend: What was asked for.
+        components: Every component that was looked at.
+    """
+
+    backend: str
+    components: tuple[ComponentReport, ...]
+
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """The names of the components that were pinned."""
+        return tuple(component.name for component in self.components if component.pinned)
+
+    def __str__(self) -> str:
+        return "\n".join([f"backend {self.backend}:", *(f"  {component}" for component in self.components)])
+
+
+class _Wishes:
+    """The wishes for one module: its own, and those of the pipelines that it is part of, newest last."""
+
+    def __init__(self, before: Preference | None) -> None:
+        self.before = before
+        self.own: Preference | None = None
+        self.pipelines: list[tuple[weakref.ref[Any], Preference]] = []
+
+    def set(self, module: nn.Module, target: Any, wish: Preference) -> None:
+        """Record a wish made on the module itself or on a pipeline."""
+        if target is module:
+            self.own = wish
+        else:
+            self.pipelines = [entry for entry in self.pipelines if entry[0]() is not target]
+            self.pipelines.append((weakref.ref(target), wish))
+
+    def take(self, module: nn.Module, target: Any) -> bool:
+        """Forget what was wished on `target`; say whether there was anything."""
+        if target is not module:
+            kept = [entry for entry in self.pipelines if entry[0]() is not target]
+        elif self.own is not None:
+            self.own = None
+            return True
+        else:  # a pipeline that is gone can't be asked to reset any more, so its model may
+            kept = [entry for entry in self.pipelines if entry[0]() is not None]
+        found = len(kept) < len(self.pipelines)
+        self.pipelines = kept
+        return found
+
+    @property
+    def in_force(self) -> Preference | None:
+        """The most specific wish."""
+        if self.own is not None:
+            return self.own
+        return self.pipelines[-1][1] if self.pipelines else self.before
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left that was set here."""
+        return self.own is None and not self.pipelines
+
+
+_pinned: weakref.WeakKeyDictionary[nn.Module, _Wishes] = weakref.WeakKeyDictionary()
+
+
+def handles(target: object) -> bool:
+    """Whether `target` is a pipeline of Diffusers, or a module with a part of one of Diffusers' classes."""
+    if "diffusers" not in sys.modules:
+        return False
+    if isinstance(target, nn.Module):
+        return any(_of_diffusers(type(module)) for module in target.modules())
+    return _is_pipeline(target)
+
+
+def set_attention_backend(
+    target: Any, backend: str | list[str] | tuple[str, ...], *, precision: Precision = "exact"
+) -> SetReport:
+    """Pin a backend to a model of Diffusers, or to every component of a pipeline that computes attention.
+
+    Enables the integration. A model's own pin is more specific than its pipeline's, and beats it in either
+    order. Text encoders and other models of Transformers are left alone, and the report says so.
+
+    Args:
+        target: A pipeline, a model or a part of a model.
+        backend: A name, an alias (all of Diffusers' names are), `"auto"`, or a list in order of preference.
+        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"` or `"fp8"`.
+
+    Returns:
+        What was pinned and what was left alone, with reasons.
+
+    Raises:
+        InvalidCallError: If no attention layer would be reached; nothing is changed then.
+        UnknownBackendError: If no backend has this name.
+        UnsupportedVersionError: If this release of Diffusers isn't a known one.
+    """
+    if not handles(target):
+        raise InvalidCallError(f"Needed is a pipeline or model of Diffusers; {type(target).__name__} is neither.")
+    target = _unwrapped(target)
+    wish = make_preference(backend, "model", precision)
+    with state.lock, ExitStack() as failed:
+        if state.enable_implicitly():
+            failed.callback(state.disable)
+        components = list(_components(target))
+        reports = tuple(_inspect(name, module) for name, module in components)
+        if not any(report.pinned for report in reports):
+            details = "; ".join(str(report) for report in reports) or "it has no components that are modules"
+            raise InvalidCallError(
+                f"Setting {str(wish)!r} would change nothing: no attention layer of {type(target).__name__} "
+                f"reaches anyattn ({details}). Nothing was changed."
+            )
+        for (_, module), report in zip(components, reports, strict=True):
+            if report.pinned:
+                _put(module, target, wish)
+        failed.pop_all()
+    _warn_of_left(reports)
+    return SetReport(str(wish), reports)
+
+
+def reset_attention_backend(target: Any) -> tuple[str, ...]:
+    """Take away what `set_attention_backend` set on this very object, and nothing else.
+
+    A wish that it had hidden (the pipeline's, below the model's own) is in force again. Once nothing is left
+    of what `set_attention_backend` did, and `enable` was never called, the integration is disabled again.
+
+    Returns:
+        The names of the components that a pin was taken from.
+
+    Raises:
+        InvalidCallError: If nothing was set on this object.
+    """
+    target = _unwrapped(target)
+    with state.lock:
+        taken = tuple(name for name, module in _components(target) if _take(module, target))
+        if not taken:
+            raise InvalidCallError(
+                f"No backend was set on this {type(target).__name__}, so there is nothing to reset. A pin "
+                "has to be taken from the object that it was set on: the pipeline or the model."
+            )
+        if not _pinned:
+            state.disable_if_implicit()
+    return taken
+
+
+def forget_all() -> None:
+    """Take every pin away that was set here, and put back what was there before."""
+    with state.lock:
+        for module, wishes in list(_pinned.items()):
+            _apply(module, wishes.before)
+        _pinned.clear()
+
+
+state.at_disable.append(forget_all)
+
+
+def _put(module: nn.Module, target: Any, wish: Preference) -> None:
+    wishes = _pinned.get(module)
+    if wishes is None:
+        before = pins.pin_of(module)
+        # What is in force may come from an enclosing module, and is then not this module's to put back.
+        wishes = _pinned[module] = _Wishes(before if pins.unpin(module) else None)
+    wishes.set(module, target, wish)
+    _apply(module, wishes.in_force)
+
+
+def _take(module: nn.Module, target: Any) -> bool:
+    wishes = _pinned.get(module)
+    if wishes is None:  # pinned by hand, or a copy of a pinned model
+        return target is module and pins.unpin(module)
+    if not wishes.take(module, target):
+        return False
+    if wishes.is_empty:
+        del _pinned[module]
+    _apply(module, wishes.in_force)
+    return True
+
+
+def _apply(module: nn.Module, wish: Preference | None) -> None:
+    if wish is None:
+        pins.unpin(module)
+    else:
+        single = wish.mode == "require" or wish.names == (AUTO,)
+        pins.pin(module, wish.names[0] if single else list(wish.names), precision=wish.precision)
+
+
+def _warn_of_left(reports: tuple[ComponentReport, ...]) -> None:
+    for report in reports:
+        if any(layer.reason != TEXT_ENCODER for layer in report.left):
+            warnings.warn(f"The backend doesn't reach every layer of {report}", AnyattnWarning, stacklevel=3)
+
+
+def _inspect(name: str, module: nn.Module) -> ComponentReport:
+    kind = type(module).__name__
+    if not any(_of_diffusers(type(part)) for part in module.modules()):
+        owner = type(module).__module__.partition(".")[0]
+        reason = f"it belongs to {owner} and not to Diffusers; pin it by itself where you want it"
+        return ComponentReport(name, kind, False, 0, (), reason)
+    layers = attention_layers(module)
+    reached = sum(layer.reached for layer in layers)
+    left = tuple(layer for layer in layers if not layer.reached)
+    if reached:
+        return ComponentReport(name, kind, True, reached, left)
+    reason = _say_left(left) if left else "it has no attention layers of Diffusers' own"
+    return ComponentReport(name, kind, False, 0, left, reason)
+
+
+def _say_left(left: tuple[Layer, ...]) -> str:
+    kinds = {(layer.computed_by, layer.reason): 0 for layer in left}
+    return "; ".join(f"{kind}: {reason}" for kind, reason in kinds)
+
+
+def _components(target: Any) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(target, nn.Module):
+        yield "", target
+        return
+    components: Mapping[str, Any] = target.components
+    for name, component in components.items():
+        if isinstance(component, (list, tuple)):
+            parts = [(f"{name}.{number}", part) for number, part in enumerate(component)]
+        else:
+            parts = [(name, component)]
+        for label, part in parts:
+            if isinstance(part, nn.Module):
+                yield label, _unwrapped(part)
+
+
+def _unwrapped(target: Any) -> Any:
+    # torch.compile(model) gives a wrapper, whose own forward isn't the one that runs.
+    return getattr(target, "_orig_mod", target)
+
+
+def _is_pipeline(target: object) -> bool:
+    return isinstance(getattr(target, "components", None), Mapping) and _of_diffusers(type(target))
+
+
+def _of_diffusers(kind: type) -> bool:
+    return any(base.__module__.startswith("diffusers.") for base in kind.__mro__)
