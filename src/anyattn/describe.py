@@ -67,7 +67,7 @@ class Options(NamedTuple):
 
 
 def facts_of(tensor: Tensor) -> Facts:
-    """Read the facts of a tensor."""
+    """Read the facts of a tensor; its sizes are symbols where they are being traced."""
     return Facts(tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
 
 

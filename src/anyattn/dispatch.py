@@ -115,7 +115,8 @@ def describe(
     if mask is not None and (mask.key is not None or mask.dense is not None):
         known = known_of(mask, _kv_length(key, options.layout))
     cast = autocast_dtype(query.device.type)
-    facts = tuple(_cast_facts(facts_of(tensor), cast) for tensor in (query, key, value))
+    facts = tuple(_facts(tensor, cast, options.layout) for tensor in (query, key, value))
+    symbolic = any(UNKNOWN in fact.shape for fact in facts)
     sink_facts = None if sinks is None else facts_of(sinks)
     storage = _storage(query, key, value, options.layout)
 
@@ -129,6 +130,8 @@ def describe(
             sink_facts,
             grad=torch.is_grad_enabled(),
             storage=storage,
+            same_lengths=_same_lengths(query, key, options.layout) if symbolic else None,
+            compiled=symbolic,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
 
@@ -137,10 +140,21 @@ def describe(
     return build(mask_facts(mask, known))
 
 
-def _cast_facts(facts: Facts, cast: torch.dtype | None) -> Facts:
+def _facts(tensor: Tensor, cast: torch.dtype | None, layout: Layout) -> Facts:
+    """Read a tensor's facts as autocast will have it; where sizes are symbols, heads and head_dim are made static."""
+    facts = facts_of(tensor)
+    if any(type(size) is not int for size in facts.shape):
+        free = (0, 1) if layout == "BSHD" else (0, 2)
+        shape = tuple(UNKNOWN if axis in free and type(n) is not int else int(n) for axis, n in enumerate(facts.shape))
+        facts = facts._replace(shape=shape)
     if cast is None or not facts.dtype.is_floating_point or facts.dtype == torch.float64:
         return facts
     return facts._replace(dtype=cast)
+
+
+def _same_lengths(query: Tensor, key: Tensor, layout: Layout) -> bool:
+    axis = 1 if layout == "BSHD" else 2
+    return query.dim() == key.dim() == 4 and bool(query.shape[axis] == key.shape[axis])
 
 
 def _kv_length(key: Tensor, layout: Layout) -> int:

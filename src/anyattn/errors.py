@@ -1,4 +1,7 @@
-"""The exceptions and warnings that anyattn raises."""
+"""The exceptions and warnings that anyattn raises.
+
+Their keywords have defaults so that pickling, which makes an exception anew from its message, can restore them.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class UnknownBackendError(AnyattnError, ValueError):
 class BackendUnavailableError(AnyattnError, RuntimeError, ImportError):
     """A backend that is known but can't be used here: not installed, too old, or broken."""
 
-    def __init__(self, message: str, *, backend: str, reasons: tuple[Reason, ...] = ()) -> None:
+    def __init__(self, message: str, *, backend: str = "", reasons: tuple[Reason, ...] = ()) -> None:
         super().__init__(message)
         self.backend = backend
         self.reasons = reasons
@@ -47,7 +50,7 @@ class BackendUnavailableError(AnyattnError, RuntimeError, ImportError):
 class UnsupportedCallError(AnyattnError, ValueError):
     """No backend that was allowed to run accepts this call; `decision` lists every reason."""
 
-    def __init__(self, message: str, *, decision: Decision) -> None:
+    def __init__(self, message: str, *, decision: Decision | None = None) -> None:
         super().__init__(message)
         self.decision = decision
 
@@ -55,6 +58,6 @@ class UnsupportedCallError(AnyattnError, ValueError):
 class KernelError(AnyattnError, RuntimeError):
     """A kernel raised, or gave an answer that the checks refuse; chained to the kernel's own error."""
 
-    def __init__(self, message: str, *, backend: str) -> None:
+    def __init__(self, message: str, *, backend: str = "") -> None:
         super().__init__(message)
         self.backend = backend

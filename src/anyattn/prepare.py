@@ -15,7 +15,7 @@ from anyattn.describe import Facts, MaskFacts, facts_of
 from anyattn.errors import InvalidCallError
 from anyattn.lowering import live_rows
 from anyattn.masks import Block, Causal, Mask
-from anyattn.spec import BlockSpec, MaskSpec
+from anyattn.spec import UNKNOWN, BlockSpec, MaskSpec
 
 
 class Known(NamedTuple):
@@ -91,7 +91,14 @@ def mask_facts(mask: Mask | None, known: Known) -> MaskFacts:
         key = None if mask.key is None else facts_of(mask.key)
         dense = None if mask.dense is None else facts_of(mask.dense)
     block, seqlens = _block_facts(mask)
-    return MaskFacts(mask.pattern, key, dense, block, seqlens, known.live)
+    return MaskFacts(mask.pattern, _plain(key), _plain(dense), block, seqlens, known.live)
+
+
+def _plain(facts: Facts | None) -> Facts | None:
+    """Write symbolic sizes as UNKNOWN."""
+    if facts is None or all(type(size) is int for size in facts.shape):
+        return facts
+    return facts._replace(shape=tuple(size if type(size) is int else UNKNOWN for size in facts.shape))
 
 
 def _block_facts(mask: Mask) -> tuple[BlockSpec | None, tuple[int, int] | None]:
@@ -156,6 +163,8 @@ def _look(tensor: Tensor, seqlen_kv: int) -> Known:
     seen = _not_all_true.get(name)
     if seen is not None and seen() is tensor:
         return NOTHING
+    if torch._C._len_torch_dispatch_stack():
+        return NOTHING  # something traces or counts operations, and values may not be had
     if tensor.dtype == torch.bool:
         all_true = bool(tensor.all())
     else:

@@ -244,3 +244,37 @@ print("error", (anyattn.attention(q, k, v, backend="flex") - reference.attention
 """
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout.split()[1]) < 1e-5
+
+
+class Attend(nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = anyattn.attention(q, k, v, masks.KeyPadding(keys), is_causal=True)
+        return out
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_export_gives_the_same_result_at_any_length(strict: bool, dynamic: bool) -> None:
+    length = torch.export.Dim("length", min=2, max=64)
+    shapes = ({1: length},) * 4 if dynamic else None
+    program = torch.export.export(Attend(), (*tensors(9), padding(9)), dynamic_shapes=shapes, strict=strict).module()
+    arguments = (*tensors(13), padding(13)) if dynamic else (*tensors(9), padding(9))
+    assert_close(program(*arguments), Attend()(*arguments))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_traces_calls_without_dynamo(mode: str) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    arguments = (*tensors(9), padding(9))
+    graph = make_fx(Attend(), tracing_mode=mode)(*arguments)
+    assert_close(graph(*arguments), Attend()(*arguments))
+
+
+def test_function_transforms_go_through() -> None:
+    q = torch.randn(2, 9, 2, 16)
+    mapped = torch.vmap(lambda a: anyattn.attention(a, a, a, is_causal=True))(torch.stack([q, 2 * q]))
+    assert_close(mapped[1], anyattn.attention(2 * q, 2 * q, 2 * q, is_causal=True))
+    found = torch.func.grad(lambda a: anyattn.attention(a, q, q).sum())(q)
+    other = q.clone().requires_grad_()
+    assert_close(found, torch.autograd.grad(anyattn.attention(other, q, q).sum(), other)[0])
