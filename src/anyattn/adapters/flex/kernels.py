@@ -15,7 +15,10 @@ from torch import Tensor
 from anyattn.backend import Output, Parts, Plan
 from anyattn.lowering import key_mask, normalise_lse
 from anyattn.masks import serial_of
-from anyattn.spec import AttentionSpec
+from anyattn.spec import AttentionSpec, PatternSpec
+
+_LARGE = 1 << 26
+"""Positions (S_q * S_kv) from which a block mask is made by compiled code on CUDA."""
 
 Mod = Callable[..., Tensor]
 """A `mask_mod(b, h, q_idx, kv_idx)` or `score_mod(score, b, h, q_idx, kv_idx)`."""
@@ -121,11 +124,12 @@ def _score_mod(spec: AttentionSpec, parts: Parts, seqlen_kv: int) -> Mod | None:
 
 def _block_mask(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_kv: int) -> Any:
     """Make the block mask of a pattern, a key mask and padding, joined with the caller's."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     spec, given = plan.spec, parts.block
-    mask_mod = _mask_mod(plan, parts, query.shape[2], seqlen_kv)
     block = spec.mask.block
+    alone = given is None and parts.key is None and not plan.lowering.pad_keys
+    if alone and spec.mask.pattern is not None and not torch.compiler.is_compiling():
+        return _pattern_block_mask(spec.mask.pattern, query.shape[2], seqlen_kv, query.device)
+    mask_mod = _mask_mod(plan, parts, query.shape[2], seqlen_kv)
     if given is None and mask_mod is None:
         return None
     if given is not None and block is not None:
@@ -136,14 +140,38 @@ def _block_mask(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_kv:
     assert mask_mod is not None
     per_batch = parts.key is not None or (block is not None and (block.per_batch or block.batch > 1))
     per_head = block is not None and (block.per_head or block.heads > 1)
-    return create_block_mask(
-        mask_mod,
-        query.shape[0] if per_batch else None,
-        query.shape[1] if per_head else None,
-        query.shape[2],
-        key.shape[2],
-        device=query.device,
-    )
+    batch, heads = query.shape[0] if per_batch else None, query.shape[1] if per_head else None
+    return _create(mask_mod, batch, heads, query.shape[2], key.shape[2], query.device)
+
+
+_patterns: dict[tuple[PatternSpec, int, int, torch.device], Any] = {}
+
+
+def _pattern_block_mask(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int, device: torch.device) -> Any:
+    """Make the block mask of a pattern alone, once per shape and device: making one reads every position."""
+    key = (pattern, seqlen_q, seqlen_kv, device)
+    found = _patterns.get(key)
+    if found is not None:
+        return found
+    # Tensors born in inference mode or inside a CUDA graph must not be met outside again.
+    with torch.inference_mode(False), torch.no_grad():
+        made = _create(_pattern_mod(pattern, seqlen_q, seqlen_kv), None, None, seqlen_q, seqlen_kv, device)
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        if len(_patterns) >= 64:
+            _patterns.clear()
+        _patterns[key] = made
+    return made
+
+
+def _create(
+    mask_mod: Mod, batch: int | None, heads: int | None, seqlen_q: int, seqlen_kv: int, device: torch.device
+) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    options: dict[str, Any] = {"device": device}
+    if device.type == "cuda" and not torch.compiler.is_compiling() and seqlen_q * seqlen_kv > _LARGE:
+        options["_compile"] = True  # otherwise every position is written out
+    return create_block_mask(mask_mod, batch, heads, seqlen_q, seqlen_kv, **options)
 
 
 def _with_blocks(block_mask: Any) -> Mod:
@@ -164,27 +192,35 @@ def _with_blocks(block_mask: Any) -> Mod:
 def _mask_mod(plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Mod | None:
     """Make the function of a pattern, a key mask and padded keys."""
     pattern = plan.spec.mask.pattern
+    inside = None if pattern is None else _pattern_mod(pattern, seqlen_q, seqlen_kv)
     keys = None if parts.key is None else key_mask(parts.key, seqlen_kv)[:, 0, 0]
     padded = plan.lowering.pad_keys
     if pattern is None and keys is None and not padded:
         return None
-    left = right = -1
-    offset = 0
-    if pattern is not None:
-        left, right = pattern.left, pattern.right
-        offset = seqlen_kv - seqlen_q if pattern.align == "lower_right" else 0
     if keys is not None and padded:
         keys = F.pad(keys, (0, -seqlen_kv % 16))
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         allowed = kv < seqlen_kv
-        if right != -1:
-            allowed = allowed & (kv <= q + offset + right)
-        if left != -1:
-            allowed = allowed & (kv >= q + offset - left)
+        if inside is not None:
+            allowed = allowed & inside(b, h, q, kv)
         if keys is not None:
             allowed = allowed & keys[b, kv]
         return allowed
+
+    return mask_mod
+
+
+def _pattern_mod(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int) -> Mod:
+    left, right = pattern.left, pattern.right
+    offset = seqlen_kv - seqlen_q if pattern.align == "lower_right" else 0
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        if left == -1:
+            return kv <= q + offset + right
+        if right == -1:
+            return kv >= q + offset - left
+        return (kv <= q + offset + right) & (kv >= q + offset - left)
 
     return mask_mod
 

@@ -161,7 +161,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
 
 
 def _misread(spec: AttentionSpec) -> bool:
-    """Say whether the CPU flash kernel loses -inf: a float32 bias with a float64 query, from 16 keys on (torch 2.13)."""
+    """Say whether the CPU flash kernel loses -inf: a float32 bias, a float64 query, 16 keys or more (torch 2.13)."""
     dense = spec.mask.dense
     return dense is not None and dense.kind == "bias" and spec.dtype == torch.float64 and dense.dtype != spec.dtype
 
