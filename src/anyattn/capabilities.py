@@ -175,7 +175,7 @@ def _mask(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     mask = spec.mask
     dense = needs_dense(caps, spec)
     if dense and not caps.boolean:
-        yield Reason("mask", "a mask that the kernel knows", _unsupported(caps, spec), "choose another backend")
+        yield Reason("mask", "no mask that its kernel can't express", _unsupported(caps, spec), "flex takes every mask")
     if dense and caps.boolean:
         size = spec.seqlen_q * spec.seqlen_kv * (spec.batch if mask.key else 1)
         pattern_only = mask.pattern is not None

@@ -268,7 +268,9 @@ def decision_for(spec: AttentionSpec, scope: policy.Scope, env: Environment) -> 
     if overruled and not scope.settings.override:
         _say_once(f"Overruled: {overruled}. Write override=True to have the block beat pins, or change the pin.")
     times = timings_for(spec, env) if AUTO in wish.names else None
-    names = dict.fromkeys((*registry.names(), *wish.names))
+    # A third party's package is imported where it is asked for, by name or by auto, and nowhere else.
+    known = registry.names() if AUTO in wish.names else registry.built_in_names()
+    names = dict.fromkeys((*known, *wish.names))
     return resolve(spec, env, wish, times, registry.known(n for n in names if n != AUTO), overruled=overruled)
 
 

@@ -206,7 +206,7 @@ def preset(name: str, *, packages: Mapping[str, str] | None = None, torch_versio
     nvidia = device.type == "cuda" and not device.rocm
     devices = (Device("cpu"),) if device.type == "cpu" else (Device("cpu"), device)
     return Environment(
-        torch=Version(torch_version or torch.__version__),
+        torch=Version(torch_version or Version(torch.__version__).base_version),
         devices=devices,
         packages=packages or {},
         cudnn=(9, 19, 0) if nvidia else None,

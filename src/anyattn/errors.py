@@ -16,6 +16,7 @@ __all__ = [
     "AnyattnWarning",
     "BackendUnavailableError",
     "InvalidCallError",
+    "InvalidSettingError",
     "KernelError",
     "UnknownBackendError",
     "UnsupportedCallError",
@@ -38,6 +39,10 @@ class UnknownBackendError(AnyattnError, ValueError):
     """No backend or alias has this name; the message gives the nearest names that exist."""
 
 
+class InvalidSettingError(AnyattnError, ValueError):
+    """An environment variable holds something that can't be followed."""
+
+
 class BackendUnavailableError(AnyattnError, RuntimeError, ImportError):
     """A backend that is known but can't be used here: not installed, too old, or broken."""
 
@@ -52,7 +57,8 @@ class UnsupportedCallError(AnyattnError, ValueError):
 
     def __init__(self, message: str, *, decision: Decision | None = None) -> None:
         super().__init__(message)
-        self.decision = decision
+        if decision is not None:
+            self.decision: Decision = decision
 
 
 class KernelError(AnyattnError, RuntimeError):

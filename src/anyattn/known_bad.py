@@ -74,7 +74,7 @@ class KnownBad:
 
     def reason(self) -> Reason:
         """Turn the row into a reason for refusing."""
-        return Reason("known_bad", f"not: {self.when}", self.what, f"use {self.instead}", self.link)
+        return Reason("known_bad", self.when, self.what, f"use {self.instead}", self.link)
 
 
 def _masked(spec: AttentionSpec) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from anyattn.decision import Mode, Precision, Preference
+from anyattn.errors import InvalidSettingError
 
 ENV_BACKEND: Final = "ANYATTN_BACKEND"
 ENV_BACKEND_DIFFUSERS: Final = "DIFFUSERS_ATTN_BACKEND"
@@ -199,22 +200,29 @@ def forget() -> None:
             scope.forget()
 
 
+def means_yes(word: str) -> bool | None:
+    """Read a word as yes or no, whatever its case; None where it is neither."""
+    word = word.strip().lower()
+    return True if word in _TRUE else False if word in _FALSE else None
+
+
 def checks_enabled() -> bool:
     """Whether the value checks are asked for; read once, and again after `forget`.
 
     Raises:
-        ValueError: If a variable holds neither a yes nor a no.
+        InvalidSettingError: If a variable holds neither a yes nor a no.
     """
     global _checks
     if _checks is None:
         found = False
         for variable in (ENV_CHECKS, ENV_CHECKS_DIFFUSERS):
-            word = os.environ.get(variable, "").strip().lower()
-            if word not in _TRUE | _FALSE:
-                raise ValueError(
+            word = os.environ.get(variable, "")
+            wanted = means_yes(word)
+            if wanted is None:
+                raise InvalidSettingError(
                     f"{variable} is {word!r}; write 1, yes, true or on to add the value checks, or 0 to leave them out."
                 )
-            found = found or word in _TRUE
+            found = found or wanted
         _checks = found
     return _checks
 

@@ -43,8 +43,8 @@ class Reason:
 
     Attributes:
         code: What kind of ground it is; stable, for programs.
-        need: What the backend needs.
-        got: What the call or the machine has.
+        need: What the backend needs; for `known_bad`, the condition under which the kernel is wrong.
+        got: What the call or the machine has; for `known_bad`, what the kernel does.
         hint: What to do about it; empty when nothing helps.
         link: Where the fact is documented, if anywhere.
     """
@@ -56,7 +56,10 @@ class Reason:
     link: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.code}: needs {self.need}, got {self.got}"
+        if self.code == "known_bad":
+            text = f"known_bad: {self.got}, given {self.need}"
+        else:
+            text = f"{self.code}: needs {self.need}, got {self.got}"
         return f"{text}; {self.hint}" if self.hint else text
 
     def to_dict(self) -> dict[str, str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from anyattn.backend import Backend
 from anyattn.decision import Preference
+from anyattn.environment import Environment
 from anyattn.errors import UnknownBackendError
 from anyattn.names import AUTO, BY_NAME, KNOWN, canonical, nearest
 from anyattn.reasons import Reason
+from anyattn.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -33,7 +35,12 @@ _added: dict[str, Backend] = {}
 
 def names() -> tuple[str, ...]:
     """Give every known canonical name: the plan's, then those of third parties."""
-    return (*(known.name for known in KNOWN), *third_parties())
+    return (*built_in_names(), *third_parties())
+
+
+def built_in_names() -> tuple[str, ...]:
+    """Give the plan's canonical names; looking at one imports no third party's package."""
+    return tuple(known.name for known in KNOWN)
 
 
 @functools.lru_cache(maxsize=1)
@@ -74,9 +81,28 @@ def _import(target: str) -> Backend:
 
 @functools.lru_cache(maxsize=256)
 def _from_entry_point(name: str) -> Backend:
-    found = _entry_points()[name].load()
-    backend: Backend = found() if isinstance(found, type) else found
+    try:
+        found = _entry_points()[name].load()
+        backend: Backend = found() if isinstance(found, type) else found
+    except Exception as error:  # noqa: BLE001 - a third party's package fails in whatever way it likes
+        return _Broken(name, error)
     return backend
+
+
+class _Broken(Backend):
+    """Stands for a third party's backend that can't be imported: every call is refused with the reason."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.name = name  # type: ignore[misc]
+        self.error = error
+
+    def availability(self, env: Environment) -> Iterator[Reason]:
+        point = _entry_points()[self.name].value
+        got = f"{type(self.error).__name__}: {self.error}"
+        yield Reason("broken_import", f"an importable {point}", got, "mend or uninstall the package that announces it")
+
+    def reasons(self, spec: AttentionSpec, env: Environment) -> tuple[Reason, ...]:
+        return tuple(self.availability(env))
 
 
 def get(name: str) -> Backend | None:

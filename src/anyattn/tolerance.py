@@ -40,6 +40,22 @@ def budget(truth: Tensor, plain: Tensor, dtype: torch.dtype, *, over: tuple[int,
     return SLACK * error.amax(over, keepdim=True) + BAND * eps * size.amax(over, keepdim=True)
 
 
+def lse_budget(truth: Tensor, plain: Tensor, dtype: torch.dtype, *, over: tuple[int, ...]) -> Tensor:
+    """Give the largest error allowed of a log-sum-exp.
+
+    It is stored as float32 whatever the call's dtype, and it is the logarithm of a sum: what is relative in the sum
+    is absolute in its logarithm, so that the band doesn't vanish where the lse is near zero.
+
+    Args:
+        truth: As for `budget`.
+        plain: As for `budget`.
+        dtype: As for `budget`.
+        over: As for `budget`.
+    """
+    stored = torch.float32 if dtype == torch.float64 else dtype
+    return budget(truth, plain, stored, over=over) + BAND * torch.finfo(stored).eps
+
+
 def excess(result: Tensor, truth: Tensor, allowed: Tensor) -> float:
     """Give the worst error as a multiple of its budget; anything above 1 is wrong, and inf is not a number.
 

@@ -81,7 +81,7 @@ def test_no_file_is_over_400_lines() -> None:
     assert not long
 
 
-def test_no_adapter_file_is_over_200_lines() -> None:
+def test_no_adapter_file_is_over_260_lines() -> None:
     # The design asks for 150; the SDPA kernels, six entries in one table, are the longest.
     for path in (ROOT / "adapters").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 260, path

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import anyattn
-from anyattn import pins
+from anyattn import pins, registry
 
 
 def call(**options: Any) -> str:
@@ -303,3 +304,25 @@ def test_records_nest_and_see_only_their_own_block() -> None:
     anyattn.attention(q, q, q)
     assert [c.chosen for c in outer] == ["native", "native_math"]
     assert [c.chosen for c in inner] == ["native_math"]
+
+
+def test_third_partys_broken_package_harms_no_other_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "broken_kernel-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-kernel\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[anyattn.backends]\nbroken_kernel = broken_kernel:Backend\n")
+    (tmp_path / "broken_kernel.py").write_text("import sys\nsys.broken_kernel = True\nraise KeyError('no symbol')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry._entry_points.cache_clear()
+    try:
+        assert call() == "native"
+        assert not hasattr(sys, "broken_kernel"), "a package that nobody asked for was imported"
+        assert call(backend="auto") == "native"
+        with pytest.raises(anyattn.BackendUnavailableError, match="broken_import.*no symbol"):
+            call(backend="broken_kernel")
+        row = next(row for row in anyattn.backends() if row.name == "broken_kernel")
+        assert [reason.code for reason in row.reasons] == ["broken_import"]
+    finally:
+        registry._entry_points.cache_clear()
+        registry._from_entry_point.cache_clear()
+        vars(sys).pop("broken_kernel", None)

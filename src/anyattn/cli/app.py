@@ -1,0 +1,178 @@
+"""The command line's words: options in, a report out, an exit code at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from anyattn.cli import options as opt
+from anyattn.cli import render
+from anyattn.cli.reports import Progress, Report
+from anyattn.cli.words import CallWords
+from anyattn.errors import AnyattnError
+from anyattn.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="See what attention runs on this machine, why, and whether it is right.",
+    epilog="Exit codes: 0 is yes, 1 is no, 2 is wrong usage or a call that is wrong for any backend.",
+)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        render.line(f"anyattn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _anyattn(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """Hold what comes before a command's name."""
+
+
+def _answer(make: Callable[[Progress], Report], show: Callable[[Any], Any], as_json: bool) -> NoReturn:
+    """Make a report, print it, and end with its exit code."""
+    try:
+        with render.busy(as_json) as progress:
+            report = make(progress)
+    except AnyattnError as error:
+        render.failure(error, as_json)
+        raise typer.Exit(2) from None
+    render.report(report, show, as_json)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command(epilog="Exit codes: 0 if the default backend works here, 1 if not, 2 for wrong usage.")
+def doctor(
+    backends: opt.Tried = None, no_try: opt.NoTry = False, timeout: opt.Timeout = 120, as_json: opt.Json = False
+) -> None:
+    """Say what works here, what doesn't, why, and the cure.
+
+    Every usable backend is tried on tiny inputs (a plain call, one with padding, one with gradients) and compared with
+    the reference, each in a process of its own: one that crashes or hangs is a line of the report.
+    """
+    from anyattn.cli import doctor as command
+    from anyattn.cli.views.doctor import show
+
+    def make(progress: Progress) -> Report:
+        return command.doctor(backends or (), try_kernels=not no_try, timeout=timeout, progress=progress)
+
+    _answer(make, show, as_json)
+
+
+@app.command(epilog="Exit codes: 0 if something asked for admits the call, 1 if nothing does, 2 for wrong usage.")
+def explain(
+    context: typer.Context,
+    shape: opt.Shape,
+    kv: opt.Kv = None,
+    kv_heads: opt.KvHeads = None,
+    head_dim_v: opt.HeadDimV = None,
+    dtype: opt.Dtype = "bfloat16",
+    masks: opt.Masks = None,
+    prepared: opt.Prepared = False,
+    scale: opt.Scale = None,
+    softcap: opt.Softcap = None,
+    sinks: opt.Sinks = False,
+    lse: opt.Lse = False,
+    grad: opt.Grad = False,
+    mask_grad: opt.MaskGrad = False,
+    dropout: opt.Dropout = 0.0,
+    compiled: opt.Compiled = False,
+    deterministic: opt.Deterministic = False,
+    backend: opt.Preferred = None,
+    preset: opt.Supposed = None,
+    device: opt.DeviceType = None,
+    packages: opt.Packages = None,
+    torch: opt.Torch = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Say what would run for a call, and why nothing else.
+
+    Nothing is run and no tensor made; every backend that refuses the call gives all its reasons.
+
+    Example: anyattn explain --shape 2,4096,24,128 --kv 77 --mask padding --as h100
+    """
+    from anyattn.cli import explain as command
+    from anyattn.cli.views.explain import show
+
+    # The parameters that describe the call are named as the fields of CallWords are.
+    given = {field.name: context.params[field.name] for field in dataclasses.fields(CallWords)}
+    words = CallWords(**{**given, "masks": tuple(masks or ())})
+
+    def make(progress: Progress) -> Report:
+        return command.explain(
+            words, backend=backend, preset=preset, device=device, packages=packages or (), torch_version=torch
+        )
+
+    _answer(make, show, as_json)
+
+
+@app.command(epilog="Exit codes: 0 if every backend kept the laws, 1 if one broke or had none, 2 for wrong usage.")
+def verify(
+    backends: opt.Verified = None,
+    device: opt.OnType = None,
+    cases: opt.Cases = 60,
+    laws: opt.Laws = None,
+    seed: opt.Seed = 0,
+    as_json: opt.Json = False,
+) -> None:
+    """Run the laws of a backend on this machine.
+
+    Cases are drawn from each backend's declaration, adversarial ones among them. A backend that can't run here is a
+    failure where it is named, and left out where none is.
+    """
+    from anyattn.cli import verify as command
+    from anyattn.cli.views.verify import show
+
+    def make(progress: Progress) -> Report:
+        return command.verify(backends or (), device=device, cases=cases, laws=laws or (), seed=seed, progress=progress)
+
+    _answer(make, show, as_json)
+
+
+@app.command(
+    epilog="Exit codes: 0 if no exact backend broke or left the error budget, 1 if one did, 2 for wrong usage."
+)
+def demo(
+    out: opt.Out = Path("anyattn_demo"),
+    models: opt.Models = None,
+    backends: opt.Backends = None,
+    device: opt.Device = None,
+    dtype: opt.DemoDtype = "float32",
+    steps: opt.Steps = 3,
+    seed: opt.Seed = 0,
+    as_json: opt.Json = False,
+) -> None:
+    """Run real Diffusers pipelines through every backend.
+
+    The pipelines are small and have random weights; nothing is downloaded. Each is compared with the same model in
+    float64. Needs the extra anyattn[demo].
+    """
+    from anyattn.cli import demo as command
+    from anyattn.cli.views.demo import show
+
+    def make(progress: Progress) -> Report:
+        return command.demo(
+            out,
+            models=models or (),
+            backends=backends or (),
+            device=device,
+            dtype=dtype,
+            steps=steps,
+            seed=seed,
+            progress=progress,
+        )
+
+    _answer(make, show, as_json)

@@ -1,0 +1,41 @@
+"""What every command gives, and what it says on the way: values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from anyattn.errors import AnyattnError
+
+
+class UsageError(AnyattnError, ValueError):
+    """A command was asked something that has no meaning; the message says what would have one."""
+
+
+class Report(Protocol):
+    """The answer of a command."""
+
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with: 0 is yes, 1 is no."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as plain data, for JSON."""
+
+
+class Step(NamedTuple):
+    """How far a command is.
+
+    Attributes:
+        text: What is being done.
+        done: How many steps are finished.
+        total: How many there are; 0 where that isn't known.
+    """
+
+    text: str
+    done: int
+    total: int
+
+
+Progress = Callable[[Step], None]
+"""Gets told about each step."""

@@ -1,0 +1,92 @@
+"""`anyattn verify`: the laws of a backend, run on this machine."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from anyattn.cli.devices import checked_device
+from anyattn.cli.reports import Progress, Step, UsageError
+
+if TYPE_CHECKING:
+    from anyattn.testing.verify import BackendReport, VerifyReport
+
+__all__ = ["CASES", "Verification", "verify"]
+
+CASES = 60
+"""How many cases are drawn from each declaration, beside the adversarial ones, where nothing is said."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What became of the laws.
+
+    Attributes:
+        report: Each law for each backend.
+        named: Whether the backends were named; else those that can't run here are no failure.
+    """
+
+    report: VerifyReport
+    named: bool
+
+    @property
+    def exit_code(self) -> int:
+        """0 if some backend was verified, every one passed, and none that could run executed nothing; else 1."""
+        judged = [row for row in self.report.backends if self.named or not row.unusable]
+        return 0 if judged and all(row.status == "passed" for row in judged) else 1
+
+    def skipped(self) -> tuple[BackendReport, ...]:
+        """Give the backends for which nothing was executed."""
+        return tuple(row for row in self.report.backends if row.status == "not verified")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as plain data, for JSON."""
+        return {"ok": self.exit_code == 0, **self.report.to_dict()}
+
+
+def verify(
+    backends: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    cases: int = CASES,
+    laws: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Verification:
+    """Run the laws for some backends, or for every one that is built.
+
+    Args:
+        backends: Names or aliases; empty is every backend with an adapter.
+        device: `"cpu"`, `"cuda"`, ...; None is `"cuda"` where there is one, else `"cpu"`.
+        cases: How many cases to draw from each declaration, beside the adversarial ones.
+        laws: The names of the laws to run; empty is all.
+        seed: Of the drawn cases.
+        progress: Told about each law.
+
+    Raises:
+        UsageError: If there is no such device or law here, or a package of `anyattn[testing]` is missing.
+        UnknownBackendError: If a backend has no such name.
+    """
+    try:
+        suite = importlib.import_module("anyattn.testing.verify")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("anyattn"):
+            raise
+        raise UsageError(f"The laws need {error.name}, which isn't installed: pip install 'anyattn[testing]'") from None
+    where = checked_device(device)
+    if ":" in where:
+        raise UsageError(f"--device {where}: the laws run on the first device of a type; write {where.split(':')[0]}.")
+    unknown = [law for law in laws if law not in suite.LAWS]
+    if unknown:
+        raise UsageError(f"--law {unknown[0]}: no such law. There are: {', '.join(suite.LAWS)}.")
+
+    def told(backend: str, law: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(Step(f"{backend}: {law}" if backend else "done", done, total))
+
+    report = suite.verify(
+        tuple(backends) or None, device=where, cases=cases, laws=tuple(laws) or None, seed=seed, progress=told
+    )
+    return Verification(report, bool(backends))

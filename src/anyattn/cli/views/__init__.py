@@ -1,0 +1,1 @@
+"""What people read of each report: rich renderables, printed by `render`."""

@@ -1,0 +1,165 @@
+"""What people read of the doctor's report: short where all is well, complete where it isn't."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from anyattn.cli.catalogue import KnownBadReport
+from anyattn.cli.doctor import BackendReport, DefaultReport, DoctorReport
+from anyattn.cli.trial import STEPS, Trial
+from anyattn.cli.variables import VariableReport
+from anyattn.cli.views.parts import BAD, GOOD, PALE, facts, grouped, section, table, under
+from anyattn.environment import Device, Environment
+from anyattn.version import __version__
+
+_OUTPUT = 5
+_WORDS = {
+    "passed": ("ok", GOOD),
+    "wrong": ("WRONG", BAD),
+    "raised": ("RAISED", BAD),
+    "died": ("DIED", BAD),
+    "hung": ("HUNG", BAD),
+    "refused": ("refused", "yellow"),
+}
+
+
+def show(found: DoctorReport) -> RenderableType:
+    """Make what people read: machine, variables, default, then the backends by how they fare."""
+    parts: list[RenderableType] = [Text(f"anyattn {__version__}", style="bold"), _machine(found.environment)]
+    if found.variables:
+        parts.append(section("Environment variables", *(_variable(row) for row in found.variables)))
+    parts.append(section("Default", _default(found.default), note="what a call gets that names no backend"))
+    usable = [row for row in found.backends if not row.reasons]
+    if usable:
+        parts.append(section("Usable here", _trials(usable), note="tried on tiny inputs, compared with the reference"))
+    troubled = [row for row in usable if _complaints(row)]
+    if troubled:
+        parts.append(section("What went wrong", *(under(row.name, *_complaints(row)) for row in troubled)))
+    parts += _absent(found.backends)
+    if found.known_bad:
+        parts.append(
+            section(
+                "Known to be wrong on a machine like this",
+                facts((", ".join(row.backends), _known_bad(row)) for row in found.known_bad),
+                note="seen to by every choice; links: --json",
+            )
+        )
+    return Group(*parts)
+
+
+def _machine(machine: Environment) -> RenderableType:
+    packages = ", ".join(f"{name} {version}" for name, version in sorted(machine.packages.items()))
+    cudnn = "none" if machine.cudnn is None else ".".join(map(str, machine.cudnn))
+    rows: list[tuple[str, RenderableType]] = [
+        ("  python", f"{machine.python} on {machine.platform}"),
+        ("  torch", str(machine.torch)),
+        *(("  device", _device(device, machine.cpu)) for device in machine.devices),
+        ("  cuDNN", cudnn),
+        ("  C++ compiler", "yes" if machine.cxx else "none: nothing can be compiled for the CPU"),
+        ("  packages", packages or "none that a choice depends on"),
+    ]
+    return facts(rows)
+
+
+def _device(device: Device, instructions: str) -> str:
+    known = [device.name] if device.name else []
+    if device.arch is not None:
+        known.append(f"sm{device.arch[0]}{device.arch[1]}")
+    if device.rocm:
+        known.append("ROCm")
+    if device.type == "cpu" and instructions:
+        known.append(instructions)
+    name = device.type if device.type == "cpu" else f"{device.type}:{device.index}"
+    return f"{name} ({', '.join(known)})" if known else name
+
+
+def _variable(row: VariableReport) -> RenderableType:
+    style = BAD if row.state == "wrong" else "yellow" if row.nearest else ""
+    text = Text.assemble((f"{row.name}={row.value}", "bold"), "  ", (row.state, style))
+    lines = [row.note] if row.note else []
+    if row.nearest:
+        lines.append(f"nearest: {', '.join(row.nearest)}")
+    return under(text, *lines)
+
+
+def _default(row: DefaultReport) -> RenderableType:
+    where = "the library's own" if row.source == "built-in" else f"by {row.source}"
+    asked = f"{', '.join(row.names)} ({where}) on {row.device}"
+    if not row.works:
+        return under(Text.assemble(("doesn't work", BAD), f": {asked}"), *([row.detail] if row.detail else []))
+    if not row.tried:
+        return Text.assemble(("usable", GOOD), f": {asked}; not tried")
+    ran = "" if (row.chosen,) == row.names else f", ran {row.chosen}"
+    return Text.assemble(("works", GOOD), f": {asked}{ran}, through {row.kernel}")
+
+
+def _trials(rows: Sequence[BackendReport]) -> RenderableType:
+    lines: list[Sequence[RenderableType]] = []
+    for row in rows:
+        version = f"{row.package} {row.found}".strip()
+        devices = tuple(dict.fromkeys(trial.device for trial in row.trials)) or ("",)
+        for device in devices:
+            tried = {trial.step: trial for trial in row.trials if trial.device == device}
+            cells = [_cell(tried.get(step), row) for step in STEPS]
+            lines.append((row.name, device or "not tried", *cells, version))
+    return table(("backend", "device", *STEPS, "package"), lines)
+
+
+def _cell(trial: Trial | None, row: BackendReport) -> Text:
+    if trial is None:
+        # Not reached by a process that died before, or not tried for a backend that declares none.
+        return Text("-" if row.ended else "none" if row.trials else "", style=PALE)
+    word, style = _WORDS[trial.outcome]
+    return Text(word, style=style)
+
+
+def _complaints(row: BackendReport) -> list[RenderableType]:
+    lines: list[RenderableType] = [
+        f"{trial.step} on {trial.device}: {trial.outcome}; {trial.detail}"
+        for trial in row.trials
+        if trial.outcome != "passed"
+    ]
+    if row.ended and not row.trials:
+        lines.append(row.ended)
+    return [*lines, *_output(row)]
+
+
+def _output(row: BackendReport) -> list[RenderableType]:
+    """Show the last lines that a process wrote, cut rather than wrapped."""
+    return [Text(line, style=PALE, no_wrap=True, overflow="ellipsis") for line in row.output[-_OUTPUT:]]
+
+
+def _absent(rows: Iterable[BackendReport]) -> list[RenderableType]:
+    """Show the backends that can't be used, one entry for all that share reasons and cure."""
+    parts: list[RenderableType] = []
+    unusable = [row for row in rows if row.state == "unusable"]
+    if unusable:
+        groups = grouped(unusable, lambda row: (row.reasons, row.cure, row.ended))
+        parts.append(section("Not usable here", *(_unusable(group) for group in groups)))
+    unbuilt = [row for row in rows if row.state == "not built"]
+    if unbuilt:
+        groups = grouped(unbuilt, lambda row: (row.wanted, row.found))
+        lines = [(_names(group), group[0].found or "no", group[0].wanted) for group in groups]
+        headings = ("backend", "installed", "will need")
+        parts.append(section("Known, but not in this release of anyattn", table(headings, lines, first=24)))
+    return parts
+
+
+def _unusable(group: Sequence[BackendReport]) -> RenderableType:
+    first = group[0]
+    lines: list[RenderableType] = [f"needs {reason.need}; got {reason.got}" for reason in first.reasons]
+    if first.cure:
+        lines.append(Text.assemble(("cure: ", PALE), first.cure))
+    lines += _output(first)
+    return under(Text(_names(group), style="bold"), *lines)
+
+
+def _names(group: Sequence[BackendReport]) -> str:
+    return ", ".join(row.name for row in group)
+
+
+def _known_bad(row: KnownBadReport) -> RenderableType:
+    return Text.assemble(f"{row.what}, for {row.when}", (f"; on {row.device} use instead: {row.instead}", PALE))

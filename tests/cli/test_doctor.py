@@ -1,0 +1,310 @@
+"""The doctor's parts that need no process: variables, cures, the default without trying, and what people read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from anyattn import environment, known_bad, registry
+from anyattn.backend import Backend
+from anyattn.cli import doctor as command
+from anyattn.cli import probe, render, trial
+from anyattn.cli.app import app
+from anyattn.cli.catalogue import cure, known_bad_here, listed
+from anyattn.cli.variables import variables
+from anyattn.cli.views.doctor import show
+from anyattn.describe import Options
+from anyattn.dispatch import describe
+from anyattn.names import BY_NAME, KNOWN
+from anyattn.reasons import Reason
+
+CPU = environment.preset("cpu", torch_version="2.13.0")
+
+
+def invoke(*arguments, **environ):
+    return CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "80", **environ})
+
+
+def test_json_has_the_documented_keys():
+    found = json.loads(invoke("--no-try", "--json").stdout)
+    assert list(found) == ["ok", "anyattn", "environment", "variables", "default", "backends", "known_bad"]
+    assert list(found["default"]) == [
+        "names",
+        "source",
+        "device",
+        "works",
+        "tried",
+        "chosen",
+        "kernel",
+        "detail",
+    ]
+    assert {tuple(row) for row in found["backends"]} == {
+        (
+            "name",
+            "family",
+            "state",
+            "installed",
+            "package",
+            "found",
+            "wanted",
+            "install",
+            "exact",
+            "reasons",
+            "cure",
+            "trials",
+            "ended",
+            "output",
+        )
+    }
+    assert {"torch", "devices", "packages", "cudnn", "cxx", "python", "platform"} <= set(found["environment"])
+
+
+def test_every_known_backend_is_listed_with_every_reason_or_as_usable():
+    found = json.loads(invoke("--no-try", "--json").stdout)
+    assert [row["name"] for row in found["backends"]] == [known.name for known in KNOWN]
+    for row in found["backends"]:
+        backend = registry.get(row["name"])
+        reasons = [] if backend is None else [r.to_dict() for r in backend.availability(environment.detect())]
+        if backend is not None:
+            assert row["reasons"] == reasons
+        assert (row["state"] in ("unusable", "not built")) is bool(row["reasons"])
+        assert row["wanted"] == BY_NAME[row["name"]].needs
+
+
+def test_no_try_starts_no_process(monkeypatch):
+    def start(*arguments, **options):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(probe.subprocess, "Popen", start)
+    answer = invoke("--no-try")
+    assert answer.exit_code == 0, answer.output
+    assert "not tried" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "nearest"),
+    [
+        ("ANYATTN_BACKEND", "flsh", "flash"),
+        ("DIFFUSERS_ATTN_BACKEND", "native_mth", "native_math"),
+        ("ANYATTN_BACKEND", "native,flax", "flex"),
+        ("ANYATTN_CHECKS", "tru", "true"),
+        ("DIFFUSERS_ATTN_CHECKS", "onn", "on"),
+    ],
+)
+def test_typo_in_a_variable_is_reported_with_the_nearest_and_fails(variable, value, nearest):
+    answer = invoke("--no-try", "--json", **{variable: value})
+    found = json.loads(answer.stdout)
+    assert answer.exit_code == 1
+    (row,) = found["variables"]
+    assert (row["name"], row["value"], row["state"]) == (variable, value, "wrong")
+    assert nearest in row["nearest"]
+    assert variable in found["default"]["detail"]
+    assert value.split(",")[-1] in invoke("--no-try", **{variable: value}).stdout
+
+
+def test_misspelt_variable_is_reported_and_harmless():
+    (row,) = variables({"ANYATTN_BACKENDS": "flex", "ANYTHING": "else"})
+    assert (row.name, row.state, row.nearest[0]) == ("ANYATTN_BACKENDS", "no effect", "ANYATTN_BACKEND")
+    assert invoke("--no-try", ANYATTN_BACKENDS="flex").exit_code == 0
+
+
+def test_overruled_variable_is_said_to_be():
+    both = {"ANYATTN_BACKEND": "flex", "DIFFUSERS_ATTN_BACKEND": "native"}
+    states = {row.name: row.state for row in variables(both)}
+    assert states == {"ANYATTN_BACKEND": "in force", "DIFFUSERS_ATTN_BACKEND": "overruled"}
+
+
+def test_typo_that_is_overruled_is_reported_but_does_not_fail():
+    answer = invoke("--no-try", "--json", ANYATTN_BACKEND="flex", DIFFUSERS_ATTN_BACKEND="flsh")
+    found = json.loads(answer.stdout)
+    assert answer.exit_code == 0
+    assert [(row["name"], row["state"]) for row in found["variables"]][1] == ("DIFFUSERS_ATTN_BACKEND", "overruled")
+    assert "flash" in found["variables"][1]["nearest"]
+
+
+@pytest.mark.parametrize(("wish", "code"), [("xla", 1), ("xla,native", 0), ("auto", 0), ("flex_attn", 0)])
+def test_untried_default_is_judged_by_what_is_usable(wish, code):
+    assert invoke("--no-try", ANYATTN_BACKEND=wish).exit_code == code
+
+
+def test_unknown_backend_is_wrong_usage():
+    answer = invoke("flsh")
+    assert answer.exit_code == 2
+    assert "Did you mean" in answer.stderr
+    assert "Traceback" not in answer.output
+
+
+def test_error_as_json_is_json():
+    answer = invoke("flsh", "--json")
+    found = json.loads(answer.stdout)
+    assert answer.exit_code == 2
+    assert found["ok"] is False
+    assert found["error"]["type"] == "UnknownBackendError"
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_report_keeps_to_the_terminal(width):
+    answer = CliRunner().invoke(app, ["doctor", "--no-try"], env={"COLUMNS": width})
+    lines = answer.stdout.splitlines()
+    assert max(map(len, lines)) <= int(width)
+    assert len(lines) < 70
+    # Words in brackets must not be taken for markup.
+    assert "native" in answer.stdout
+
+
+def test_cure_is_the_install_command_where_installing_cures():
+    missing = Reason("not_installed", "xformers >= 0.0.29", "nothing")
+    assert cure((missing,), "pip install 'xformers>=0.0.29'", CPU) == "pip install 'xformers>=0.0.29'"
+    assert cure((Reason("not_built", "an adapter", "none"),), "pip install x", CPU) == ""
+    assert cure((Reason("layout", "a", "b", "call .contiguous()"),), "", CPU) == "call .contiguous()"
+
+
+def test_cpu_build_of_torch_is_named_as_the_likely_cause():
+    built_for_cpu = environment.preset("cpu", torch_version="2.13.0+cpu")
+    no_gpu = (Reason("no_device", "a cuda device", "cpu"),)
+    assert "built for CPUs alone" in cure(no_gpu, "", built_for_cpu)
+    assert cure(no_gpu, "", CPU) == ""
+
+
+def test_version_found_is_the_kernel_package():
+    machine = environment.preset("h100", packages={"flash-attn": "2.8.3", "fa3-fwd": "0.1", "kernels": "0.12.1"})
+    found = {row.name: (row.package, row.found) for row in listed(machine)}
+    assert found["flash2"] == ("flash-attn", "2.8.3")
+    assert found["flash3"] == ("fa3-fwd", "0.1")
+    assert found["flash3_hub"] == ("kernels", "0.12.1")
+    assert found["native"][0] == "torch"
+    assert found["xformers"] == ("xformers", "")
+
+
+def test_known_bad_rows_are_those_of_the_machine():
+    def of(name, version):
+        return {row.name for row in known_bad_here(environment.preset(name, torch_version=version))}
+
+    assert "cudnn-b200-few-kv-heads" in of("b200", "2.11")
+    assert "cudnn-b200-few-kv-heads" not in of("h100", "2.11")
+    assert "cudnn-dead-rows" in of("h100", "2.11")
+    assert "cudnn-dead-rows" not in of("h100", "2.13")
+    assert not {name for name in of("cpu", "2.13") if name.startswith("cudnn")}
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (-6, "aborted by signal SIGABRT"),
+        (-11, "aborted by signal SIGSEGV"),
+        (0xC0000005, "aborted by an access violation"),
+        (3, "ended before it was done, with exit code 3"),
+    ],
+)
+def test_end_of_a_process_is_said_in_words(code, words):
+    assert probe.how_it_ended(code) == words
+
+
+def test_line_cut_off_by_a_crash_is_left_out():
+    job = probe.Job("native")
+    text = '{"event": "begin", "device": "cpu", "step": "forward"}\n{"event": "end", "tri'
+    found = probe._read(job, text, -11, None, ["one", "two"])
+    assert [(t.step, t.outcome) for t in found.trials] == [("forward", "died")]
+    assert found.output == ("one", "two")
+
+
+class OnlyHeadDim128(Backend):
+    name = "only_128"
+    family = "test"
+    declarations = {"cpu": registry.get("native").declarations["cpu"].replace(head_dim_multiple=128, dead_rows=False)}
+    run = staticmethod(registry.get("native").run)
+
+    def lower(self, spec, env):
+        return registry.get("native").lower(spec, env)
+
+
+class Quantised(OnlyHeadDim128):
+    name = "quantised"
+    declarations = {"cpu": registry.get("native").declarations["cpu"].replace(exact=False, backward=False)}
+    factor = 1.02
+
+    @staticmethod
+    def run(plan, query, key, value, parts):
+        return registry.get("native").run(plan, query, key, Quantised.factor * value, parts)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Try a backend in this process, and give what the child would have written."""
+
+    def try_backend(backend):
+        monkeypatch.setitem(registry._added, backend.name, backend)
+        events = []
+        trial._try_backend(backend.name, True, events.append)
+        return {e["trial"]["step"]: e["trial"] for e in events if e["event"] == "end"}
+
+    return try_backend
+
+
+def test_trial_tries_shapes_until_the_backend_admits_one(tried):
+    assert tried(OnlyHeadDim128())["forward"]["outcome"] == "passed"
+
+
+def test_step_that_is_refused_says_why_and_is_no_failure(tried):
+    found = tried(OnlyHeadDim128())["padding"]
+    assert found["outcome"] in ("passed", "refused")
+    if found["outcome"] == "refused":
+        assert "leave every row a key" in found["detail"]
+
+
+def test_quantised_kernel_is_judged_by_its_relative_error(tried, monkeypatch):
+    found = tried(Quantised())
+    assert set(found) == {"forward", "padding"}, "no backward is declared, so none is tried"
+    assert found["forward"]["outcome"] == "passed"
+    monkeypatch.setattr(Quantised, "factor", 1.2)
+    assert tried(Quantised())["forward"]["outcome"] == "wrong"
+
+
+def test_default_trial_makes_a_call_as_a_program_does():
+    events = []
+    trial._try_default(events.append)
+    found = events[-1]["trial"]
+    assert (found["backend"], found["outcome"], found["kernel"]) == ("native", "passed", "sdpa")
+
+
+def test_progress_counts_every_process(monkeypatch):
+    steps = []
+
+    def run_all(jobs, *, timeout, finished):
+        for index, job in enumerate(jobs):
+            finished(job, index + 1)
+        return {}
+
+    monkeypatch.setattr(command, "run_all", run_all)
+    command.doctor(environ={}, progress=steps.append)
+    assert [step.done for step in steps] == list(range(steps[0].total + 1))
+    assert steps[-1].done == steps[-1].total
+
+
+@pytest.mark.parametrize("step", trial.STEPS)
+@pytest.mark.parametrize("name", ["cpu", "a100", "h100", "b200"])
+def test_tiny_calls_keep_clear_of_the_known_bad_table(step, name):
+    machine = environment.preset(name, torch_version="2.11")
+    kind = "cpu" if name == "cpu" else "cuda"
+    kernels = {backend for row in known_bad.TABLE for backend in row.backends}
+    for call in trial._calls("cpu", step):
+        spec = describe(call.query, call.key, call.value, call.mask, None, Options()).replace(device_type=kind)
+        live = spec.replace(mask=dataclasses.replace(spec.mask, dead_rows=False))
+        assert known_bad.hits(kernels, live, machine) == ()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", ["h100", "b200", "mi300", "mps", "npu"])
+def test_report_of_any_machine_fits_the_terminal(name, width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    machine = environment.preset(name, torch_version="2.11.0")
+    backends = tuple(command._backend(row, None, machine) for row in listed(machine))
+    default = command.DefaultReport(("native",), "built-in", trial.main_device(machine), True, False)
+    found = command.DoctorReport(machine, (), default, backends, known_bad_here(machine))
+    render.report(found, show, False)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) < 100, "a report that is a wall isn't read"
