@@ -73,9 +73,11 @@ def _choosing(name: str, value: str, decides: str) -> VariableReport:
 
 
 def _checking(name: str, value: str) -> VariableReport:
-    word = value.strip().lower()
-    if word not in policy._TRUE | policy._FALSE:
-        close = difflib.get_close_matches(word, ("1", "yes", "true", "on", "0", "no", "false", "off"), n=2)
+    wanted = policy.means_yes(value)
+    if wanted is None:
+        close = difflib.get_close_matches(
+            value.strip().lower(), ("1", "yes", "true", "on", "0", "no", "false", "off"), n=2
+        )
         return VariableReport(name, value, "wrong", "neither a yes (1, yes, true, on) nor a no", tuple(close))
-    note = "values are checked at every call" if word in policy._TRUE else "no value checks"
+    note = "values are checked at every call" if wanted else "no value checks"
     return VariableReport(name, value, "in force", note)
