@@ -1,5 +1,7 @@
 """One call for attention in PyTorch, over every attention kernel a person can install."""
 
+from typing import TYPE_CHECKING
+
 from anyattn import masks
 from anyattn.api import attention, scaled_dot_product_attention
 from anyattn.choosing import attention_backend, reset, set_default_backend
@@ -20,6 +22,9 @@ from anyattn.reasons import Conversion, Reason
 from anyattn.seeing import BackendRow, backends, explain, plan, record
 from anyattn.spec import AttentionSpec, MaskSpec
 from anyattn.version import __version__
+
+if TYPE_CHECKING:
+    from anyattn.testing.verify import verify
 
 __all__ = [
     "AnyattnError",
@@ -52,4 +57,14 @@ __all__ = [
     "scaled_dot_product_attention",
     "set_attention_backend",
     "set_default_backend",
+    "verify",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # The conformance suite is imported when it is first asked for, so that a plain import stays quick.
+    if name == "verify":
+        from anyattn.testing.verify import verify
+
+        return verify
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
