@@ -1,0 +1,163 @@
+"""What a law is: a function of a backend's name and a case that passes, is refused, or raises `LawBroken`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from anyattn.capabilities import Capabilities
+from anyattn.environment import detect
+from anyattn.errors import AnyattnError, BackendUnavailableError, UnsupportedCallError
+from anyattn.reasons import Reason
+from anyattn.registry import get
+from anyattn.testing.cases import Case, Inputs
+from anyattn.testing.measure import MORE_ORDERS, ORDERS, Bound
+
+Status = Literal["passed", "refused"]
+
+
+@dataclass(frozen=True)
+class LawResult:
+    """What became of one law for one backend and case.
+
+    Attributes:
+        law: The law's name.
+        backend: The backend's name.
+        case: The case as it was run.
+        status: `"passed"`, or `"refused"` where the backend refuses the case (or the law doesn't apply to it).
+        worst: The largest error, in multiples of what is allowed; 0 where the law is about something else.
+        reasons: Why it was refused.
+    """
+
+    law: str
+    backend: str
+    case: Case
+    status: Status
+    worst: float = 0.0
+    reasons: tuple[Reason, ...] = ()
+
+
+class LawBroken(AssertionError):
+    """A backend breaks a law.
+
+    Attributes:
+        law: The law's name.
+        backend: The backend's name.
+        case: The case.
+        what: What was wrong.
+        worst: The error in multiples of what is allowed, or 0.
+    """
+
+    def __init__(self, law: str, backend: str, case: Case, what: str, worst: float = 0.0) -> None:
+        self.law, self.backend, self.case, self.what, self.worst = law, backend, case, what, worst
+        super().__init__(f"{backend} breaks the law {law!r}: {what}\n  reproduce: {self.reproduction}")
+
+    @property
+    def reproduction(self) -> str:
+        """One line of Python that breaks the law again."""
+        return f"from anyattn.testing import Case, check; check({self.law!r}, {self.backend!r}, {self.case!r})"
+
+
+Check = Callable[[str, Case], LawResult]
+
+
+@dataclass(frozen=True)
+class Law:
+    """One law.
+
+    Attributes:
+        number: Its number in the list of laws.
+        name: Its name.
+        statement: What it says.
+        check: `check(backend, case)`.
+        apt: Turns any case into one that the law has something to say about.
+        share: Which part of the cases it gets: 1 is all, 4 every fourth. Dear laws get fewer.
+        wide: Whether its cases are drawn from everything, and not from the declaration alone.
+    """
+
+    number: int
+    name: str
+    statement: str
+    check: Check
+    apt: Callable[[Case, Capabilities], Case]
+    share: int = 1
+    wide: bool = False
+
+
+def refused(law: str, backend: str, case: Case, reasons: tuple[Reason, ...]) -> LawResult:
+    """Say that a backend refuses a case."""
+    return LawResult(law, backend, case, "refused", reasons=reasons)
+
+
+def inapplicable(law: str, backend: str, case: Case, why: str) -> LawResult:
+    """Say that a law has nothing to say about a case."""
+    return refused(law, backend, case, (Reason("value", "a case that the law is about", why),))
+
+
+def reasons_against(backend: str, inputs: Inputs, **changes: object) -> tuple[Reason, ...]:
+    """Ask the backend itself why it refuses a call."""
+    found = get(backend)
+    if found is None:
+        raise BackendUnavailableError(f"The backend {backend} isn't built.", backend=backend)
+    spec = inputs.spec()
+    return found.reasons(spec.replace(**changes) if changes else spec, detect())
+
+
+def reasons_of(error: AnyattnError, backend: str) -> tuple[Reason, ...]:
+    """Give the reasons that a refusal carries."""
+    if isinstance(error, BackendUnavailableError):
+        return error.reasons
+    if isinstance(error, UnsupportedCallError):
+        return () if error.decision is None else error.decision.reasons(backend)
+    return ()
+
+
+def require(law: str, backend: str, case: Case, excesses: Mapping[str, float]) -> float:
+    """Give the worst of some errors.
+
+    Raises:
+        LawBroken: If one is above what is allowed.
+    """
+    worst = max(excesses.values(), default=0.0)
+    if not worst <= 1:
+        parts = ", ".join(f"{name} {error:.3g}" for name, error in excesses.items() if not error <= 1)
+        raise LawBroken(law, backend, case, f"error in multiples of what is allowed: {parts}", worst)
+    return worst
+
+
+def judged(law: str, backend: str, case: Case, measured: Callable[[int], Mapping[str, float]]) -> float:
+    """Give the worst of some errors, measured against more plain computations before it is called wrong.
+
+    Raises:
+        LawBroken: If one is above what is allowed.
+    """
+    errors = measured(ORDERS)
+    worst = max(errors.values(), default=0.0)
+    if 1 < worst < 10:
+        errors = measured(MORE_ORDERS)
+    return require(law, backend, case, errors)
+
+
+BASE_2 = torch.finfo(torch.float32).max * math.log(2)
+"""Kernels hold lse in base 2: what is below minus this is -inf there, as in a row that has finfo.min throughout."""
+
+
+def excesses(bounds: Mapping[str, Bound], results: Mapping[str, Tensor]) -> dict[str, float]:
+    """Give the error of each result in multiples of what is allowed."""
+    found = {}
+    for name, result in results.items():
+        if name == "lse":
+            truth = bounds[name].truth
+            result = torch.where((truth < -BASE_2) & (result == -math.inf), truth, result.double())
+        found[name] = bounds[name].excess(result)
+    return found
+
+
+def apart(bounds: Mapping[str, Bound], ones: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, float]:
+    """Give how far pairs of results that should be the same are apart."""
+    return {name: bounds[name].apart(one, others[name]) for name, one in ones.items()}

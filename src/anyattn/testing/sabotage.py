@@ -1,0 +1,302 @@
+"""Wrong backends, one or more for every law: a law that doesn't catch them proves nothing.
+
+Each is a right backend (torch's plain computation, or FlexAttention where softcap and lse are needed) with one thing
+broken. `SABOTAGED` says which law must catch which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn import policy, registry
+from anyattn.adapters.flex import Flex
+from anyattn.adapters.native import NativeFlash, NativeMath
+from anyattn.adapters.native import kernels as native
+from anyattn.backend import Backend, Output, Parts, Plan, Run
+from anyattn.environment import Environment
+from anyattn.reasons import Reason
+from anyattn.spec import AttentionSpec
+from anyattn.testing.cases import Case
+
+NAME = "sabotaged"
+"""The name under which a sabotaged backend is registered."""
+
+Wrap = Callable[[Run, Plan, Tensor, Tensor, Tensor, Parts], Output]
+
+
+def broken(base: type[Backend], wrap: Wrap) -> Backend:
+    """Make a backend whose calls go through `wrap(run, plan, query, key, value, parts)`."""
+    right = base.run
+
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        return wrap(right, plan, query, key, value, parts)
+
+    made: type[Backend] = type("Sabotaged", (base,), {"name": NAME, "run": staticmethod(run)})
+    return made()
+
+
+@contextlib.contextmanager
+def registered(backend: Backend) -> Iterator[str]:
+    """Register a backend for a while, with every decision forgotten before and after."""
+    registry.register(backend)
+    policy.forget()
+    try:
+        yield backend.name
+    finally:
+        registry.unregister(backend.name)
+        policy.forget()
+
+
+def _with(plan: Plan, **changes: Any) -> Plan:
+    spec = plan.spec.replace(**changes)
+    return Plan(plan.backend, spec, plan.lowering, plan.rescale)
+
+
+def _first(result: Output) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _mapped(result: Output, change: Callable[[Tensor], Tensor]) -> Output:
+    return (change(result[0]), result[1]) if isinstance(result, tuple) else change(result)
+
+
+def _no_scale(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    return run(_with(plan, scale=plan.spec.head_dim**-0.5), q, k, v, parts)
+
+
+def _no_softcap(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    return run(_with(plan, softcap=None), q, k, v, parts)
+
+
+def _no_mask(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    return run(plan, q, k, v, parts._replace(key=None))
+
+
+def _last_key(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    key = parts.key
+    if key is not None and key.dtype == torch.bool:
+        key = key.clone()
+        key[:, -1] = True
+    return run(plan, q, k, v, parts._replace(key=key))
+
+
+def _other_alignment(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    axis = 1 if plan.spec.layout == "BSHD" else 2
+    if plan.spec.mask.pattern is None or q.shape[axis] == k.shape[axis]:
+        return run(plan, q, k, v, parts)
+    other = "upper_left" if plan.spec.mask.pattern.align == "lower_right" else "lower_right"
+    pattern = dataclasses.replace(plan.spec.mask.pattern, align=other)  # type: ignore[arg-type]
+    return run(_with(plan, mask=dataclasses.replace(plan.spec.mask, pattern=pattern)), q, k, v, parts)
+
+
+def _lse_off(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    result = run(plan, q, k, v, parts)
+    return (result[0], result[1] + 1e-3) if isinstance(result, tuple) else result
+
+
+def _lse_base_2(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    result = run(plan, q, k, v, parts)
+    return (result[0], result[1] * 1.4426950408889634) if isinstance(result, tuple) else result
+
+
+def _writes(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    result = run(plan, q, k, v, parts)
+    with torch.no_grad():
+        k.detach().add_(1e-3)
+    return result
+
+
+def _writes_back(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    with torch.no_grad():
+        q.detach().mul_(2).div_(2)
+    return run(plan, q, k, v, parts)
+
+
+def _random(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    ulp = torch.finfo(q.dtype).eps
+    return _mapped(run(plan, q, k, v, parts), lambda out: out + out.detach() * torch.randn_like(out) * ulp)
+
+
+def _ignores_strides(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    if k.stride(-1) != 1:
+        k = torch.as_strided(k, k.shape, (*k.stride()[:-1], 1), k.storage_offset())
+    if k.stride(0) == 0 or k.stride(1) < k.stride(2):
+        k = k.flip(3)
+    return run(plan, q, k, v, parts)
+
+
+def _dead_nan(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    return _mapped(run(plan, q, k, v, parts), lambda out: torch.where((out == 0).all(-1, keepdim=True), torch.nan, out))
+
+
+def _dead_mean(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    return _mapped(run(plan, q, k, v, parts), lambda out: torch.where((out == 0).all(-1, keepdim=True), 0.1, out))
+
+
+def _odd_lengths(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    wrong = plan.spec.seqlen_kv % 16 == 8
+    return _mapped(run(plan, q, k, v, parts), lambda out: out * 1.001 if wrong else out)
+
+
+def _first_batch(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    if plan.spec.batch > 1:
+        v = torch.cat([v[:-1], v[:1]])  # the last entry reads the first one's values
+    return run(plan, q, k, v, parts)
+
+
+def _wrong_heads(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    axis = 2 if plan.spec.layout == "BSHD" else 1
+    if plan.spec.is_gqa:
+        group = plan.spec.num_heads // plan.spec.num_kv_heads
+        order = torch.arange(plan.spec.num_heads).reshape(group, -1).t().flatten()
+        back = torch.argsort(order)
+        return _mapped(run(plan, q.index_select(axis, order), k, v, parts), lambda out: out.index_select(axis, back))
+    return run(plan, q, k, v, parts)
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 1.01
+
+
+def _gradient(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    if k.requires_grad:
+        k = _Scaled.apply(k)  # type: ignore[no-untyped-call]
+    return run(plan, q, k, v, parts)
+
+
+def _no_dropout(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    return run(_with(plan, dropout_p=0.0), q, k, v, parts)
+
+
+def _half_dropout(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    return run(_with(plan, dropout_p=plan.spec.dropout_p / 2), q, k, v, parts)
+
+
+def _unscaled_dropout(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    keep = 1 - plan.spec.dropout_p
+    return _mapped(run(plan, q, k, v, parts), lambda out: out * keep if plan.spec.dropout_p else out)
+
+
+def _no_lse(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    result = run(plan, q, k, v, parts)
+    return result if plan.spec.sinks else _first(result)
+
+
+def _compiled_wrong(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    wrong = torch.compiler.is_compiling()
+    result = run(plan, q, k, v, parts)
+    return result * 1.01 if wrong and isinstance(result, Tensor) else result
+
+
+def _graph_break(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    torch._dynamo.graph_break()
+    return run(plan, q, k, v, parts)
+
+
+class Sinkless(NativeFlash):
+    """Says that it does sinks, and drops them."""
+
+    name = NAME
+    declarations = {"cpu": NativeFlash.declarations["cpu"].replace(sinks=True)}
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        """Run without the sinks."""
+        return native.run(_with(plan, sinks=False), query, key, value, parts._replace(sinks=None))
+
+
+class Hasty(NativeMath):
+    """Loads its kernel while it is still being asked whether it takes the call."""
+
+    name = NAME
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        """Load, then say."""
+        self.load()
+        yield from super().rejects(spec, env)
+        if spec.head_dim == 8:
+            yield Reason("head_dim", "head_dim > 8", "8")
+
+
+class Forgetful(NativeMath):
+    """Gives its reasons once and forgets them: what it refuses when asked, it runs when called."""
+
+    name = NAME
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        """Refuse every other time."""
+        self.asked += 1
+        if self.asked % 2:
+            yield Reason("value", "to be asked twice", "once")
+
+
+@dataclass(frozen=True)
+class Sabotage:
+    """A wrong backend, and the law that must catch it.
+
+    Attributes:
+        law: The law's name.
+        make: Makes the backend.
+        cases: Cases of which one at least must break the law; empty leaves it to those that are drawn.
+    """
+
+    law: str
+    make: Callable[[], Backend]
+    cases: tuple[Case, ...] = ()
+
+
+def _of(base: type[Backend], wrap: Wrap) -> Callable[[], Backend]:
+    return lambda: broken(base, wrap)
+
+
+SABOTAGED: Mapping[str, Sabotage] = {
+    "ignores scale": Sabotage("right", _of(NativeMath, _no_scale)),
+    "drops the key mask": Sabotage("right", _of(NativeMath, _no_mask)),
+    "lets the last key through": Sabotage("right", _of(NativeMath, _last_key)),
+    "aligns causal to the other corner": Sabotage("right", _of(Flex, _other_alignment)),
+    "adds 0.001 to lse": Sabotage("right", _of(NativeFlash, _lse_off)),
+    "gives lse in base 2": Sabotage("right", _of(NativeFlash, _lse_base_2)),
+    "0.1 % off where S_kv % 16 == 8": Sabotage("right", _of(NativeMath, _odd_lengths)),
+    "key's gradient 1 % off": Sabotage("right", _of(NativeMath, _gradient)),
+    "maps heads by remainder": Sabotage("right", _of(NativeMath, _wrong_heads)),
+    "drops sinks": Sabotage("right", Sinkless),
+    "loads before it refuses": Sabotage("rejected", Hasty),
+    "forgets its reasons": Sabotage("rejected", Forgetful),
+    "ignores softcap": Sabotage("liveness", _of(Flex, _no_softcap)),
+    "ignores a new scale": Sabotage("liveness", _of(NativeMath, _no_scale)),
+    "ignores a new key mask": Sabotage("liveness", _of(NativeMath, _no_mask)),
+    "ignores new sinks": Sabotage("liveness", Sinkless),
+    "ignores dropout_p": Sabotage("liveness", _of(NativeMath, _no_dropout)),
+    "ignores return_lse": Sabotage("liveness", _of(NativeFlash, _no_lse)),
+    "mixes batch entries": Sabotage("permutation", _of(NativeMath, _first_batch)),
+    "maps permuted heads by remainder": Sabotage("permutation", _of(NativeMath, _wrong_heads)),
+    "ignores strides": Sabotage("strides", _of(NativeMath, _ignores_strides)),
+    "writes to key": Sabotage("unchanged", _of(NativeMath, _writes)),
+    "writes to query and back": Sabotage("unchanged", _of(NativeMath, _writes_back)),
+    "rounds at random": Sabotage("deterministic", _of(NativeMath, _random)),
+    "NaN in dead rows": Sabotage("dead_rows", _of(NativeMath, _dead_nan)),
+    "a mean in dead rows": Sabotage("dead_rows", _of(NativeMath, _dead_mean)),
+    "wrong when compiled": Sabotage("compiled", _of(NativeMath, _compiled_wrong)),
+    "breaks the graph": Sabotage("compiled", _of(NativeMath, _graph_break)),
+    "halves that don't merge": Sabotage("halves", _of(NativeFlash, _lse_base_2)),
+    "drops nothing": Sabotage("dropout", _of(NativeMath, _no_dropout)),
+    "drops half as often": Sabotage("dropout", _of(NativeMath, _half_dropout)),
+    "doesn't rescale": Sabotage("dropout", _of(NativeMath, _unscaled_dropout)),
+}
+"""What is broken, and which law must say so."""

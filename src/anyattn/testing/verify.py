@@ -1,0 +1,286 @@
+"""Run the laws for backends on this machine, and report what was run, refused and broken."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from anyattn import registry
+from anyattn.capabilities import Capabilities
+from anyattn.environment import detect
+from anyattn.errors import AnyattnError
+from anyattn.reasons import Reason
+from anyattn.testing.cases import Case
+from anyattn.testing.drawing import always, drawn, space
+from anyattn.testing.laws import LAWS, Law, LawBroken
+
+Progress = Callable[[str, str, int, int], None]
+"""`progress(backend, law, done, of)`: called before each law and after the last."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One law broken by one case.
+
+    Attributes:
+        what: What was wrong.
+        reproduction: One line of Python that breaks it again.
+        worst: The error in multiples of what is allowed, or 0.
+    """
+
+    what: str
+    reproduction: str
+    worst: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as plain data, for JSON."""
+        worst = self.worst if self.worst < float("inf") else "inf"
+        return {"what": self.what, "reproduction": self.reproduction, "worst": worst}
+
+
+@dataclass(frozen=True)
+class LawReport:
+    """What became of one law for one backend.
+
+    Attributes:
+        law: Its name.
+        number: Its number.
+        statement: What it says.
+        run: How many cases were executed.
+        passed: How many of those passed.
+        refused: How many the backend refused, or the law has nothing to say about.
+        worst: The largest error among those that passed, in multiples of what is allowed.
+        reasons: How often each ground for refusing came up, by code.
+        failures: What broke it.
+    """
+
+    law: str
+    number: int
+    statement: str
+    run: int
+    passed: int
+    refused: int
+    worst: float
+    reasons: tuple[tuple[str, int], ...]
+    failures: tuple[Failure, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as plain data, for JSON."""
+        return {
+            "law": self.law,
+            "number": self.number,
+            "statement": self.statement,
+            "run": self.run,
+            "passed": self.passed,
+            "refused": self.refused,
+            "worst": self.worst,
+            "reasons": dict(self.reasons),
+            "failures": [failure.to_dict() for failure in self.failures],
+        }
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """What became of all laws for one backend.
+
+    Attributes:
+        backend: Its name.
+        laws: One report for each law.
+        unusable: Why it can't be used here.
+    """
+
+    backend: str
+    laws: tuple[LawReport, ...] = ()
+    unusable: tuple[Reason, ...] = ()
+
+    @property
+    def run(self) -> int:
+        """How many cases were executed."""
+        return sum(law.run for law in self.laws)
+
+    @property
+    def status(self) -> str:
+        """`"passed"`, `"failed"`, or `"not verified"` where no law was executed."""
+        if any(law.failures for law in self.laws):
+            return "failed"
+        # The law about refusals executes no kernel.
+        executed = sum(law.run for law in self.laws if law.law != "rejected")
+        return "passed" if executed else "not verified"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as plain data, for JSON."""
+        return {
+            "backend": self.backend,
+            "status": self.status,
+            "run": self.run,
+            "unusable": [reason.to_dict() for reason in self.unusable],
+            "laws": [law.to_dict() for law in self.laws],
+        }
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What became of the laws on this machine.
+
+    Attributes:
+        device: The type of device that was tested.
+        machine: What it is.
+        torch: The version of torch.
+        seed: Of the drawn cases.
+        backends: One report for each backend.
+    """
+
+    device: str
+    machine: str
+    torch: str
+    seed: int
+    backends: tuple[BackendReport, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was verified, and no law broken."""
+        states = {backend.status for backend in self.backends}
+        return "passed" in states and "failed" not in states
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as plain data, for JSON."""
+        return {
+            "device": self.device,
+            "machine": self.machine,
+            "torch": self.torch,
+            "seed": self.seed,
+            "passed": self.passed,
+            "backends": [backend.to_dict() for backend in self.backends],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.machine}, torch {self.torch}, seed {self.seed}"]
+        for backend in self.backends:
+            lines.append(f"{backend.backend}: {backend.status}, {backend.run} executed")
+            lines += [f"  {reason}" for reason in backend.unusable]
+            for law in backend.laws:
+                counts = f"{law.passed} of {law.run} passed, {law.refused} refused"
+                lines.append(f"  {law.number:2d} {law.law}: {counts}, worst {law.worst:.2f} of what is allowed")
+                for failure in law.failures:
+                    lines.append(f"     {failure.what}\n       {failure.reproduction}")
+        return "\n".join(lines)
+
+
+def verify(
+    backend: str | Sequence[str] | None = None,
+    *,
+    device: str | None = None,
+    cases: int | Sequence[Case] = 60,
+    laws: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Run the laws for one backend, some, or all that are built, on this machine.
+
+    Args:
+        backend: A name or alias, or several; None is every backend with an adapter.
+        device: `"cpu"`, `"cuda"`, ...; None is `"cuda"` where there is one, else `"cpu"`.
+        cases: How many cases to draw from each declaration, beside the adversarial ones; or the cases themselves.
+        laws: The names of the laws to run; None is all.
+        seed: Of the drawn cases: the same seed draws the same cases.
+        progress: Called before each law.
+
+    Returns:
+        The report. A backend for which nothing was executed is "not verified", never passed.
+
+    Raises:
+        UnknownBackendError: If a name is unknown.
+
+    Example:
+        >>> report = verify("native_math", device="cpu", cases=0, laws=["unchanged"])
+        >>> report.passed
+        True
+    """
+    env = detect()
+    if device is None:
+        device = "cuda" if env.device("cuda") is not None else "cpu"
+    found = env.device(device)
+    if backend is None:
+        names: list[str] = [name for name in registry.names() if registry.get(name) is not None]
+    else:
+        names = [registry.resolve_name(name) for name in ([backend] if isinstance(backend, str) else backend)]
+    chosen = [LAWS[name] for name in laws] if laws is not None else list(LAWS.values())
+    total = len(names) * len(chosen)
+    reports = []
+    for place, name in enumerate(names):
+        reports.append(_backend(name, device, cases, chosen, seed, progress, (place * len(chosen), total)))
+    if progress is not None:
+        progress("", "", total, total)
+    machine = f"{found.name if found is not None else 'none'} ({platform.system()} {platform.machine()})"
+    return VerifyReport(device, machine, torch.__version__, seed, tuple(reports))
+
+
+def _backend(
+    name: str,
+    device: str,
+    cases: int | Sequence[Case],
+    laws: Sequence[Law],
+    seed: int,
+    progress: Progress | None,
+    done: tuple[int, int],
+) -> BackendReport:
+    backend = registry.get(name)
+    if backend is None:
+        return BackendReport(name, unusable=(registry.not_built(name),))
+    caps = backend.declarations.get(device)
+    reasons = tuple(backend.availability(detect()))
+    if caps is None:
+        served = " or ".join(backend.declarations)
+        reasons = (*reasons, Reason("device_type", f"tensors on {served}", device))
+    if caps is None or reasons:
+        return BackendReport(name, unusable=reasons)
+    reports = []
+    for place, law in enumerate(laws):
+        if progress is not None:
+            progress(name, law.name, done[0] + place, done[1])
+        reports.append(_law(law, name, caps, cases_for(law, caps, device, cases, seed)))
+    return BackendReport(name, tuple(reports))
+
+
+def cases_for(
+    law: Law, caps: Capabilities, device: str, cases: int | Sequence[Case] = 60, seed: int = 0
+) -> Iterator[Case]:
+    """Give the cases that a law is run with, made apt for it: the adversarial ones, then drawn ones."""
+    if isinstance(cases, int):
+        drawn_ones = drawn(cases, seed, space(None if law.wide else caps, device))
+        found = [*always(caps, device), *drawn_ones]
+    else:
+        found = list(cases)
+    return (law.apt(case, caps) for case in found[:: law.share])
+
+
+def _law(law: Law, backend: str, caps: Capabilities, cases: Iterator[Case]) -> LawReport:
+    run = passed = refused = 0
+    worst = 0.0
+    reasons: dict[str, int] = {}
+    failures: list[Failure] = []
+    for case in cases:
+        try:
+            result = law.check(backend, case)
+        except LawBroken as broken:
+            run += 1
+            failures.append(Failure(broken.what, broken.reproduction, broken.worst))
+        except (AnyattnError, RuntimeError) as error:
+            # A kernel that raises for a call it admits breaks the law that it was asked about.
+            run += 1
+            raised = LawBroken(law.name, backend, case, f"raises {type(error).__name__}: {error}")
+            failures.append(Failure(raised.what, raised.reproduction, 0.0))
+        else:
+            if result.status == "passed":
+                run, passed = run + 1, passed + 1
+                worst = max(worst, result.worst)
+            else:
+                refused += 1
+                for reason in result.reasons:
+                    reasons[reason.code] = reasons.get(reason.code, 0) + 1
+    counted = tuple(sorted(reasons.items()))
+    return LawReport(law.name, law.number, law.statement, run, passed, refused, worst, counted, tuple(failures))

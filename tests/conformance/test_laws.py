@@ -1,0 +1,89 @@
+"""Every law on every usable backend on the CPU: the adversarial cases and drawn ones, the same each time."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import anyattn
+from anyattn import registry
+from anyattn.testing.cases import Case
+from anyattn.testing.drawing import ADVERSARIAL, drawn, space, strategy
+from anyattn.testing.laws import LAWS, check
+from anyattn.testing.verify import BackendReport, verify
+
+USABLE = tuple(row.name for row in anyattn.backends() if row.usable)
+DRAWN = {"flex": 10}
+"""How many cases are drawn for a backend; flex takes 0.2 s a call without compiling."""
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, BackendReport]:
+    return {}
+
+
+def test_known_backends_are_usable() -> None:
+    assert {"native", "native_flash", "native_math", "flex"} <= set(USABLE)
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_laws_hold(name: str, counted: dict[str, BackendReport]) -> None:
+    report = verify(name, device="cpu", cases=DRAWN.get(name, 120))
+    counted[name] = report.backends[0]
+    assert report.passed, str(report)
+
+
+def test_every_usable_backend_executed_laws(counted: dict[str, BackendReport]) -> None:
+    lines = []
+    for name, report in counted.items():
+        executed = {law.law: law.run for law in report.laws}
+        lines.append(f"{name}: {report.run} executed; {executed}")
+        assert sum(executed.values()) > 100, lines[-1]
+        assert executed["right"] > 50
+    print("\n" + "\n".join(lines))
+    never = [law for law in LAWS if not any(r.run for b in counted.values() for r in b.laws if r.law == law)]
+    assert not (counted and set(counted) == set(USABLE) and never), f"no backend executed {never}"
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_hypothesis_finds_nothing_wrong(data: st.DataObject) -> None:
+    backend = registry.get("native")
+    assert backend is not None
+    check("right", "native", data.draw(strategy(backend.declarations["cpu"])))
+
+
+@pytest.mark.parametrize("case", [*ADVERSARIAL[::6], *drawn(10, 3, space(None))], ids=repr)
+def test_case_repr_is_the_case(case: Case) -> None:
+    again = eval(repr(case), {"Case": Case})
+    assert again == case
+    assert hash(again) == hash(case)
+
+
+def test_case_builds_the_same_tensors_each_time() -> None:
+    case = Case(mask="bias:bhqk:own:inf", sinks=True, grad="qkvm")
+    first, second = case.build(), case.build()
+    assert first.mask is not None
+    assert second.mask is not None
+    assert first.mask.dense is not None
+    assert second.mask.dense is not None
+    assert first.mask.dense.equal(second.mask.dense)
+    for name in ("query", "key", "value", "sinks"):
+        assert getattr(first, name).equal(getattr(second, name))
+
+
+@pytest.mark.parametrize("name", ["flash3", "native_cudnn"])
+def test_backend_that_cannot_run_is_not_verified(name: str) -> None:
+    report = verify(name, device="cpu", cases=1)
+    assert report.backends[0].status == "not verified"
+    assert report.backends[0].unusable
+    assert not report.passed
+
+
+def test_report_is_plain_data() -> None:
+    import json
+
+    report = verify("native_math", device="cpu", cases=2, laws=["right", "rejected"])
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["backends"][0]["laws"][0]["run"] == report.backends[0].laws[0].run > 0
