@@ -11,6 +11,8 @@ import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
+
 from anyattn.environment import Arch, Environment
 from anyattn.reasons import Reason
 from anyattn.spec import UNKNOWN, AttentionSpec
@@ -208,6 +210,26 @@ TABLE: tuple[KnownBad, ...] = (
         lambda s: s.storage.expanded_kv,
         "a contiguous copy (made by anyattn)",
         f"{_PYTORCH}/pull/191937",
+    ),
+    KnownBad(
+        "cpu-flash-causal-scale",
+        ("native_flash", "native"),
+        "NaN: scores are masked with -inf before they are scaled",
+        "the causal flag and scale <= 0",
+        lambda s: s.scale <= 0 and s.mask.pattern is not None and s.mask.pattern.is_causal,
+        "causal as a dense mask (made by anyattn)",
+        "seen with torch 2.13 on a CPU",
+        device_type="cpu",
+    ),
+    KnownBad(
+        "cpu-flash-float32-bias",
+        ("native_flash", "native"),
+        "-inf in the bias is lost, so that rows without a key aren't zero",
+        "an additive float32 mask with a float64 query, and 16 keys or more",
+        lambda s: _float32_bias(s) and s.dtype == torch.float64,
+        "the bias cast to float64 (done by anyattn)",
+        "seen with torch 2.13 on a CPU",
+        device_type="cpu",
     ),
     KnownBad(
         "mps-permuted-views",

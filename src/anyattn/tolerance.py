@@ -18,6 +18,22 @@ BAND = 2.0
 """Units in the last place of the largest true value that are allowed besides."""
 
 
+def plain_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Give the dtype of the plain computation: the call's, but float32 for float64, which is the truth's own."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def refined(truth: Tensor, plain: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a plain float32 result into what float64 would have given: errors go with the unit roundoff.
+
+    They are doubled, since the truth is a float64 computation too. For other dtypes `plain` stays as it is.
+    """
+    if dtype != torch.float64:
+        return plain
+    finer = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return torch.where(torch.isfinite(truth), truth + (plain.double() - truth) * finer, truth)
+
+
 def budget(truth: Tensor, plain: Tensor, dtype: torch.dtype, *, over: tuple[int, ...]) -> Tensor:
     """Give the largest error allowed.
 

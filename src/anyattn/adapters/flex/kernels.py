@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.backend import Output, Parts, Plan
-from anyattn.lowering import key_mask, normalise_lse
+from anyattn.lowering import joined_mask, key_mask, normalise_lse
 from anyattn.masks import serial_of
 from anyattn.spec import AttentionSpec, PatternSpec
 
@@ -58,8 +58,21 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
         out = out.transpose(1, 2)
     if extra is None:
         return out  # type: ignore[no-any-return]
-    lse = extra if isinstance(extra, Tensor) else extra.lse
-    return out, normalise_lse(lse, None, keep=spec.sinks)
+    lse = normalise_lse(extra if isinstance(extra, Tensor) else extra.lse, None, keep=spec.sinks)
+    if parts.dense is not None and parts.dense.is_floating_point():
+        lse = _with_huge_biases(lse, plan, parts, query.shape[2], seqlen_kv)
+    return out, lse
+
+
+def _with_huge_biases(lse: Tensor, plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Tensor:
+    """Mend the lse of rows whose every bias is near finfo.min, which overflows to -inf in base 2.
+
+    Beside such a bias a score, and the logarithm of a count, are below the last place: the lse is the largest bias.
+    """
+    mask = joined_mask(plan.spec, parts, seqlen_q, seqlen_kv, lse.device, pattern=True)
+    assert mask is not None
+    largest = mask.detach().amax(-1).to(lse.dtype).expand_as(lse)
+    return torch.where(torch.isneginf(lse), largest, lse)
 
 
 def _lse_request() -> dict[str, Any]:

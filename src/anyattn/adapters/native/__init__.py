@@ -66,6 +66,7 @@ class NativeFlash(_Kernel):
     name = "native_flash"
     entries = {"cpu": "flash_cpu", "cuda": "flash"}
     declarations = FLASH
+    avoids = frozenset(("cpu-flash-causal-scale", "cpu-flash-float32-bias"))
 
 
 class NativeEfficient(_Kernel):
@@ -139,7 +140,7 @@ class Native(Backend):
         plain = lower_to("sdpa", self.declarations[spec.device_type], spec)
         if spec.device_type == "cuda":
             return _steer(plain, spec, env)
-        rows = hits((self.name,), spec, env)
+        rows = hits((self.name,), spec, env) if spec.device_type == "mps" else ()
         if rows:
             why = Conversion("copy", f"query, key and value copied: {rows[0].what} otherwise ({rows[0].link})")
             return dataclasses.replace(plain, copy=True, conversions=(*plain.conversions, why))
