@@ -318,7 +318,7 @@ def test_third_partys_broken_package_harms_no_other_backend(tmp_path: Path, monk
         assert call() == "native"
         assert not hasattr(sys, "broken_kernel"), "a package that nobody asked for was imported"
         assert call(backend="auto") == "native"
-        with pytest.raises(anyattn.BackendUnavailableError, match="broken_import.*no symbol"):
+        with pytest.raises(anyattn.BackendUnavailableError, match=r"broken_import.*no symbol"):
             call(backend="broken_kernel")
         row = next(row for row in anyattn.backends() if row.name == "broken_kernel")
         assert [reason.code for reason in row.reasons] == ["broken_import"]
