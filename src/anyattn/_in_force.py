@@ -1,4 +1,4 @@
-"""The name of the scope in force, as a module attribute.
+"""The name of the scope in force, and what compiled code entered in this thread, as module attributes.
 
 torch.compile refuses `ContextVar.get`, but reads a module's missing attribute through the module's `__getattr__`
 and installs a guard that reads it again before each call: so a change of backend is followed, in every thread.
@@ -8,8 +8,16 @@ from __future__ import annotations
 
 from anyattn import policy
 
+token: str
+"""Names the scope in force in this thread or task."""
 
-def __getattr__(name: str) -> str:
+entered: list[policy.Entered]
+"""The pins and blocks that compiled code entered in this thread."""
+
+
+def __getattr__(name: str) -> object:
     if name == "token":
         return policy.token()
+    if name == "entered":
+        return policy.thread.entered
     raise AttributeError(name)

@@ -6,16 +6,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from anyattn import policy
 from anyattn.describe import Options
-from anyattn.dispatch import Backends, autocast_dtype, entry_for, explain_failure, place_key, scope_of_call
+from anyattn.dispatch import (
+    Backends,
+    autocast_dtype,
+    bias_is_aligned,
+    entry_for,
+    explain_failure,
+    place_key,
+    scope_of_call,
+)
 from anyattn.masks import Mask
+from anyattn.pins import live_scope
 from anyattn.prepare import known_of, known_of_tensor
 from anyattn.running import KERNEL_ERRORS, raise_kernel_error
 from anyattn.traced import traced_call
 
 _current = policy.current.get
+_thread = policy.thread
 _tracing = torch.compiler.is_dynamo_compiling
 _grad_enabled = torch.is_grad_enabled
 # True where any device's autocast is on; one call instead of one per device type.
@@ -82,6 +93,8 @@ def attention(
         options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
         return traced_call(query, key, value, attn_mask, sinks, options, backend)
     scope = _current()
+    if scope.pinned or _thread.entered:
+        scope = live_scope(scope)
     if backend is not None:
         scope = scope_of_call(scope, backend)
     if sinks is None and (attn_mask is None or type(attn_mask) is not Tensor):
@@ -148,6 +161,8 @@ def scaled_dot_product_attention(
         options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BHSD")
         return traced_call(query, key, value, attn_mask, sinks, options, backend)
     scope = _current()
+    if scope.pinned or _thread.entered:
+        scope = live_scope(scope)
     if backend is not None:
         scope = scope_of_call(scope, backend)
     plain = (dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BHSD")
@@ -165,6 +180,8 @@ def _general(
 ) -> Any:
     """Run any call: find it in the table by everything that its decision depends on, or decide it."""
     table_key: Any = None
+    if type(plain[4]) is list:
+        plain = (*plain[:4], tuple(plain[4]), *plain[5:])
     try:
         table_key = _table_key(query, key, value, attn_mask, sinks, plain)
         entry = scope.table[table_key]
@@ -209,13 +226,16 @@ def _table_key(
 
 
 def _mask_key(attn_mask: Any, key: Tensor, plain: tuple[Any, ...], grad: bool) -> Any:
-    if type(attn_mask) is Tensor:
+    if type(attn_mask) is Tensor or type(attn_mask) is Parameter:
         known = known_of_tensor(attn_mask)
-        return (attn_mask.shape, attn_mask.dtype, attn_mask.device, grad and attn_mask.requires_grad, known)
+        aligned = attn_mask.is_cpu or bias_is_aligned(attn_mask)
+        return (attn_mask.shape, attn_mask.dtype, attn_mask.device, grad and attn_mask.requires_grad, known, aligned)
     if isinstance(attn_mask, Mask):
         dense = attn_mask.dense
         if dense is None and attn_mask.key is None:
             return attn_mask.signature
         known = known_of(attn_mask, key.shape[1 if plain[7] == "BSHD" else 2])
-        return (attn_mask.signature, known, grad and dense is not None and dense.requires_grad)
+        if dense is None:
+            return (attn_mask.signature, known)
+        return (attn_mask.signature, known, grad and dense.requires_grad, dense.is_cpu or bias_is_aligned(dense))
     raise TypeError("a mask of another type is looked at anew at every call")

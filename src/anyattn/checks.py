@@ -38,7 +38,7 @@ def check_inputs(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor,
         meaningless = torch.isnan(parts.dense) | (parts.dense == float("inf"))
         if bool(meaningless.any()):
             raise InvalidCallError("The additive mask holds NaN or +inf; only finite values and -inf mean something.")
-    if parts.key is not None and parts.key.dtype != torch.bool:
+    if parts.key is not None and parts.key.dtype != torch.bool and parts.key.numel():
         low, high = int(parts.key.min()), int(parts.key.max())
         if low < 0 or high > spec.seqlen_kv:
             raise InvalidCallError(f"Key lengths must lie in [0, {spec.seqlen_kv}]; they go from {low} to {high}.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
 
 import torch
 
-from anyattn import environment, policy
+from anyattn import _in_force, environment, policy
 from anyattn.decision import Precision, Preference
 from anyattn.dispatch import Backends, make_preference
+from anyattn.pins import live_scope
 
 _current = policy.current.get
 _tracing = torch.compiler.is_dynamo_compiling
@@ -44,22 +44,25 @@ class attention_backend:
             self.wish = Preference(names, mode, "context", precision)  # type: ignore[arg-type]
         else:
             self.wish = make_preference(backend, "context", precision)
-        self._tokens: list[Any] = []
 
     def __enter__(self) -> attention_backend:
         if _tracing():
-            policy.traced.append(policy.plain("context", self.wish, self.override))
+            _in_force.entered.append(policy.plain("context", self.wish, self.override))
         else:
-            self._tokens.append(policy.current.set(policy.enter(_current(), self.wish, self.override)))
+            scope = live_scope(_current())
+            policy.outer.set((scope, *policy.outer.get()))
+            policy.current.set(policy.enter(scope, self.wish, self.override))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if _tracing():
-            policy.traced.pop()
+            _in_force.entered.pop()
         else:
-            policy.current.reset(self._tokens.pop())
+            scope, *rest = policy.outer.get()
+            policy.outer.set(tuple(rest))
+            policy.current.set(scope)
 
 
 def set_default_backend(backend: Backends | None, *, precision: Precision = "exact") -> None:

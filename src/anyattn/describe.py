@@ -217,7 +217,7 @@ def _check_types(query: Facts, key: Facts, value: Facts) -> None:
 
 
 def _check_number(name: str, number: object) -> None:
-    if isinstance(number, bool) or not isinstance(number, int | float):
+    if not isinstance(number, int | float):
         raise InvalidCallError(f"{name} must be a number; {type(number).__name__} was given.")
     if not math.isfinite(number):
         raise InvalidCallError(f"{name} must be finite; {number} was given.")
@@ -238,7 +238,7 @@ def _check_options(options: Options) -> None:
         ("enable_gqa", options.enable_gqa),
         ("return_lse", options.return_lse),
     ):
-        if flag not in (True, False):
+        if type(flag) is not bool:
             raise InvalidCallError(f"{name} must be True or False; {flag!r} was given.")
 
 

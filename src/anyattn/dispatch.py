@@ -20,6 +20,7 @@ from anyattn.errors import (
     InvalidCallError,
     UnsupportedCallError,
 )
+from anyattn.masks import Mask
 from anyattn.names import AUTO, BY_NAME
 from anyattn.prepare import NOTHING, as_mask, known_of, mask_facts, short_name
 from anyattn.running import Entry, listed, make_entry, raise_kernel_error
@@ -51,10 +52,11 @@ def entry_for(
     if scope.recorder is not None and table_key is not None:
         entry = base.table.get(table_key)
     if entry is None:
+        generation = policy.generation()
         spec = describe(query, key, value, attn_mask, sinks, options)
         decision = decide(spec, base)
         entry = make_entry(decision, autocast_dtype(query.device.type))
-        if table_key is not None:
+        if table_key is not None and generation == policy.generation():
             base.remember(table_key, entry)
             if entry.short and sinks is None and options.layout == "BSHD" and type(query) is Tensor:
                 _shorten(base, entry, query, key, value, attn_mask, options)
@@ -118,7 +120,7 @@ def describe(
     facts = tuple(_facts(tensor, cast, options.layout) for tensor in (query, key, value))
     symbolic = any(UNKNOWN in fact.shape for fact in facts)
     sink_facts = None if sinks is None else facts_of(sinks)
-    storage = _storage(query, key, value, options.layout)
+    storage = _storage(query, key, value, options.layout, mask)
 
     def build(seen: MaskFacts) -> AttentionSpec:
         return build_spec(
@@ -170,7 +172,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def _storage(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Storage:
+def _storage(query: Tensor, key: Tensor, value: Tensor, layout: Layout, mask: Mask | None) -> Storage:
     # On a CPU nothing depends on it, and leaving it out keeps the hot path short.
     if query.is_cpu:
         return Storage()
@@ -178,14 +180,20 @@ def _storage(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Stora
     heads = 2 if layout == "BSHD" else 1
     seen = [tensor.transpose(1, 2) if layout == "BSHD" else tensor for tensor in tensors if tensor.dim() == 4]
     return Storage(
-        aligned=all(_is_aligned(tensor) for tensor in tensors),
+        aligned=all(_is_aligned(tensor, padded=True) for tensor in tensors if tensor.dim()),
         unit_stride=all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in tensors if tensor.dim()),
         expanded_kv=any(t.dim() == 4 and t.shape[heads] > 1 and t.stride(heads) == 0 for t in (key, value)),
         bhsd_contiguous=all(tensor.is_contiguous() for tensor in seen),
+        mask_aligned=mask is None or mask.dense is None or bias_is_aligned(mask.dense),
     )
 
 
-def _is_aligned(tensor: Tensor) -> bool:
+def bias_is_aligned(dense: Tensor) -> bool:
+    """Whether a dense mask is boolean (and will be copied), or its rows lie where kernels may read them."""
+    return dense.dtype == torch.bool or (dense.stride(-1) == 1 and _is_aligned(dense))
+
+
+def _is_aligned(tensor: Tensor, *, padded: bool = False) -> bool:
     size = tensor.element_size()
     try:
         start = tensor.data_ptr()
@@ -194,7 +202,7 @@ def _is_aligned(tensor: Tensor) -> bool:
     rows: list[Any] = [
         stride for stride, length in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if length > 1
     ]
-    if tensor.dim() and tensor.shape[-1] * size % 16:
+    if padded and tensor.shape[-1] * size % 16:
         rows = []  # the kernel's wrapper pads head_dim, which copies
     return start % 16 == 0 and all(stride * size % 16 == 0 for stride in rows)
 
@@ -217,7 +225,8 @@ def scope_of_call(scope: policy.Scope, backend: Any) -> policy.Scope:
     if found is None or scope.recorder is not None:
         wish = make_preference(backend, "backend=", scope.settings.precision)
         found = policy.derive(scope, context=wish, override=True)
-        if scope.recorder is None:
+        # Names of third parties can go again; those of the plan stay.
+        if scope.recorder is None and all(name in BY_NAME or name == AUTO for name in wish.names):
             if len(_call_scopes) > 1024:
                 _call_scopes.clear()
             _call_scopes[key] = found
@@ -230,7 +239,7 @@ def make_preference(backend: Any, source: str, precision: Precision = "exact") -
     Raises:
         UnknownBackendError: If a name is unknown.
         TypeError: If it is neither a name nor a list of names.
-        ValueError: If the list is empty.
+        InvalidCallError: If the list is empty.
     """
     key = (tuple(backend) if isinstance(backend, list) else backend, source, precision)
     found = _preferences.get(key)
@@ -238,10 +247,9 @@ def make_preference(backend: Any, source: str, precision: Precision = "exact") -
         is_list = isinstance(backend, list | tuple)
         names = tuple(backend) if is_list else (backend,)
         if not names:
-            raise ValueError("A list of attention backends must name at least one.")
+            raise InvalidCallError("A list of attention backends must name at least one.")
         resolved = tuple(registry.resolve_name(name) for name in names)
         found = policy.preference(resolved, is_list=is_list, source=source, precision=precision)
-        # Names of third parties can go again; those of the plan stay.
         if len(_preferences) < 1024 and all(name in BY_NAME or name == AUTO for name in resolved):
             _preferences[key] = found
     return found

@@ -93,6 +93,10 @@ def _float32_bias(spec: AttentionSpec) -> bool:
     return dense is not None and dense.kind == "bias" and dense.dtype != spec.dtype
 
 
+def _half(spec: AttentionSpec) -> bool:
+    return spec.dtype.itemsize == 2
+
+
 def _maybe(size: int, holds: bool) -> bool:
     return size == UNKNOWN or holds
 
@@ -141,7 +145,7 @@ TABLE: tuple[KnownBad, ...] = (
         ("native_cudnn",),
         "NaN: the mask's bits are read as the query's dtype",
         "an additive float32 mask with a half-precision query",
-        _float32_bias,
+        lambda s: _float32_bias(s) and _half(s),
         "native_efficient",
         f"{_PYTORCH}/pull/191612; seen on an H100 with torch 2.11",
         "<2.14",

@@ -126,7 +126,8 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor, layout: str) -> tuple[T
     """
     sink = sinks.to(lse.dtype)[None, :, None]
     # In float32 the factor keeps its accuracy; rounding happens once, when the product is stored.
-    factor = torch.sigmoid(lse - sink).unsqueeze(-1)
+    # A row without a key has nothing to scale; both may be -inf there, whose difference is no number.
+    factor = torch.where(torch.isneginf(lse), 0.0, torch.sigmoid(lse - sink)).unsqueeze(-1)
     if layout == "BSHD":
         factor = factor.transpose(1, 2)
     scaled = (out.to(torch.promote_types(out.dtype, torch.float32)) * factor).to(out.dtype)

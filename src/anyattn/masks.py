@@ -100,11 +100,14 @@ class Mask:
         self.short = -1
 
     def wide_key(self) -> Tensor:
-        """Give the key padding as `(B, 1, 1, S_kv)`: a view made once, which in-place writes reach."""
+        """Give the key padding as `(B, 1, 1, S_kv)`: a view made once per storage, which in-place writes reach."""
+        key = self.key
+        assert key is not None
         found = self._wide_key
-        if found is None:
-            assert self.key is not None
-            found = self._wide_key = self.key[:, None, None, :]
+        if found is None or found.data_ptr() != key.data_ptr():
+            found = key[:, None, None, :]
+            if type(found) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
+                self._wide_key = found  # a view made while tracing must not be met outside
         return found
 
     @property

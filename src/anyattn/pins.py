@@ -6,14 +6,16 @@ inner modules again during the backward, on another thread, where no outer forwa
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from anyattn import policy
+from anyattn import _in_force, policy
 from anyattn.decision import Precision, Preference
 from anyattn.dispatch import make_preference
 
@@ -22,9 +24,17 @@ _EFFECTIVE = "_anyattn_pin_in_force"
 _HANDLES = "_anyattn_pin_handles"
 
 
+class _Entry(NamedTuple):
+    """A module whose forward is running: the scope to go back to, if it changed, and the frame that runs it."""
+
+    module: int
+    before: policy.Scope | None
+    frame: FrameType
+
+
 class _Stack(threading.local):
     def __init__(self) -> None:
-        self.entries: list[tuple[int, Any]] = []
+        self.entries: list[_Entry] = []
 
 
 _stack = _Stack()
@@ -56,10 +66,9 @@ def unpin(module: nn.Module) -> bool:
         return False
     _roots.discard(module)
     _spread(module, None)
-    # A module doesn't know what encloses it, so every pinned module is asked.
+    # A module doesn't know what encloses it or shares its parts, so every pin is laid out again.
     for root in list(_roots):
-        if any(part is module for part in root.modules()):
-            _spread(root, None)
+        _spread(root, None)
     return True
 
 
@@ -91,28 +100,71 @@ def _is_torch_own(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
 
+def live_scope(scope: policy.Scope) -> policy.Scope:
+    """Give the scope that is truly in force where a pin is, or where compiled code entered something.
+
+    A pin is left behind where its module's forward was broken off by what isn't an Exception (Ctrl-C), after which
+    torch runs no hook: then it is taken back here. And compiled code enters pins and blocks in a list of this
+    thread's, which is honoured by what runs below a graph break.
+    """
+    entries = _stack.entries
+    while entries and not _is_running(entries[-1].frame):
+        _take_back(entries.pop())
+        scope = policy.current.get()
+    if policy.thread.entered:
+        if not _is_under_compiled_code():
+            policy.thread.entered.clear()  # broken off likewise
+        scope = policy.with_entered(scope, tuple(policy.thread.entered))
+    return scope
+
+
+def _is_under_compiled_code() -> bool:
+    """Whether this thread runs something that torch.compile made: its wrapper is on the stack then."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("eval_frame.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_running(wanted: FrameType) -> bool:
+    """Whether a frame is on this thread's stack; a pinned module's is a few frames up from its attention."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame is wanted:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _take_back(entry: _Entry) -> None:
+    if entry.before is not None:
+        policy.current.set(entry.before)
+
+
 def _enter(module: nn.Module, args: Any) -> None:
     preference: Preference | None = getattr(module, _EFFECTIVE, None)
     if torch.compiler.is_dynamo_compiling():
         if preference is not None:
-            policy.traced.append(policy.plain("pin", preference))
+            _in_force.entered.append(policy.plain("pin", preference))
         return
-    changed = None
+    live_scope(policy.current.get())
+    before = None
     if preference is not None:
         scope = policy.current.get()
         if scope.settings.pin is not preference:
-            changed = policy.current.set(policy.derive(scope, pin=preference))
-    _stack.entries.append((id(module), changed))
+            before = scope
+            policy.current.set(policy.derive(scope, pin=preference))
+    _stack.entries.append(_Entry(id(module), before, sys._getframe(1)))
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_dynamo_compiling():
         if getattr(module, _EFFECTIVE, None) is not None:
-            policy.traced.pop()
+            _in_force.entered.pop()
         return
     entries = _stack.entries
     # Where another hook raised before ours ran there is nothing of this module's to undo.
-    if entries and entries[-1][0] == id(module):
-        changed = entries.pop()[1]
-        if changed is not None:
-            policy.current.reset(changed)
+    if entries and entries[-1].module == id(module):
+        _take_back(entries.pop())

@@ -49,11 +49,12 @@ class Settings:
 class Scope:
     """Settings in force, with the table of calls decided under them."""
 
-    __slots__ = ("entered", "recorder", "serial", "settings", "short", "table")
+    __slots__ = ("entered", "pinned", "recorder", "serial", "settings", "short", "table")
 
     def __init__(self, settings: Settings, serial: int, recorder: Recorder | None = None) -> None:
         self.settings = settings
         self.serial = serial
+        self.pinned = settings.pin is not None
         self.recorder = recorder
         # Decided calls; those without mask that need no further look are in `short`, under a shorter key.
         self.table: dict[Any, Any] = {}
@@ -131,8 +132,20 @@ current: Final[contextvars.ContextVar[Scope]] = contextvars.ContextVar("anyattn_
 
 Entered = tuple[str, tuple[str, ...], Mode, str, Precision, bool]
 
-traced: Final[list[Entered]] = []
-"""Pins and blocks entered while torch.compile traces, which sees a list where it can't see a context variable."""
+
+class _Thread(threading.local):
+    """What belongs to one thread: pins and blocks entered by compiled code, which can't set a context variable."""
+
+    def __init__(self) -> None:
+        self.entered: list[Entered] = []
+
+
+thread: Final = _Thread()
+"""This thread's. Traced code reaches it as `anyattn._in_force.entered`; eager code below a graph break finds in it what
+the compiled code around it entered."""
+
+outer: Final[contextvars.ContextVar[tuple[Scope, ...]]] = contextvars.ContextVar("anyattn_outer", default=())
+"""The scopes to go back to at the end of each block."""
 
 
 def derive(scope: Scope, **changes: Any) -> Scope:
@@ -196,7 +209,7 @@ def forget() -> None:
         _environment = None
         _checks = None
         _generation += 1
-        for scope in _scopes.values():
+        for scope in _by_serial.values():
             scope.forget()
 
 
@@ -227,6 +240,11 @@ def checks_enabled() -> bool:
     return _checks
 
 
+def generation() -> int:
+    """Give a number that `forget` changes: what was decided under another one is not to be remembered."""
+    return _generation
+
+
 def token() -> str:
     """Name the scope in force, for torch.compile to guard on."""
     scope = current.get()
@@ -240,11 +258,17 @@ def plain(kind: str, wish: Preference, override: bool = False) -> Entered:
 
 def scope_of_token(text: str, entered: tuple[Entered, ...] = ()) -> Scope:
     """Find the scope that a token names, with what the traced code itself entered on top."""
-    settings = _by_serial.get(int(text.partition(".")[0]), _BASE).settings
+    return with_entered(_by_serial.get(int(text.partition(".")[0]), _BASE), entered)
+
+
+def with_entered(scope: Scope, entered: tuple[Entered, ...]) -> Scope:
+    """Give a scope with what compiled code entered on top."""
+    settings = scope.settings
     for kind, names, mode, source, precision, override in entered:
         wish = Preference(names, mode, source, precision)
         if kind == "pin":
             settings = replace(settings, pin=wish)
         else:
             settings = replace(settings, context=wish, override=override, precision=precision)
-    return scope_for(settings)
+    found = scope_for(settings)
+    return found if scope.recorder is None else recording(found, scope.recorder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
 from typing import Any, NamedTuple
@@ -24,10 +25,12 @@ class Known(NamedTuple):
     Attributes:
         all_true: Every position is allowed.
         live: Every row has a key.
+        shortest: The least of key lengths; -1 where that isn't what the tensor holds.
     """
 
     all_true: bool = False
     live: bool = False
+    shortest: int = -1
 
 
 NOTHING = Known()
@@ -60,10 +63,10 @@ def _from_causal_bias(bias: Any) -> Mask:
     # torch's CausalBias is a Tensor subclass over uninitialised memory: only its variant and lengths mean anything.
     align = "upper_left" if bias.variant.name == "UPPER_LEFT" else "lower_right"
     mask = Causal(align)  # type: ignore[arg-type]
-    return Mask(pattern=mask.pattern, block=_Lengths(bias.seq_len_q, bias.seq_len_kv))
+    return Mask(pattern=mask.pattern, block=MadeFor(bias.seq_len_q, bias.seq_len_kv))
 
 
-class _Lengths:
+class MadeFor:
     """The lengths that torch's CausalBias was made for, which torch itself trusts unchecked."""
 
     def __init__(self, seqlen_q: int, seqlen_kv: int) -> None:
@@ -77,7 +80,7 @@ def parts_of(mask: Mask | None, sinks: Tensor | None = None) -> Parts:
     dense = mask.dense
     if dense is not None and dense.dim() < 4:
         dense = dense[(None,) * (4 - dense.dim())]
-    block = None if isinstance(mask.block, _Lengths) else mask.block
+    block = None if isinstance(mask.block, MadeFor) else mask.block
     return Parts(mask.key, dense, block, sinks)
 
 
@@ -107,7 +110,7 @@ def _block_facts(mask: Mask) -> tuple[BlockSpec | None, tuple[int, int] | None]:
         return None, None
     lengths = block.seq_lengths
     seqlens = (int(lengths[0]), int(lengths[1]))
-    return (None if isinstance(block, _Lengths) else block_spec(block)), seqlens
+    return (None if isinstance(block, MadeFor) else block_spec(block)), seqlens
 
 
 def known_of(mask: Mask, seqlen_kv: int) -> Known:
@@ -125,6 +128,7 @@ def known_of(mask: Mask, seqlen_kv: int) -> Known:
 
 
 _names: dict[Any, int] = {}
+_numbers = itertools.count()
 
 
 def short_name(attn_mask: Any, spec: MaskSpec) -> int | None:
@@ -140,7 +144,7 @@ def short_name(attn_mask: Any, spec: MaskSpec) -> int | None:
         return None
     if len(tensors) != (spec.key is not None) + (spec.dense is not None):
         return None
-    attn_mask.short = _names.setdefault(attn_mask.signature, len(_names))
+    attn_mask.short = _names.setdefault(attn_mask.signature, next(_numbers))
     return attn_mask.short
 
 
@@ -154,7 +158,7 @@ _not_all_true: dict[int, weakref.ref[Tensor]] = {}
 
 def _look(tensor: Tensor, seqlen_kv: int) -> Known:
     if not tensor.is_cpu:
-        return _prepared(tensor)
+        return _prepared(tensor, seqlen_kv)
     if type(tensor) is not Tensor or tensor.dtype.is_floating_point:
         return NOTHING
     # A mask once seen to forbid something isn't looked at again: should that change, it is merely not dropped. One that
@@ -163,8 +167,8 @@ def _look(tensor: Tensor, seqlen_kv: int) -> Known:
     seen = _not_all_true.get(name)
     if seen is not None and seen() is tensor:
         return NOTHING
-    if torch._C._len_torch_dispatch_stack():
-        return NOTHING  # something traces or counts operations, and values may not be had
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return NOTHING  # something traces or transforms operations, and values may not be had
     if tensor.dtype == torch.bool:
         all_true = bool(tensor.all())
     else:
@@ -175,11 +179,12 @@ def _look(tensor: Tensor, seqlen_kv: int) -> Known:
     return NOTHING
 
 
-def _prepared(tensor: Tensor) -> Known:
+def _prepared(tensor: Tensor, seqlen_kv: int) -> Known:
     entry = _seen.get(id(tensor))
     if entry is None or entry[0]() is not tensor or tensor.is_inference() or entry[1] != tensor._version:
         return NOTHING
-    return entry[2]
+    known = entry[2]
+    return known if known.shortest < 0 else known._replace(all_true=known.shortest >= seqlen_kv)
 
 
 def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None:
@@ -227,7 +232,7 @@ def _learn(tensor: Tensor, seqlen_kv: int) -> Known:
         known = Known(not tensor.requires_grad and not bool(tensor.any()), bool(live_rows(tensor).all()))
     else:
         shortest = int(tensor.min()) if tensor.numel() else 0
-        known = Known(shortest >= seqlen_kv, shortest > 0)
+        known = Known(shortest >= seqlen_kv, shortest > 0, shortest)
     if not tensor.is_inference():
         name = id(tensor)
         reference = weakref.ref(tensor, lambda _: _seen.pop(name, None))

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from anyattn import policy
 from anyattn.backend import Backend
 from anyattn.decision import Preference
 from anyattn.environment import Environment
@@ -65,11 +66,13 @@ def register(backend: Backend) -> None:
     if not backend.name or backend.name in BY_NAME or backend.name == AUTO:
         raise ValueError(f"The name {backend.name!r} is empty or taken by a backend of anyattn itself.")
     _added[backend.name] = backend
+    policy.forget()
 
 
 def unregister(name: str) -> None:
     """Take back what `register` added."""
     _added.pop(name, None)
+    policy.forget()
 
 
 @functools.lru_cache(maxsize=256)
@@ -97,9 +100,10 @@ class _Broken(Backend):
         self.error = error
 
     def availability(self, env: Environment) -> Iterator[Reason]:
-        point = _entry_points()[self.name].value
+        point = _entry_points()[self.name]
         got = f"{type(self.error).__name__}: {self.error}"
-        yield Reason("broken_import", f"an importable {point}", got, "mend or uninstall the package that announces it")
+        package = point.dist.name if point.dist is not None else "the package that announces it"
+        yield Reason("broken_import", f"an importable {point.value}", got, f"mend or uninstall {package}")
 
     def reasons(self, spec: AttentionSpec, env: Environment) -> tuple[Reason, ...]:
         return tuple(self.availability(env))

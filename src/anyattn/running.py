@@ -61,17 +61,24 @@ class Entry:
         self.short = short
         self.short_masked = short_masked
 
+    @property
+    def gives_gradients(self) -> bool:
+        """Whether the backend chosen has a backward on the call's device."""
+        backend = registry.get(self.decision.chosen or "")
+        caps = None if backend is None else backend.capabilities(self.decision.spec, detect())
+        return caps is not None and caps.backward
+
 
 def listed(head: str, reasons: Sequence[Reason]) -> str:
     """Write reasons under a headline, one a line."""
     return "\n".join([head, *(f"  - {reason}" for reason in reasons)])
 
 
-_loaded: set[str] = set()
+_loaded: set[Backend] = set()
 
 
 def _load(backend: Backend) -> None:
-    if backend.name in _loaded:
+    if backend in _loaded:
         return
     try:
         backend.load()
@@ -79,7 +86,7 @@ def _load(backend: Backend) -> None:
         reason = Reason("broken_import", f"an importable {backend.name}", f"{type(error).__name__}: {error}")
         text = listed(f"The attention backend {backend.name} is installed but can't be imported:", [reason])
         raise BackendUnavailableError(text, backend=backend.name, reasons=(reason,)) from error
-    _loaded.add(backend.name)
+    _loaded.add(backend)
 
 
 def make_plan(decision: Decision) -> tuple[Plan, Run]:
@@ -93,7 +100,19 @@ def make_plan(decision: Decision) -> tuple[Plan, Run]:
     lowering = backend.lower(decision.spec, detect())
     caps = backend.capabilities(decision.spec, detect())
     rescale = decision.spec.sinks and caps is not None and not caps.sinks
-    return Plan(backend.name, decision.spec, lowering, rescale), backend.run
+    run: Run = backend.run
+    if caps is not None and caps.unit_stride and decision.spec.device_type == "cpu":
+        # Strides aren't part of what a CPU call is decided by, so that they are seen to at each call.
+        run = _with_unit_stride(run)
+    return Plan(backend.name, decision.spec, lowering, rescale), run
+
+
+def _with_unit_stride(run: Run) -> Run:
+    def strided(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+        return run(plan, query, key, value, parts)
+
+    return strided
 
 
 def run_empty(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:

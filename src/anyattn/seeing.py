@@ -16,9 +16,12 @@ from anyattn.decision import Decision
 from anyattn.describe import Options
 from anyattn.dispatch import Backends, decide, decision_for, describe, scope_of_call
 from anyattn.errors import InvalidCallError
+from anyattn.masks import Mask
 from anyattn.names import BY_NAME
+from anyattn.pins import live_scope
+from anyattn.prepare import as_mask
 from anyattn.reasons import Reason
-from anyattn.running import make_entry
+from anyattn.running import KERNEL_ERRORS, Entry, make_entry, raise_kernel_error
 from anyattn.spec import AttentionSpec
 
 _current = policy.current.get
@@ -132,7 +135,7 @@ def explain(
     else:
         options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
         spec = describe(query, key, value, attn_mask, sinks, options)  # type: ignore[arg-type]
-    scope = _current()
+    scope = live_scope(_current())
     if backend is not None:
         scope = scope_of_call(scope, backend)
     return decision_for(spec, scope, environment.detect() if env is None else env)
@@ -153,7 +156,7 @@ def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
     Raises:
         UnsupportedCallError: If nothing admits the call.
     """
-    scope = _current()
+    scope = live_scope(_current())
     if backend is not None:
         scope = scope_of_call(scope, backend)
     entry = make_entry(decide(spec, scope))
@@ -168,27 +171,53 @@ def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
     if spec.mask.key or spec.mask.dense or spec.mask.block or spec.sinks:
         return _masked_plan(entry, shapes, dtype)
     call: Runner = entry.call
+    forward_only = not spec.needs_grad and not entry.gives_gradients
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Output:
         if (query.shape, key.shape, value.shape) != shapes or query.dtype is not dtype:
             raise _off_plan(shapes, dtype, query, key, value)
-        return call(query, key, value)
+        if forward_only:
+            _refuse_gradients(entry.decision, query, key, value)
+        try:
+            return call(query, key, value)
+        except KERNEL_ERRORS as error:
+            raise_kernel_error(error, entry.decision)
 
     run.decision = entry.decision  # type: ignore[attr-defined]
     return run
 
 
-def _masked_plan(entry: Any, shapes: Any, dtype: torch.dtype) -> Any:
-    spec: AttentionSpec = entry.decision.spec
+def _refuse_gradients(decision: Decision, query: Tensor, key: Tensor, value: Tensor) -> None:
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        raise InvalidCallError(
+            f"The plan is for a call without gradients, and {decision.chosen} gives none. Plan again with inputs that "
+            "require them, or run it under torch.no_grad()."
+        )
+
+
+def _masked_plan(entry: Entry, shapes: Any, dtype: torch.dtype) -> Any:
+    spec = entry.decision.spec
+    planned = (spec.mask.key is not None, spec.mask.dense is not None, spec.mask.block is not None)
+    forward_only = not spec.needs_grad and not entry.gives_gradients
 
     def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, sinks: Tensor | None = None) -> Output:
         if (query.shape, key.shape, value.shape) != shapes or query.dtype is not dtype:
             raise _off_plan(shapes, dtype, query, key, value)
-        if (attn_mask is None) != spec.mask.is_empty or (sinks is None) == spec.sinks:
+        mask = as_mask(attn_mask) or Mask()
+        given = (mask.key is not None, mask.dense is not None, mask.block is not None)
+        pattern = None if spec.mask.pattern is None else (spec.mask.pattern.left, spec.mask.pattern.right)
+        if given != planned or (sinks is not None) != spec.sinks:
             raise InvalidCallError(
-                "The plan was made with a mask or sinks that this call lacks, or the other way round."
+                "The plan was made with another kind of mask or sinks than this call has. Plan again."
             )
-        return entry.call_masked(query, key, value, attn_mask, sinks)  # type: ignore[no-any-return]
+        if mask.pattern is not None and mask.pattern[:2] != pattern:
+            raise InvalidCallError(f"The plan's pattern is {pattern}, this mask's {mask.pattern}. Plan again.")
+        if forward_only:
+            _refuse_gradients(entry.decision, query, key, value)
+        try:
+            return entry.call_masked(query, key, value, attn_mask, sinks)
+        except KERNEL_ERRORS as error:
+            raise_kernel_error(error, entry.decision)
 
     run.decision = entry.decision  # type: ignore[attr-defined]
     return run
@@ -214,7 +243,7 @@ def record() -> Iterator[list[Decision]]:
         ['native']
     """
     calls: list[Decision] = []
-    outer = _current()
+    outer = live_scope(_current())
 
     def told(decision: Decision) -> None:
         calls.append(decision)

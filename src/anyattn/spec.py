@@ -110,12 +110,14 @@ class Storage:
         unit_stride: Whether head_dim is contiguous in all three.
         expanded_kv: Whether key or value has a stride of 0 in a dimension longer than 1.
         bhsd_contiguous: Whether all three are contiguous when seen as (B, H, S, D).
+        mask_aligned: Whether an additive mask's rows lie at multiples of 16 bytes, contiguous along keys.
     """
 
     aligned: bool = True
     unit_stride: bool = True
     expanded_kv: bool = False
     bhsd_contiguous: bool = False
+    mask_aligned: bool = True
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from anyattn.describe import Facts, MaskFacts, Options, build_spec
 from anyattn.dispatch import decide, scope_of_call
 from anyattn.errors import InvalidCallError
 from anyattn.masks import Mask
-from anyattn.prepare import NOTHING, as_mask, mask_facts, parts_of
+from anyattn.prepare import NOTHING, MadeFor, as_mask, mask_facts, parts_of
 from anyattn.running import execute, make_plan
 from anyattn.spec import UNKNOWN, Storage
 
@@ -70,32 +70,84 @@ def traced_call(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, options: Options, backend: Any
 ) -> Output:
     """Make a call inside torch.compile: an opaque chooser sees constants alone, the kernel's call is traced."""
-    mask = as_mask(attn_mask)
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        # As outside: cast once, and run with autocast off, so that a mask keeps its precision.
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+        with torch.autocast(kind, enabled=False):
+            return _traced(query, key, value, as_mask(attn_mask), sinks, options, backend)
+    return _traced(query, key, value, as_mask(attn_mask), sinks, options, backend)
+
+
+def _traced(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, sinks: Tensor | None, options: Options, backend: Any
+) -> Output:
     axis = 1 if options.layout == "BSHD" else 2
-    facts = tuple(_sized(tensor, axis) for tensor in (query, key, value))
-    same = True if query.shape[axis] == key.shape[axis] else False  # noqa: SIM210 - makes a guard, not a symbol
-    agree = True if _batches_agree(query, key, value, axis) else False  # noqa: SIM210
-    mask_plain: tuple[Any, ...] = (None, None, None)
+    mask_plain: tuple[Any, ...] = (None, None, None, None)
+    fits = True
     if mask is not None:
-        mask_plain = (_pattern(mask), _traced_facts(mask.key), _traced_facts(mask.dense))
+        made_for = (mask.block.seq_lengths[0], mask.block.seq_lengths[1]) if isinstance(mask.block, MadeFor) else None
+        block = None if made_for is not None else mask.block
+        mask_plain = (_pattern(mask), _traced_facts(mask.key), _traced_facts(mask.dense), made_for)
+        fits = _mask_fits(mask, query, key, axis)
+    else:
+        block = None
+    large = _is_large(query, key, axis)
+    # Comparisons of sizes are turned into plain booleans, which makes guards of them.
+    same = True if query.shape[axis] == key.shape[axis] else False  # noqa: SIM210
+    agree = True if _batches_agree(query, key, value, axis) else False  # noqa: SIM210
     plan: Plan = _choose(
         _in_force.token,
-        tuple(policy.traced),
+        tuple(_in_force.entered),
         backend,
-        facts,
+        tuple(_sized(tensor, axis, large) for tensor in (query, key, value)),
         mask_plain,
         _traced_facts(sinks),
         _static_options(options),
-        (torch.is_grad_enabled(), same, agree, torch.are_deterministic_algorithms_enabled()),
-        _traced_storage(query, key, value, axis),
-        None if mask is None else mask.block,
+        (torch.is_grad_enabled(), same, agree, fits, torch.are_deterministic_algorithms_enabled()),
+        _traced_storage(query, key, value, axis, None if mask is None else mask.dense),
+        block,
     )
     run: Run = getattr(_runs, plan.backend if plan.lowering.entry != "empty" else "empty")
     return execute(run, plan, query, key, value, parts_of(mask, sinks))
 
 
-def _sized(tensor: Tensor, axis: int) -> tuple[Any, ...]:
-    shape = tuple(_size(size) if dim in (0, axis) else operator.index(size) for dim, size in enumerate(tensor.shape))
+def _is_large(query: Tensor, key: Tensor, axis: int) -> bool:
+    """Whether sizes are such that kernels have limits there, so that they have to be known exactly."""
+    if not query.dim() == key.dim() == 4:
+        return False
+    heads = query.shape[0] * query.shape[3 - axis]
+    scores = query.shape[axis] * key.shape[axis]
+    return True if heads > 65535 or scores > 1 << 31 or query.numel() > 1 << 30 else False  # noqa: SIM210
+
+
+def _mask_fits(mask: Mask, query: Tensor, key: Tensor, axis: int) -> bool:
+    """Whether a mask's sizes are the call's; a size that is a symbol is compared by a guard."""
+    if query.dim() != 4 or key.dim() != 4:
+        return True  # refused with its own message
+    seqlen_kv = key.shape[axis]
+    if mask.key is not None:
+        if mask.key.shape[0] != query.shape[0]:
+            return False
+        if mask.key.dim() == 2 and mask.key.shape[1] != seqlen_kv:
+            return False
+    if mask.dense is not None:
+        full = (query.shape[0], query.shape[3 - axis], query.shape[axis], seqlen_kv)
+        dims = mask.dense.dim()
+        if dims > 4:
+            return False
+        for index in range(dims):
+            size = mask.dense.shape[index]
+            if size != 1 and size != full[4 - dims + index]:
+                return False
+    return True
+
+
+def _sized(tensor: Tensor, axis: int, large: bool) -> tuple[Any, ...]:
+    shape = tuple(
+        _size(size) if dim in (0, axis) and not large else operator.index(size) for dim, size in enumerate(tensor.shape)
+    )
     return (shape, tensor.dtype, tensor.device, tensor.requires_grad)
 
 
@@ -105,23 +157,32 @@ def _batches_agree(query: Tensor, key: Tensor, value: Tensor, axis: int) -> bool
     return query.shape[0] == key.shape[0] == value.shape[0] and key.shape[axis] == value.shape[axis]
 
 
-def _traced_storage(query: Tensor, key: Tensor, value: Tensor, axis: int) -> tuple[bool, bool, bool]:
+def _traced_storage(
+    query: Tensor, key: Tensor, value: Tensor, axis: int, dense: Tensor | None
+) -> tuple[bool, bool, bool, bool]:
     if query.device.type == "cpu":
-        return (True, True, False)
-    size = query.element_size()
+        return (True, True, False, True)
     aligned, unit, expanded = True, True, False
     for tensor in (query, key, value):
-        if tensor.storage_offset() * size % 16:
+        if not _rows_aligned(tensor, tensor.shape[-1] * tensor.element_size() % 16 == 0):
             aligned = False
         if tensor.stride(-1) != 1:
             unit = False
-        if tensor.shape[-1] * size % 16 == 0:
-            for dim in (0, 1, 2):
-                if tensor.shape[dim] > 1 and tensor.stride(dim) * size % 16:
-                    aligned = False
         if tensor is not query and tensor.shape[3 - axis] > 1 and tensor.stride(3 - axis) == 0:
             expanded = True
-    return (aligned, unit, expanded)
+    masked = dense is None or dense.dtype == torch.bool or (dense.stride(-1) == 1 and _rows_aligned(dense, True))
+    return (aligned, unit, expanded, True if masked else False)  # noqa: SIM210
+
+
+def _rows_aligned(tensor: Tensor, rows: bool) -> bool:
+    size = tensor.element_size()
+    if tensor.storage_offset() * size % 16:
+        return False
+    if rows:
+        for dim in range(tensor.dim() - 1):
+            if tensor.shape[dim] > 1 and tensor.stride(dim) * size % 16:
+                return False
+    return True
 
 
 def _choose(
@@ -132,29 +193,33 @@ def _choose(
     mask_plain: tuple[Any, ...],
     sinks: tuple[Any, ...] | None,
     options_plain: tuple[Any, ...],
-    flags: tuple[bool, bool, bool, bool],
-    storage: tuple[bool, bool, bool],
+    flags: tuple[bool, bool, bool, bool, bool],
+    storage: tuple[bool, bool, bool, bool],
     block_mask: Any,
 ) -> Plan:
     options = Options(*options_plain)
     scope = policy.scope_of_token(token, entered)
     if backend is not None:
         scope = scope_of_call(scope, backend)
-    grad, same, agree, deterministic = flags
+    grad, same, agree, fits, deterministic = flags
     query, key, value = (Facts(*fact) for fact in facts)
     if not agree:
         raise InvalidCallError("query, key and value need the same batch size, and key and value the same length.")
+    if not fits:
+        raise InvalidCallError(
+            "The mask's sizes don't fit the call: each must be the call's own, or 1 in a dense mask."
+        )
     facts_of_block = mask_facts(None if block_mask is None else Mask(block=block_mask), NOTHING)
     parts = [None if fact is None else Facts(*fact) for fact in mask_plain[1:3]]
     spec = build_spec(
         query,
         key,
         value,
-        MaskFacts(mask_plain[0], parts[0], parts[1], facts_of_block.block, facts_of_block.seqlens),
+        MaskFacts(mask_plain[0], parts[0], parts[1], facts_of_block.block, facts_of_block.seqlens or mask_plain[3]),
         options,
         None if sinks is None else Facts(*sinks),
         grad=grad,
-        storage=Storage(*storage),
+        storage=Storage(storage[0], storage[1], storage[2], False, storage[3]),
         same_lengths=same,
         deterministic=deterministic,
         compiled=True,

@@ -163,9 +163,9 @@ def test_prepared_mask_is_known_to_leave_no_row_dead_until_it_is_written_to() ->
     mask[:, 0] = True
     mask[0, 1] = False
     _learn(mask, 0)
-    assert _prepared(mask).live
+    assert _prepared(mask, 8).live
     mask[3] = False
-    assert _prepared(mask) == NOTHING
+    assert _prepared(mask, 8) == NOTHING
 
 
 def test_checks_are_off_by_default_and_on_by_either_variable(monkeypatch: pytest.MonkeyPatch) -> None:

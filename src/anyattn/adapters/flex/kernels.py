@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import types
 import warnings
 from collections.abc import Callable
@@ -12,16 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyattn.adapters.flex.mods import block_mask_of, score_mod_of
 from anyattn.backend import Output, Parts, Plan
-from anyattn.lowering import joined_mask, key_mask, normalise_lse
+from anyattn.lowering import joined_mask, normalise_lse
 from anyattn.masks import serial_of
-from anyattn.spec import AttentionSpec, PatternSpec
+from anyattn.spec import UNKNOWN, Storage
 
-_LARGE = 1 << 26
-"""Positions (S_q * S_kv) from which a block mask is made by compiled code on CUDA."""
-
-Mod = Callable[..., Tensor]
-"""A `mask_mod(b, h, q_idx, kv_idx)` or `score_mod(score, b, h, q_idx, kv_idx)`."""
+_BASE_2 = torch.finfo(torch.float32).max * math.log(2)
+"""What is below minus this in natural units is -inf in base 2."""
 
 
 def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
@@ -34,16 +34,16 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if not spec.needs_grad and spec.device_type == "cpu":
         # The CPU refuses inputs that require a gradient even under no_grad.
-        query, key, value = query.detach(), key.detach(), value.detach()
+        query, key, value = (t.detach() if t.requires_grad else t for t in (query, key, value))
     seqlen_kv = key.shape[2]
     if plan.lowering.pad_keys:
         key, value = (F.pad(tensor, (0, 0, 0, -seqlen_kv % 16)) for tensor in (key, value))
     if plan.lowering.compiled and not torch.compiler.is_compiling():
-        call = _compiled(plan, None if parts.block is None else serial_of(parts.block))
+        call = _compiled(_kind(plan), None if parts.block is None else serial_of(parts.block))
     with_lse = spec.return_lse or spec.sinks
     arguments: dict[str, Any] = {
-        "score_mod": _score_mod(spec, parts, seqlen_kv),
-        "block_mask": _block_mask(plan, parts, query, key, seqlen_kv),
+        "score_mod": score_mod_of(spec, parts, seqlen_kv if plan.lowering.pad_keys else None),
+        "block_mask": block_mask_of(plan, parts, query, key, seqlen_kv),
         "scale": spec.scale,
         "enable_gqa": spec.is_gqa,
     }
@@ -59,7 +59,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if extra is None:
         return out  # type: ignore[no-any-return]
     lse = normalise_lse(extra if isinstance(extra, Tensor) else extra.lse, None, keep=spec.sinks)
-    if parts.dense is not None and parts.dense.is_floating_point():
+    if parts.dense is not None and parts.dense.is_floating_point() and parts.block is None:
         lse = _with_huge_biases(lse, plan, parts, query.shape[2], seqlen_kv)
     return out, lse
 
@@ -72,7 +72,8 @@ def _with_huge_biases(lse: Tensor, plan: Plan, parts: Parts, seqlen_q: int, seql
     mask = joined_mask(plan.spec, parts, seqlen_q, seqlen_kv, lse.device, pattern=True)
     assert mask is not None
     largest = mask.detach().amax(-1).to(lse.dtype).expand_as(lse)
-    return torch.where(torch.isneginf(lse), largest, lse)
+    overflows = torch.isneginf(lse) & (largest < -_BASE_2) & (largest > float("-inf"))
+    return torch.where(overflows, largest, lse)
 
 
 def _lse_request() -> dict[str, Any]:
@@ -96,8 +97,14 @@ def _first_eager(call: Callable[..., Any], query: Tensor, key: Tensor, value: Te
     return result
 
 
+def _kind(plan: Plan) -> Plan:
+    """Give what calls that share compiled code have in common: everything but lengths, which become dynamic."""
+    spec = plan.spec.replace(batch=UNKNOWN, seqlen_q=UNKNOWN, seqlen_kv=UNKNOWN, storage=Storage())
+    return dataclasses.replace(plan, spec=spec)
+
+
 @functools.lru_cache(maxsize=128)
-def _compiled(plan: Plan, block_mask: int | None) -> Callable[..., Any]:
+def _compiled(kind: Plan, block_mask: int | None) -> Callable[..., Any]:
     """Compile a copy of flex_attention for one kind of call, and one block mask of the caller's.
 
     torch.compile counts recompilations per code object and beyond its limit silently runs the slow eager
@@ -106,137 +113,8 @@ def _compiled(plan: Plan, block_mask: int | None) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     function: Any = flex_attention
-    code = function.__code__.replace(co_name=f"flex_attention_{abs(hash(plan.spec)):x}")
+    code = function.__code__.replace(co_name=f"flex_attention_{abs(hash(kind.spec)):x}")
     copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     compiled: Callable[..., Any] = torch.compile(copy, fullgraph=True)
     return compiled
-
-
-def _score_mod(spec: AttentionSpec, parts: Parts, seqlen_kv: int) -> Mod | None:
-    """Make the function that changes scores: softcap, then a dense mask."""
-    cap, dense = spec.softcap, parts.dense
-    if dense is None:
-        if cap is None:
-            return None
-        return lambda score, b, h, q, kv: cap * torch.tanh(score / cap)
-    full = [size > 1 for size in dense.shape]
-    boolean = dense.dtype == torch.bool
-    last = seqlen_kv - 1
-
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        if cap is not None:
-            score = cap * torch.tanh(score / cap)
-        inside = torch.where(kv > last, last, kv)  # padded keys are masked, whatever is read for them
-        index = [i if whole else i * 0 for i, whole in zip((b, h, q, inside), full, strict=True)]
-        found = dense[index[0], index[1], index[2], index[3]]
-        return torch.where(found, score, float("-inf")) if boolean else score + found
-
-    return score_mod
-
-
-def _block_mask(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_kv: int) -> Any:
-    """Make the block mask of a pattern, a key mask and padding, joined with the caller's."""
-    spec, given = plan.spec, parts.block
-    block = spec.mask.block
-    alone = given is None and parts.key is None and not plan.lowering.pad_keys
-    if alone and spec.mask.pattern is not None and not torch.compiler.is_compiling():
-        return _pattern_block_mask(spec.mask.pattern, query.shape[2], seqlen_kv, query.device)
-    mask_mod = _mask_mod(plan, parts, query.shape[2], seqlen_kv)
-    if given is None and mask_mod is None:
-        return None
-    if given is not None and block is not None:
-        if mask_mod is None and plan.lowering.compiled and not block.is_partial:
-            return given
-        theirs = given.mask_mod if block.is_partial else _with_blocks(given)
-        mask_mod = theirs if mask_mod is None else _both(mask_mod, theirs)
-    assert mask_mod is not None
-    per_batch = parts.key is not None or (block is not None and (block.per_batch or block.batch > 1))
-    per_head = block is not None and (block.per_head or block.heads > 1)
-    batch, heads = query.shape[0] if per_batch else None, query.shape[1] if per_head else None
-    return _create(mask_mod, batch, heads, query.shape[2], key.shape[2], query.device)
-
-
-_patterns: dict[tuple[PatternSpec, int, int, torch.device], Any] = {}
-
-
-def _pattern_block_mask(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int, device: torch.device) -> Any:
-    """Make the block mask of a pattern alone, once per shape and device: making one reads every position."""
-    key = (pattern, seqlen_q, seqlen_kv, device)
-    found = _patterns.get(key)
-    if found is not None:
-        return found
-    # Tensors born in inference mode or inside a CUDA graph must not be met outside again.
-    with torch.inference_mode(False), torch.no_grad():
-        made = _create(_pattern_mod(pattern, seqlen_q, seqlen_kv), None, None, seqlen_q, seqlen_kv, device)
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        if len(_patterns) >= 64:
-            _patterns.clear()
-        _patterns[key] = made
-    return made
-
-
-def _create(
-    mask_mod: Mod, batch: int | None, heads: int | None, seqlen_q: int, seqlen_kv: int, device: torch.device
-) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    options: dict[str, Any] = {"device": device}
-    if device.type == "cuda" and not torch.compiler.is_compiling() and seqlen_q * seqlen_kv > _LARGE:
-        options["_compile"] = True  # otherwise every position is written out
-    return create_block_mask(mask_mod, batch, heads, seqlen_q, seqlen_kv, **options)
-
-
-def _with_blocks(block_mask: Any) -> Mod:
-    """Join a block mask's function with its blocks, which eager FlexAttention ignores."""
-    blocks = block_mask.to_dense() != 0
-    rows, columns = block_mask.BLOCK_SIZE
-    batch, heads = blocks.shape[0] > 1, blocks.shape[1] > 1
-    function = block_mask.mask_mod
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        found = blocks[b if batch else b * 0, h if heads else h * 0, q // rows, kv // columns]
-        inside: Tensor = found & function(b, h, q, kv)
-        return inside
-
-    return mask_mod
-
-
-def _mask_mod(plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Mod | None:
-    """Make the function of a pattern, a key mask and padded keys."""
-    pattern = plan.spec.mask.pattern
-    inside = None if pattern is None else _pattern_mod(pattern, seqlen_q, seqlen_kv)
-    keys = None if parts.key is None else key_mask(parts.key, seqlen_kv)[:, 0, 0]
-    padded = plan.lowering.pad_keys
-    if pattern is None and keys is None and not padded:
-        return None
-    if keys is not None and padded:
-        keys = F.pad(keys, (0, -seqlen_kv % 16))
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        allowed = kv < seqlen_kv
-        if inside is not None:
-            allowed = allowed & inside(b, h, q, kv)
-        if keys is not None:
-            allowed = allowed & keys[b, kv]
-        return allowed
-
-    return mask_mod
-
-
-def _pattern_mod(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int) -> Mod:
-    left, right = pattern.left, pattern.right
-    offset = seqlen_kv - seqlen_q if pattern.align == "lower_right" else 0
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        if left == -1:
-            return kv <= q + offset + right
-        if right == -1:
-            return kv >= q + offset - left
-        return (kv <= q + offset + right) & (kv >= q + offset - left)
-
-    return mask_mod
-
-
-def _both(first: Mod, second: Mod) -> Mod:
-    return lambda b, h, q, kv: first(b, h, q, kv) & second(b, h, q, kv)

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
+
 from anyattn.adapters.native import kernels
 from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE
 from anyattn.backend import Backend, Lowering, MaskedRunner, Plan, Runner
@@ -91,6 +93,13 @@ class NativeCudnn(_Kernel):
             yield Reason("not_installed", "cuDNN", "a torch without it", "install a CUDA build of torch with cuDNN")
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        device = env.device(spec.device_type, spec.device_index)
+        wide = max(spec.head_dim, spec.head_dim_v)
+        hopper = device is not None and device.arch is not None and device.arch[0] in (9, 10)
+        if wide > 128 and (spec.needs_grad or not hopper):
+            # Forward to 256 was seen on an H100; torch's own rule for other chips, and for training, is 128.
+            need = "head_dim <= 128 with gradients" if hopper else "head_dim <= 128 outside sm90 and sm100"
+            yield Reason("head_dim", need, str(wide))
         if spec.deterministic:
             yield Reason("deterministic", "torch.use_deterministic_algorithms(False)", "True")
         if spec.dropout_p and (spec.dropout_p * 16) % 1:
@@ -175,12 +184,12 @@ def _by_priority(spec: AttentionSpec, env: Environment) -> tuple[_Kernel, ...]:
 def _steer(plain: Lowering, spec: AttentionSpec, env: Environment) -> Lowering:
     """Keep a CUDA call from the kernels that are wrong for it: torch picks only where every pick is right."""
     rows = hits([sub.name for sub in _FUSED], spec, env)
-    misaligned = not (spec.storage.aligned and spec.storage.unit_stride)
+    misaligned = not (spec.storage.aligned and spec.storage.unit_stride and spec.storage.mask_aligned)
     if not rows and not misaligned:
         return plain
     why = "; ".join(f"{row.what} with {row.backends[0]} for {row.when}" for row in rows)
     dense = spec.mask.dense
-    if dense is not None and dense.kind == "bias" and dense.dtype != spec.dtype:
+    if dense is not None and dense.kind == "bias" and dense.dtype == torch.float32 and spec.dtype.itemsize == 2:
         wide = spec.replace(dtype=dense.dtype)
         efficient = _FUSED[2]
         if not efficient.reasons(wide, env):

@@ -78,20 +78,28 @@ def _flash(
         scale=spec.scale,
     )
     lse = result[1]
-    # FlashAttention-2 writes +inf for rows without a key.
-    return result[0][..., : spec.head_dim_v], torch.where(lse == float("inf"), float("-inf"), lse)
+    if spec.return_lse or spec.sinks:
+        # FlashAttention-2 writes +inf for rows without a key.
+        lse = torch.where(lse == float("inf"), float("-inf"), lse)
+    return result[0][..., : spec.head_dim_v], lse
 
 
-def _aligned_bias(mask: Tensor, spec: AttentionSpec, query: Tensor, key: Tensor) -> Tensor:
-    """Make the bias that the efficient kernel takes: full shape, rows at multiples of 16 elements."""
+def _aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Make the bias that the fused kernels take: full shape, its rows starting at multiples of 16 elements."""
     bias = additive(mask, query.dtype)
-    left_over = bias.shape[-1] % 16
-    if bias.shape[-1] == 1:
-        bias = bias.expand(*bias.shape[:-1], key.shape[2]).contiguous()
-        left_over = bias.shape[-1] % 16
-    if left_over:
-        bias = F.pad(bias, (0, 16 - left_over))[..., : key.shape[2]]
-    return bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    length = key.shape[2]
+    if bias.shape[-1] != length:
+        bias = bias.expand(*bias.shape[:-1], length)
+    if not _rows_are_aligned(bias):
+        bias = F.pad(bias, (0, -length % 16)) if length % 16 else realigned(bias)
+        bias = bias[..., :length]
+    return bias.expand(query.shape[0], query.shape[1], query.shape[2], length)
+
+
+def _rows_are_aligned(bias: Tensor) -> bool:
+    if bias.stride(-1) != 1 or bias.storage_offset() % 16:
+        return False
+    return all(bias.shape[axis] == 1 or bias.stride(axis) % 16 == 0 for axis in range(bias.dim() - 1))
 
 
 def _efficient(
@@ -101,7 +109,7 @@ def _efficient(
     key, value = repeat_heads(key, times), repeat_heads(value, times)
     if spec.storage.expanded_kv:
         key, value = key.contiguous(), value.contiguous()
-    bias = None if mask is None else _aligned_bias(mask, spec, query, key)
+    bias = None if mask is None else _aligned_bias(mask, query, key)
     with_lse = spec.return_lse or spec.sinks or spec.needs_grad
     result = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, bias, with_lse, spec.dropout_p, is_causal, scale=spec.scale
@@ -113,9 +121,7 @@ def _efficient(
 def _cudnn(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    bias = None
-    if mask is not None:
-        bias = additive(mask, query.dtype).expand(*mask.shape[:2], query.shape[2], key.shape[2])
+    bias = None if mask is None else _aligned_bias(mask, query, key)
     with_lse = spec.return_lse or spec.sinks or spec.needs_grad
     result = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query, key, value, bias, with_lse, spec.dropout_p, is_causal, False, scale=spec.scale

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from anyattn import _in_force as core
 from anyattn import api, policy
 from anyattn.errors import AnyattnWarning
 from anyattn.integrations.diffusers import _in_force, routes
@@ -199,7 +200,7 @@ def _wish() -> str:
     """Give `_in_force.wish`, with what traced code entered on top of it."""
     wish = _in_force.wish
     if torch.compiler.is_dynamo_compiling():
-        for kind, *_, override in policy.traced:
+        for kind, *_, override in core.entered:
             if kind == "pin":
                 wish = wish if wish == "override" else "pin"
             elif override:

@@ -46,8 +46,8 @@ def _watched(backend: Backend) -> Iterator[list[str]]:
         seen.append("run")
         return run(*args)
 
-    was_loaded = backend.name in running._loaded
-    running._loaded.discard(backend.name)
+    was_loaded = backend in running._loaded
+    running._loaded.discard(backend)
     instance: dict[str, Any] = vars(backend)
     instance.update(load=watched_load, run=watched_run)
     try:
@@ -57,7 +57,7 @@ def _watched(backend: Backend) -> Iterator[list[str]]:
             instance.pop(name, None)
         instance.update(kept)
         if was_loaded:
-            running._loaded.add(backend.name)
+            running._loaded.add(backend)
 
 
 def rejected(backend: str, case: Case) -> LawResult:

@@ -1,0 +1,171 @@
+"""A call's mask, said in FlexAttention's terms: functions of indices, and block masks made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyattn.backend import Parts, Plan
+from anyattn.lowering import key_mask
+from anyattn.masks import serial_of
+from anyattn.spec import AttentionSpec, PatternSpec
+
+_LARGE = 1 << 26
+"""Positions (S_q * S_kv) from which a block mask is made by compiled code on CUDA."""
+
+Mod = Callable[..., Tensor]
+"""A `mask_mod(b, h, q_idx, kv_idx)` or `score_mod(score, b, h, q_idx, kv_idx)`."""
+
+
+def score_mod_of(spec: AttentionSpec, parts: Parts, padded_from: int | None) -> Mod | None:
+    """Make the function that changes scores: softcap, then a dense mask."""
+    cap, dense = spec.softcap, parts.dense
+    if dense is None:
+        if cap is None:
+            return None
+        return lambda score, b, h, q, kv: cap * torch.tanh(score / cap)
+    full = [size > 1 for size in dense.shape]
+    boolean = dense.dtype == torch.bool
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        if cap is not None:
+            score = cap * torch.tanh(score / cap)
+        index = [i if whole else i * 0 for i, whole in zip((b, h, q, _within(kv, padded_from)), full, strict=True)]
+        found = dense[index[0], index[1], index[2], index[3]]
+        return torch.where(found, score, float("-inf")) if boolean else score + found
+
+    return score_mod
+
+
+def _within(kv: Tensor, padded_from: int | None) -> Tensor:
+    """Keep an index of a padded key inside what the caller gave; the key is masked, whatever is read for it."""
+    return kv if padded_from is None else torch.where(kv >= padded_from, padded_from - 1, kv)
+
+
+def block_mask_of(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_kv: int) -> Any:
+    """Make the block mask of a pattern, a key mask and padding, joined with the caller's."""
+    spec, given = plan.spec, parts.block
+    block = spec.mask.block
+    eager = parts.key is None and not plan.lowering.pad_keys and not torch.compiler.is_compiling()
+    if eager and given is None and spec.mask.pattern is not None:
+        return _pattern_block_mask(spec.mask.pattern, query.shape[2], seqlen_kv, query.device)
+    name: Any = None
+    if eager and given is not None:
+        name = (serial_of(given), spec.mask.pattern, plan.lowering.compiled, query.shape[:3], seqlen_kv)
+        if name in _patterns:
+            return _patterns[name]
+    mask_mod = _mask_mod(plan, parts, query.shape[2], seqlen_kv)
+    if given is None and mask_mod is None:
+        return None
+    if given is not None and block is not None:
+        if mask_mod is None and plan.lowering.compiled and not block.is_partial:
+            return given
+        padded_from = seqlen_kv if plan.lowering.pad_keys else None
+        theirs = given.mask_mod if block.is_partial else _with_blocks(given)
+        mask_mod = _both(mask_mod, theirs, padded_from)
+    assert mask_mod is not None
+    per_batch = parts.key is not None or (block is not None and (block.per_batch or block.batch > 1))
+    per_head = block is not None and (block.per_head or block.heads > 1)
+    batch, heads = query.shape[0] if per_batch else None, query.shape[1] if per_head else None
+    made = _create(mask_mod, batch, heads, query.shape[2], key.shape[2], query.device)
+    if name is not None and not torch.is_inference_mode_enabled():
+        _keep(name, made, query.device)
+    return made
+
+
+_patterns: dict[Any, Any] = {}
+
+
+def _pattern_block_mask(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int, device: torch.device) -> Any:
+    """Make the block mask of a pattern alone, once per shape and device: making one reads every position."""
+    key = (pattern, seqlen_q, seqlen_kv, device)
+    found = _patterns.get(key)
+    if found is not None:
+        return found
+    # Tensors born in inference mode or inside a CUDA graph must not be met outside again.
+    with torch.inference_mode(False), torch.no_grad():
+        made = _create(_pattern_mod(pattern, seqlen_q, seqlen_kv), None, None, seqlen_q, seqlen_kv, device)
+    _keep(key, made, device)
+    return made
+
+
+def _keep(key: Any, made: Any, device: torch.device) -> None:
+    """Remember a block mask, unless it belongs to a trace or to a CUDA graph being captured."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing or torch._C._len_torch_dispatch_stack() or type(made.kv_num_blocks) is not Tensor:
+        return
+    if len(_patterns) >= 64:
+        _patterns.clear()
+    _patterns[key] = made
+
+
+def _create(
+    mask_mod: Mod, batch: int | None, heads: int | None, seqlen_q: int, seqlen_kv: int, device: torch.device
+) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    options: dict[str, Any] = {"device": device}
+    if device.type == "cuda" and not torch.compiler.is_compiling() and seqlen_q * seqlen_kv > _LARGE:
+        options["_compile"] = True  # otherwise every position is written out
+    return create_block_mask(mask_mod, batch, heads, seqlen_q, seqlen_kv, **options)
+
+
+def _with_blocks(block_mask: Any) -> Mod:
+    """Join a block mask's function with its blocks, which eager FlexAttention ignores."""
+    blocks = block_mask.to_dense() != 0
+    rows, columns = block_mask.BLOCK_SIZE
+    batch, heads = blocks.shape[0] > 1, blocks.shape[1] > 1
+    function = block_mask.mask_mod
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        found = blocks[b if batch else b * 0, h if heads else h * 0, q // rows, kv // columns]
+        inside: Tensor = found & function(b, h, q, kv)
+        return inside
+
+    return mask_mod
+
+
+def _mask_mod(plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Mod | None:
+    """Make the function of a pattern, a key mask and padded keys."""
+    pattern = plan.spec.mask.pattern
+    inside = None if pattern is None else _pattern_mod(pattern, seqlen_q, seqlen_kv)
+    keys = None if parts.key is None else key_mask(parts.key, seqlen_kv)[:, 0, 0]
+    padded = plan.lowering.pad_keys
+    if pattern is None and keys is None and not padded:
+        return None
+    if keys is not None and padded:
+        keys = F.pad(keys, (0, -seqlen_kv % 16))
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        allowed = kv < seqlen_kv
+        if inside is not None:
+            allowed = allowed & inside(b, h, q, kv)
+        if keys is not None:
+            allowed = allowed & keys[b, kv]
+        return allowed
+
+    return mask_mod
+
+
+def _pattern_mod(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int) -> Mod:
+    left, right = pattern.left, pattern.right
+    offset = seqlen_kv - seqlen_q if pattern.align == "lower_right" else 0
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        if left == -1:
+            return kv <= q + offset + right
+        if right == -1:
+            return kv >= q + offset - left
+        return (kv <= q + offset + right) & (kv >= q + offset - left)
+
+    return mask_mod
+
+
+def _both(first: Mod | None, theirs: Mod, padded_from: int | None) -> Mod:
+    if first is None:
+        return theirs
+    return lambda b, h, q, kv: first(b, h, q, kv) & theirs(b, h, q, _within(kv, padded_from))

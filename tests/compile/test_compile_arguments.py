@@ -1,0 +1,100 @@
+"""torch.compile honours what eager calls honour: autocast, mask sizes, torch's own causal bias, errors' words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import anyattn
+from anyattn import masks, reference
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def tensors(seqlen: int = 9, seqlen_kv: int | None = None) -> list[torch.Tensor]:
+    return [torch.randn(2, length, 2, 16) for length in (seqlen, seqlen_kv or seqlen, seqlen_kv or seqlen)]
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, tol: float = 2e-5) -> None:
+    assert (found - wanted).abs().max().item() < tol
+
+
+@pytest.mark.parametrize("backend", ["native", "native_flash", "native_math", "flex"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_autocast_is_followed_as_outside(backend: str, biased: bool) -> None:
+    q, k, v = tensors()
+    bias = torch.randn(9, 9) if biased else None
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return anyattn.attention(q, k, v, bias, backend=backend)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = call(q, k, v)
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert compiled.dtype == eager.dtype == torch.bfloat16
+    assert_close(compiled.float(), eager.float(), 1e-2)
+    mask = None if bias is None else masks.Bias(bias)
+    assert_close(compiled.double(), reference.attention(q, k, v, mask)[0], 2e-2)
+
+
+@pytest.mark.parametrize("length", [30, 40])
+@pytest.mark.parametrize("kind", ["padding", "boolean", "lengths"])
+def test_mask_of_the_wrong_size_is_refused_at_dynamic_lengths_too(length: int, kind: str) -> None:
+    def call(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        if kind == "boolean":
+            return anyattn.attention(q, k, v, mask[:, None, None], backend="flex")
+        wrapped = masks.KeyPadding(mask) if kind == "padding" else masks.KeyLengths(mask)
+        return anyattn.attention(q, k, v, wrapped, backend="flex")
+
+    run = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    q, k, v = tensors(32)
+    if kind == "lengths":
+        run(q, k, v, torch.tensor([3, 32]))
+        wrong = torch.tensor([3, 32, length])
+    else:
+        run(q, k, v, torch.ones(2, 32, dtype=torch.bool))
+        wrong = torch.ones(2, length, dtype=torch.bool)
+    with pytest.raises(Exception, match="sizes don't fit"):
+        run(q, k, v, wrong)
+
+
+def test_causal_bias_of_torch_is_traced_and_its_lengths_checked() -> None:
+    from torch.nn.attention.bias import causal_lower_right
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return anyattn.attention(q, k, v, masks.Causal("lower_right"))
+
+    q, k, v = tensors(5, 9)
+    wanted = reference.attention(q, k, v, masks.Causal("lower_right"))[0]
+    assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v), wanted)
+    bias = causal_lower_right(5, 9)
+    run = torch.compile(lambda q, k, v: anyattn.attention(q, k, v, bias), backend="aot_eager")
+    assert_close(run(q, k, v), wanted)
+
+
+def test_large_calls_are_decided_by_their_exact_sizes() -> None:
+    from anyattn.traced import _is_large
+
+    small, many = torch.empty(2, 9, 2, 16, device="meta"), torch.empty(700, 9, 100, 16, device="meta")
+    long = torch.empty(1, 65536, 1, 16, device="meta")
+    assert [_is_large(q, q, 1) for q in (small, many, long)] == [False, True, True]
+
+
+@pytest.mark.slow
+def test_flex_with_a_bias_at_dynamic_lengths_compiles_with_inductor() -> None:
+    def call(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        return anyattn.attention(q, k, v, bias, backend="flex")
+
+    run = torch.compile(call, fullgraph=True, dynamic=True)
+    for seqlen in (33, 48):
+        q, k, v = tensors(seqlen)
+        bias = torch.randn(seqlen, seqlen)
+        assert_close(run(q, k, v, bias), reference.attention(q, k, v, masks.Bias(bias))[0])
