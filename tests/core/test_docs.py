@@ -110,3 +110,12 @@ def test_first_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) ->
     assert shared["out"].shape == (2, 512, 8, 64)
     assert shared["lse"].shape == (2, 8, 512)
     assert "native" in capsys.readouterr().out
+
+
+def test_backends_page_is_what_the_declarations_say() -> None:
+    import subprocess
+    import sys
+
+    script = Path(__file__).parents[2] / "tools" / "docs" / "backends.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], check=False)
+    assert done.returncode == 0, "write docs/backends.md anew with: python tools/docs/backends.py"
