@@ -50,6 +50,9 @@ def cases(device: str) -> dict[str, Callable[[], object]]:
     inside = contextvars.copy_context()
     inside.run(anyattn.attention_backend("native").__enter__)
 
+    def by_hand_causal() -> object:
+        return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True).transpose(1, 2)
+
     def in_context() -> object:
         with anyattn.attention_backend("native"):
             return attention(q, k, v)
@@ -57,6 +60,7 @@ def cases(device: str) -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {
         "by hand": by_hand,
         "by hand, mask": by_hand_mask,
+        "by hand, causal": by_hand_causal,
         "anyattn": lambda: attention(q, k, v),
         "anyattn, backend=": lambda: attention(q, k, v, backend="native"),
         "anyattn, entering a context": in_context,
@@ -118,11 +122,18 @@ def measure(found: dict[str, Callable[[], object]], rounds: int, calls: int) -> 
     return times
 
 
+def _kind(name: str) -> str:
+    """Say which hand-written call a case is compared with."""
+    if "mask" in name or "KeyPadding" in name:
+        return ", mask"
+    return ", causal" if "ausal" in name else ""
+
+
 def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Give medians, and the median of same-round differences to the hand-written call."""
     rows = {}
     for name, values in times.items():
-        base = times["by hand, mask" if "mask" in name or "KeyPadding" in name else "by hand"]
+        base = times[f"by hand{_kind(name)}"]
         extra = [value - ground for value, ground in zip(values, base, strict=True)]
         rows[name] = {
             "median_us": statistics.median(values),
@@ -143,11 +154,14 @@ def main() -> None:
     torch.set_num_threads(1)
     with torch.no_grad():
         rows = summary(measure(cases(options.device), options.rounds, options.calls))
-    theirs = rows.get("diffusers", {}).get("extra_us")
-    print(f"{'call':44}{'median us':>11}{'extra us':>10}{'of diffusers':>14}")
+    print(f"{'call':44}{'median us':>11}{'extra us':>10}{'of diffusers, the same':>24}{'of diffusers, plain':>21}")
     for name, row in rows.items():
-        ratio = f"{row['extra_us'] / theirs:14.2f}" if theirs else ""
-        print(f"{name:44}{row['median_us']:11.2f}{row['extra_us']:10.2f}{ratio}")
+        same = rows.get(f"diffusers{_kind(name).removesuffix(', causal')}")
+        if "entering" in name:
+            same = rows.get("diffusers, entering a context")
+        plain = rows.get("diffusers")
+        ratios = [f"{row['extra_us'] / other['extra_us']:.2f}" if other else "" for other in (same, plain)]
+        print(f"{name:44}{row['median_us']:11.2f}{row['extra_us']:10.2f}{ratios[0]:>24}{ratios[1]:>21}")
     if options.json:
         about = {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
         found = {"about": about, "rounds": options.rounds, "calls": options.calls, "rows": rows}

@@ -21,7 +21,7 @@ from anyattn.dispatch import (
 )
 from anyattn.masks import Mask
 from anyattn.pins import live_scope
-from anyattn.prepare import known_of, known_of_tensor
+from anyattn.prepare import known_of, known_of_tensor, tensor_name
 from anyattn.running import KERNEL_ERRORS, raise_kernel_error
 from anyattn.traced import traced_call
 
@@ -97,10 +97,14 @@ def attention(
         scope = live_scope(scope)
     if backend is not None:
         scope = scope_of_call(scope, backend)
-    if sinks is None and (attn_mask is None or type(attn_mask) is not Tensor):
+    if sinks is None:
         try:
             call = scope.short[
-                None if attn_mask is None else attn_mask.short,
+                attn_mask
+                if attn_mask is None
+                else tensor_name(attn_mask)
+                if type(attn_mask) is Tensor
+                else attn_mask.short,
                 query.shape,
                 key.shape,
                 value.shape,

@@ -69,7 +69,7 @@ def _shorten(
     scope: policy.Scope, entry: Entry, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, options: Options
 ) -> None:
     """Put a decided call into the short table as well, where its mask isn't one that must be looked at each time."""
-    name: int | None = None
+    name: Any = None
     if attn_mask is not None:
         name = short_name(attn_mask, entry.decision.spec.mask)
         if name is None:

@@ -131,12 +131,23 @@ _names: dict[Any, int] = {}
 _numbers = itertools.count()
 
 
-def short_name(attn_mask: Any, spec: MaskSpec) -> int | None:
+def tensor_name(tensor: Tensor) -> Any:
+    """Give what the short table knows a mask tensor by: a CPU boolean one seen to forbid something, or -1."""
+    if tensor.dtype is not torch.bool or not tensor.is_cpu:
+        return -1
+    seen = _not_all_true.get(id(tensor))
+    return -1 if seen is None or seen() is not tensor else tensor.shape
+
+
+def short_name(attn_mask: Any, spec: MaskSpec) -> Any:
     """Give a mask object the number under which the short table holds its decisions, or None.
 
     A pattern alone has one, and so has a CPU mask that was seen to forbid something: should its values change, the
     decision stays right. Every other mask is looked at each time.
     """
+    if type(attn_mask) is Tensor:
+        name = tensor_name(attn_mask)
+        return None if name == -1 or spec.dense is None else name
     if not isinstance(attn_mask, Mask) or attn_mask.block is not None:
         return None
     tensors = [tensor for tensor in (attn_mask.key, attn_mask.dense) if tensor is not None]
