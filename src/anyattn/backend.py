@@ -138,7 +138,7 @@ class Backend:
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         """Say how an admitted call reaches the kernel. Law: pure, and exact."""
-        raise NotImplementedError
+        raise NotImplementedError(f"the backend {self.name} has no lower(); see anyattn.backend.Backend")
 
     def load(self) -> None:
         """Import the kernel; called once, before the first `run`. Law: nothing else imports it.
@@ -150,6 +150,10 @@ class Backend:
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         """Call the kernel, in the spec's layout. Law: gives what the reference gives, inputs unchanged.
+
+        Where `plan.spec.return_lse` or `plan.rescale` is set it gives `(out, lse)`: a backend that declares lse and not
+        sinks is asked for lse where there are sinks, and anyattn adds them. Rows without a key give zeros, finite
+        gradients, and lse -inf. Strides along head_dim are 1 where the declaration asks for it.
 
         torch.compile traces it, and sees the fields of the plan and its spec, but no properties.
         """

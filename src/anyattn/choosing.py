@@ -18,6 +18,10 @@ _tracing = torch.compiler.is_dynamo_compiling
 class attention_backend:
     """Choose the backend of every call inside a `with` block, in this thread or task alone.
 
+    Gradient checkpointing runs a forward again during the backward, which may be outside the block and, on a GPU, is on
+    another thread: pin the model (`anyattn.set_attention_backend`) for checkpointed training. A block inside a
+    generator lasts while the generator is suspended.
+
     A module's own pin beats the block, which is said once; `override=True` turns that round.
 
     Args:
@@ -75,6 +79,9 @@ def set_default_backend(backend: Backends | None, *, precision: Precision = "exa
 
 
 def reset() -> None:
-    """Forget every decision, and look at the machine and the environment variables again."""
+    """Forget every decision, and look at the machine and the environment variables again.
+
+    What `set_default_backend` set stays.
+    """
     environment.detect.cache_clear()
     policy.forget()

@@ -213,7 +213,7 @@ def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None
         The mask without the parts that allow everything; None where nothing is left.
 
     Raises:
-        InvalidCallError: If it is no mask, or lengths are given without `seqlen_kv`.
+        InvalidCallError: If it is no mask, an integer tensor, or lengths are given without `seqlen_kv`.
 
     Example:
         >>> import torch, anyattn
@@ -229,6 +229,11 @@ def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None
     if key is not None and _learn(key, seqlen_kv or 0).all_true:
         key = None
     dense = mask.dense
+    if dense is not None and dense.dtype != torch.bool and not dense.is_floating_point():
+        raise InvalidCallError(
+            f"A mask tensor must be bool or floating-point; {dense.dtype} was given: an integer 0/1 mask means nothing "
+            "by itself: use mask.bool() for True = attend."
+        )
     if dense is not None and _learn(dense, 0).all_true:
         dense = None
     if mask.pattern is None and key is None and dense is None and mask.block is None:

@@ -87,6 +87,10 @@ def _from_entry_point(name: str) -> Backend:
     try:
         found = _entry_points()[name].load()
         backend: Backend = found() if isinstance(found, type) else found
+        if not isinstance(backend, Backend):
+            raise TypeError(f"{type(backend).__name__} is no anyattn.backend.Backend")
+        if backend.name != name:
+            raise TypeError(f"the backend calls itself {backend.name!r}, its entry point {name!r}")
     except Exception as error:  # noqa: BLE001 - a third party's package fails in whatever way it likes
         return _Broken(name, error)
     return backend

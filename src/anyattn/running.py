@@ -125,6 +125,11 @@ def execute(run: Run, plan: Plan, query: Tensor, key: Tensor, value: Tensor, par
     result = run(plan, query, key, value, parts)
     if not plan.rescale or parts.sinks is None:
         return result
+    if not isinstance(result, tuple):
+        raise TypeError(
+            f"The backend {plan.backend} gave a tensor for a call with sinks; one that declares lse and not sinks has "
+            "to give (out, lse) there, as it does for return_lse."
+        )
     out, lse = apply_sinks(result[0], result[1], parts.sinks, plan.spec.layout)
     return (out, lse) if plan.spec.return_lse else out
 

@@ -197,21 +197,12 @@ def _refuse_gradients(decision: Decision, query: Tensor, key: Tensor, value: Ten
 
 def _masked_plan(entry: Entry, shapes: Any, dtype: torch.dtype) -> Any:
     spec = entry.decision.spec
-    planned = (spec.mask.key is not None, spec.mask.dense is not None, spec.mask.block is not None)
     forward_only = not spec.needs_grad and not entry.gives_gradients
 
     def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, sinks: Tensor | None = None) -> Output:
         if (query.shape, key.shape, value.shape) != shapes or query.dtype is not dtype:
             raise _off_plan(shapes, dtype, query, key, value)
-        mask = as_mask(attn_mask) or Mask()
-        given = (mask.key is not None, mask.dense is not None, mask.block is not None)
-        pattern = None if spec.mask.pattern is None else (spec.mask.pattern.left, spec.mask.pattern.right)
-        if given != planned or (sinks is not None) != spec.sinks:
-            raise InvalidCallError(
-                "The plan was made with another kind of mask or sinks than this call has. Plan again."
-            )
-        if mask.pattern is not None and mask.pattern[:2] != pattern:
-            raise InvalidCallError(f"The plan's pattern is {pattern}, this mask's {mask.pattern}. Plan again.")
+        _check_planned_mask(spec, as_mask(attn_mask) or Mask(), sinks)
         if forward_only:
             _refuse_gradients(entry.decision, query, key, value)
         try:
@@ -221,6 +212,32 @@ def _masked_plan(entry: Entry, shapes: Any, dtype: torch.dtype) -> Any:
 
     run.decision = entry.decision  # type: ignore[attr-defined]
     return run
+
+
+def _check_planned_mask(spec: AttentionSpec, mask: Mask, sinks: Tensor | None) -> None:
+    """Refuse a mask of another kind, size or pattern than the plan was made for."""
+    planned = spec.mask
+    if (sinks is not None) != spec.sinks or (mask.block is not None) != (planned.block is not None):
+        raise InvalidCallError("The plan was made with another kind of mask, or sinks, than this call. Plan again.")
+    key = None
+    if mask.key is not None:
+        key = "padding" if mask.key.dtype == torch.bool else "lengths"
+        size = (spec.batch, spec.seqlen_kv) if key == "padding" else (spec.batch,)
+        if tuple(mask.key.shape) != size:
+            raise InvalidCallError(
+                f"The key mask must have shape {size}; {tuple(mask.key.shape)} was given. Plan again."
+            )
+    dense = None
+    if mask.dense is not None:
+        dense = (mask.dense.dtype, (1,) * (4 - mask.dense.dim()) + tuple(mask.dense.shape))
+    wanted = None if planned.dense is None else (planned.dense.dtype, planned.dense.shape)
+    if key != planned.key or dense != wanted:
+        raise InvalidCallError(f"The plan's mask is {planned}; this call's is {mask!r}. Plan again.")
+    if mask.pattern is not None:
+        pattern = planned.pattern
+        same = pattern is not None and mask.pattern[:2] == (pattern.left, pattern.right)
+        if not same or not (spec.same_lengths or (pattern is not None and mask.pattern[2] == pattern.align)):
+            raise InvalidCallError(f"The plan's pattern is {pattern}, this mask's {mask.pattern}. Plan again.")
 
 
 def _off_plan(shapes: Any, dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -> InvalidCallError:

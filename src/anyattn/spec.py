@@ -52,11 +52,6 @@ class DenseSpec:
     dtype: torch.dtype
     shape: tuple[int, int, int, int]
 
-    @property
-    def is_key_only(self) -> bool:
-        """Whether it depends on batch entry and key alone, so that it is a key mask in effect."""
-        return self.shape[1] == 1 and self.shape[2] == 1
-
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec:

@@ -119,3 +119,20 @@ def test_backends_page_is_what_the_declarations_say() -> None:
     script = Path(__file__).parents[2] / "tools" / "docs" / "backends.py"
     done = subprocess.run([sys.executable, str(script), "--check"], check=False)
     assert done.returncode == 0, "write docs/backends.md anew with: python tools/docs/backends.py"
+
+
+def test_backend_in_the_contributing_guide_passes_the_laws() -> None:
+    from anyattn import registry
+    from anyattn.testing import verify
+
+    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    block = re.search(r"```python\n(import torch\n.*?)```", guide, re.DOTALL)
+    assert block is not None
+    scope: dict[str, Any] = {}
+    exec(block.group(1), scope)
+    registry.register(scope["Plain"]())
+    try:
+        report = verify("plain", cases=15)
+    finally:
+        registry.unregister("plain")
+    assert report.passed, report.to_dict()

@@ -350,3 +350,57 @@ def test_subclass_with_another_run_does_not_inherit_shortcuts() -> None:
     finally:
         registry.unregister("twice")
     assert NativeMath().bind is not None
+
+
+def test_prepare_mask_refuses_integers_as_attention_does() -> None:
+    tokens = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    for mask in (tokens[:, None, None], torch.eye(6, 9).long(), torch.zeros(6, 9, dtype=torch.uint8)):
+        with pytest.raises(anyattn.InvalidCallError, match="bool"):
+            anyattn.prepare_mask(mask)
+
+
+@pytest.mark.parametrize("backend", ["native", "native_math", "flex"])
+def test_plan_refuses_another_alignment_kind_or_size_of_mask(backend: str) -> None:
+    q, k, v = tensors()
+    keep = torch.rand(2, 8) > 0.3
+    keep[0, 0] = False
+    mask = masks.KeyPadding(keep)
+    run = anyattn.plan(anyattn.explain(q, k, v, mask & masks.Causal("lower_right")).spec, backend=backend)
+    run(q, k, v, mask & masks.Causal("lower_right"))
+    others = [
+        mask & masks.Causal("upper_left"),
+        masks.KeyLengths(torch.tensor([3, 4])) & masks.Causal("lower_right"),
+        masks.KeyPadding(keep[:1]) & masks.Causal("lower_right"),
+        masks.KeyPadding(keep[:, :5]) & masks.Causal("lower_right"),
+        masks.Boolean(keep[:, None, None]) & masks.Causal("lower_right"),
+    ]
+    for other in others:
+        with pytest.raises(anyattn.InvalidCallError, match="Plan again"):
+            run(q, k, v, other)
+
+
+def test_backend_that_gives_no_lse_where_sinks_need_it_is_told_so() -> None:
+    class Alone(Constant):
+        name = "alone"
+        declarations = {"cpu": Constant.declarations["cpu"].replace(lse=True, scale_any=True)}
+
+    q, k, v = tensors(8)
+    registry.register(Alone(1.0))
+    try:
+        with pytest.raises(anyattn.KernelError, match=r"\(out, lse\)"):
+            anyattn.attention(q, k, v, sinks=torch.zeros(2), backend="alone")
+    finally:
+        registry.unregister("alone")
+
+
+def test_precision_is_one_of_three_words() -> None:
+    with pytest.raises(anyattn.InvalidCallError, match="fp8"):
+        anyattn.attention_backend("auto", precision="fp_8")  # type: ignore[arg-type]
+
+
+def test_diffusers_integration_is_an_attribute_of_the_package() -> None:
+    import subprocess
+    import sys
+
+    code = "import anyattn; print(anyattn.integrations.diffusers.SUPPORTED)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -71,6 +71,10 @@ def demo(
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder}: a file has that name; give a folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder}: {error.strerror or error}; give a folder that can be written.") from error
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
         raise UsageError(f"--dtype {dtype}: no such dtype; write float32, bfloat16 or float16.")

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from anyattn.errors import AnyattnError
+from anyattn.integrations.diffusers import names as names_of_diffusers
 
 __all__ = ["MissingExtraError", "load_diffusers", "require"]
 
@@ -47,6 +48,9 @@ def load_diffusers(*names: str) -> tuple[Any, ...]:
     Raises:
         MissingExtraError: If Diffusers or Transformers isn't installed.
     """
+    require("diffusers")
+    # DIFFUSERS_ATTN_BACKEND=anyattn is a word that Diffusers refuses while its models are imported.
+    names_of_diffusers.import_dispatcher()
     transformers = require("transformers")
     diffusers = require("diffusers")
     with _quiet(transformers):

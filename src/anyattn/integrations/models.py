@@ -40,7 +40,7 @@ def set_attention_backend(
 
     Raises:
         UnknownBackendError: If a name is unknown.
-        InvalidCallError: If the object isn't a module, or nothing in it would change.
+        InvalidCallError: If the object isn't a module; for Diffusers also where nothing in it would change.
     """
     integration = _diffusers_of(model)
     if integration is not None:
