@@ -14,8 +14,6 @@ import torch.nn.functional as F
 import anyattn
 from anyattn import environment, reference
 
-FAMILY = ("native", "native_flash", "native_efficient", "native_cudnn", "native_math")
-
 CALLS: dict[str, dict[str, Any]] = {
     "flux-1024": {"q": (1, 4608, 24, 128)},
     "sd3.5L-1024": {"q": (2, 4429, 38, 64)},
@@ -28,24 +26,35 @@ CALLS: dict[str, dict[str, Any]] = {
 """Attention calls of published models, as (batch, seqlen, heads, head_dim)."""
 
 
-def about(device: str) -> dict[str, Any]:
+def about(device: str, backends: str) -> dict[str, Any]:
     return environment.detect().to_dict() | {"anyattn": anyattn.__version__, "device": device}
 
 
-def laws(device: str, backend: str, cases: str) -> dict[str, Any]:
+def laws(device: str, backend: str, cases: str, law: str, thin: str, keep: str) -> dict[str, Any]:
+    """Run one law; `keep` says what a trimmed build of a kernel has: `{"flash2": [["bfloat16"], 128]}`."""
+    from anyattn import registry
+    from anyattn.testing.drawing import always, drawn, space
     from anyattn.testing.verify import verify
 
-    return verify(backend, device=device, cases=int(cases)).to_dict()
+    caps = registry.get(backend).declarations.get(device)
+    if caps is None:
+        return verify(backend, device=device, cases=0, laws=[law]).to_dict()
+    whole = space(None if law == "rejected" else caps, device)
+    found = [*always(caps, device), *drawn(int(cases), 0, whole)][:: int(thin)]
+    dtypes, largest = json.loads(keep).get(backend, (None, None))
+    if dtypes is not None:
+        found = [case for case in found if case.dtype in dtypes and max(case.head_dim, case.head_dim_v) <= largest]
+    return verify(backend, device=device, cases=found, laws=[law]).to_dict()
 
 
 def _inputs(device: str, shape: tuple[int, ...] = (2, 192, 4, 64)) -> list[torch.Tensor]:
     return [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3)]
 
 
-def graphs(device: str) -> dict[str, Any]:
+def graphs(device: str, backends: str) -> dict[str, Any]:
     """Capture a call in a CUDA graph, replay it on new data, and compare."""
     found: dict[str, Any] = {}
-    for name in (*FAMILY, "flex"):
+    for name in backends.split(","):
         q, k, v = _inputs(device)
         try:
             for _ in range(3):
@@ -66,10 +75,10 @@ def graphs(device: str) -> dict[str, Any]:
     return found
 
 
-def compile(device: str) -> dict[str, Any]:
+def compile(device: str, backends: str) -> dict[str, Any]:
     """Trace each backend with fullgraph=True and dynamic lengths, with inductor."""
     found: dict[str, Any] = {}
-    for name in (*FAMILY, "flex"):
+    for name in backends.split(","):
         torch._dynamo.reset()
         run = torch.compile(
             lambda q, k, v, name=name: anyattn.attention(q, k, v, is_causal=True, backend=name),
@@ -104,7 +113,7 @@ def _median_ms(runs: dict[str, Any], rounds: int = 30) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def speed(device: str) -> dict[str, Any]:
+def speed(device: str, backends: str) -> dict[str, Any]:
     """Time calls of real models: anyattn's native against SDPA by hand, and each kernel, interleaved in one run."""
     found: dict[str, Any] = {}
     for name, call in CALLS.items():
@@ -118,7 +127,7 @@ def speed(device: str) -> dict[str, Any]:
             ).transpose(1, 2)
 
         runs: dict[str, Any] = {"by hand": by_hand}
-        for backend in (*FAMILY[:-1], "flex"):
+        for backend in backends.split(","):
             if anyattn.explain(q, k, v, **flags, backend=backend).chosen:
                 runs[backend] = lambda q=q, k=k, v=v, flags=flags, backend=backend: anyattn.attention(
                     q, k, v, **flags, backend=backend

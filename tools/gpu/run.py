@@ -1,6 +1,7 @@
 """Run on a GPU what CI can't: the laws, the traps, graph capture, torch.compile and the benchmarks; write JSON.
 
     python tools/gpu/run.py --out DIR [--device cuda] [--only laws,traps,graphs,compile,speed,overhead] [--cases N]
+        [--backends native,flex] [--workers N] [--timeout SECONDS]
 
 Each part runs in processes of its own, so that one that loses the CUDA context leaves the others be. DIR gets
 `summary.json`; commit it under `verified/` with the device and torch in its name.
@@ -13,12 +14,27 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 BACKENDS = ("native", "native_flash", "native_efficient", "native_cudnn", "native_math", "flex")
+SLOWEST_FIRST = (
+    "compiled",
+    "right",
+    "liveness",
+    "halves",
+    "dead_rows",
+    "strides",
+    "permutation",
+    "unchanged",
+    "deterministic",
+    "dropout",
+    "rejected",
+)
+"""Every law, so ordered that the processes end at about the same time."""
 
 
 def last_json(text: str) -> Any:
@@ -43,33 +59,70 @@ def child(arguments: list[str], timeout: int) -> dict[str, Any]:
     return found  # type: ignore[no-any-return]
 
 
-def traps(device: str) -> dict[str, Any]:
+def traps(device: str, backends: Sequence[str], workers: int) -> dict[str, Any]:
     """Run every trap on every backend."""
     sys.path.insert(0, str(HERE))
     from traps import TRAPS
 
-    names = [(trap, backend) for trap in TRAPS for backend in BACKENDS]
-    with ThreadPoolExecutor(6 if device == "cuda" else 2) as pool:
-        script = str(HERE / "traps.py")
-        rows = list(pool.map(lambda pair: child([script, *pair, device], 300), names))
+    with ThreadPoolExecutor(workers) as pool:
+        rows = list(pool.map(lambda backend: _traps_of(backend, device, list(TRAPS)), backends))
+    return {trap: {backend: row[trap] for backend, row in zip(backends, rows, strict=True)} for trap in TRAPS}
+
+
+def _traps_of(backend: str, device: str, names: list[str]) -> dict[str, Any]:
+    """Run the traps for one backend: in one process as long as it lives, then in another."""
     found: dict[str, Any] = {}
-    for (trap, backend), row in zip(names, rows, strict=True):
-        found.setdefault(trap, {})[backend] = row
+    while names:
+        command = [sys.executable, str(HERE / "traps.py"), backend, device, *names]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"trap"')]
+        found |= {row.pop("trap"): row for row in rows}
+        names = names[len(rows) :]
+        if names:
+            stderr = done.stderr[-1500:]
+            found[names[0]] = {"outcome": "DIED", "returncode": done.returncode, "stderr": stderr}
+            names = names[1:]
     return found
 
 
-def part(name: str, device: str, cases: int) -> Any:
+def laws(device: str, backends: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Run each law of each backend in a process of its own, several at a time."""
+    thin = dict(pair.split("=") for pair in options.thin.split(",") if pair)
+    pairs = [(law, backend) for law in SLOWEST_FIRST for backend in backends]
+
+    def run(pair: tuple[str, str]) -> dict[str, Any]:
+        law, backend = pair
+        arguments = ["laws", device, backend, str(options.cases), law, thin.get(backend, "1"), options.keep]
+        return child([str(HERE / "parts.py"), *arguments], options.timeout)
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        rows = list(pool.map(run, pairs))
+    found: dict[str, Any] = {backend: {"status": "passed", "run": 0, "laws": []} for backend in backends}
+    for (law, backend), row in zip(pairs, rows, strict=True):
+        report = found[backend]
+        if "outcome" in row:
+            report["laws"].append({"law": law} | row)
+            report["status"] = "failed"
+            continue
+        (one,) = row["backends"]
+        report["unusable"] = one["unusable"]
+        report["laws"] += one["laws"]
+        report["run"] += one["run"]
+        if one["status"] == "failed" or (law == "right" and one["status"] != "passed"):
+            report["status"] = one["status"]
+    return found
+
+
+def part(name: str, options: argparse.Namespace) -> Any:
     """Run one part."""
+    backends, device = options.backends.split(","), options.device
     if name == "traps":
-        return traps(device)
+        return traps(device, backends, options.workers)
     if name == "overhead":
         return child([str(HERE.parents[1] / "benchmarks" / "overhead.py"), "--device", device, "--json", "-"], 600)
     if name == "laws":
-        found = {}
-        for backend in BACKENDS:
-            found[backend] = child([str(HERE / "parts.py"), name, device, backend, str(cases)], 900)
-        return found
-    return child([str(HERE / "parts.py"), name, device], 600)
+        return laws(device, backends, options)
+    return child([str(HERE / "parts.py"), name, device, options.backends], options.timeout)
 
 
 def main() -> None:
@@ -79,13 +132,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="about,traps,graphs,compile,speed,overhead,laws")
     parser.add_argument("--cases", type=int, default=60)
+    parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser.add_argument("--thin", default="", help="run every Nth case alone: flex=4")
+    parser.add_argument("--keep", default="{}", help="JSON: the dtypes and largest head_dim of a trimmed build")
+    parser.add_argument("--workers", type=int, default=6, help="processes at a time, for laws and traps")
+    parser.add_argument("--timeout", type=int, default=900, help="seconds for each process")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "summary.json"
     summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for name in options.only.split(","):
         start = time.time()
-        summary[name] = part(name, options.device, options.cases)
+        summary[name] = part(name, options)
         summary.setdefault("seconds", {})[name] = round(time.time() - start, 1)
         path.write_text(json.dumps(summary, indent=1))
         print(name, summary["seconds"][name], "s", flush=True)

@@ -1,7 +1,7 @@
-"""The calls that are silently wrong or fatal in plain torch on a GPU, each through anyattn, each in its own process.
+"""The calls that are silently wrong or fatal in plain torch on a GPU, each through anyattn.
 
 A trap is passed when the call is right against the float64 reference, or refused by an error of anyattn, and the device
-still answers afterwards. `python tools/gpu/traps.py NAME BACKEND DEVICE` runs one and prints JSON.
+still answers afterwards. `python tools/gpu/traps.py BACKEND DEVICE NAME...` prints a line of JSON for each.
 """
 
 from __future__ import annotations
@@ -139,13 +139,18 @@ def judge(call: Call, backend: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    name, backend, device = sys.argv[1:4]
-    torch.manual_seed(0)
-    found = judge(TRAPS[name](device), backend)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        found["context"] = bool((torch.ones(8, device=device) * 2).sum() == 16)
-    print(json.dumps(found))
+    """Run traps one after the other, and print a line of JSON for each: a lost device ends the process."""
+    backend, device, names = sys.argv[1], sys.argv[2], sys.argv[3:]
+    for name in names:
+        torch.manual_seed(0)
+        try:
+            found = judge(TRAPS[name](device), backend)
+        except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the finding
+            found = {"outcome": "RAISED", "why": f"{type(error).__name__}: {str(error)[:800]}"}
+        if device == "cuda":
+            torch.cuda.synchronize()
+            found["context"] = bool((torch.ones(8, device=device) * 2).sum() == 16)
+        print(json.dumps({"trap": name} | found), flush=True)
 
 
 if __name__ == "__main__":
