@@ -16,6 +16,7 @@ from anyattn.dispatch import (
     bias_is_aligned,
     entry_for,
     explain_failure,
+    passes_over,
     place_key,
     scope_of_call,
 )
@@ -204,7 +205,9 @@ def _general(
             return entry.call(query, key, value)
         return entry.call_masked(query, key, value, attn_mask, sinks)
     except KERNEL_ERRORS as error:
-        raise_kernel_error(error, entry.decision)
+        if not passes_over(error, entry.decision):
+            raise_kernel_error(error, entry.decision)
+    return _general(scope, query, key, value, attn_mask, sinks, plain)
 
 
 def _table_key(

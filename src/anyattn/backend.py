@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
 from anyattn.capabilities import Capabilities, declared_reasons
 from anyattn.environment import Environment
 from anyattn.known_bad import hits
+from anyattn.patterns import KernelPattern
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec
 
@@ -30,7 +31,7 @@ class Parts(NamedTuple):
     """The tensors that a call has beside query, key and value; what they mean stands in the spec.
 
     Attributes:
-        key: Boolean `(B, S_kv)` or integer lengths `(B,)`.
+        key: Boolean `(B, S_kv)` or `(B or 1, 1, 1, S_kv)`, or integer lengths `(B,)`; the caller's own tensor.
         dense: Boolean or floating, with four dimensions, each full or 1.
         block: A FlexAttention BlockMask.
         sinks: `(H,)`.
@@ -54,6 +55,9 @@ class Lowering:
         compiled: Whether the kernel is compiled, by the backend itself or with the caller's code.
         upcast: Whether query, key and value are computed with as float32, and the output cast back.
         pad_keys: Whether keys are padded to a multiple of 16, and masked.
+        pattern: The pattern as the kernel is told it, with the rows and keys that are left.
+        keys: How a key mask reaches the kernel: `"lengths"` (the allowed keys are the first), `"front"` (they are moved
+            there), `"packed"` (all entries' keys one after the other), or empty.
         conversions: What is done, for people.
     """
 
@@ -64,6 +68,8 @@ class Lowering:
     compiled: bool = False
     pad_keys: bool = False
     upcast: bool = False
+    pattern: KernelPattern | None = None
+    keys: Literal["", "lengths", "front", "packed"] = ""
     conversions: tuple[Conversion, ...] = ()
 
 
@@ -96,12 +102,17 @@ class Backend:
         name: Its canonical name.
         family: The group that shares a kernel source.
         declarations: What it accepts, per type of device.
-        exact: Whether every variant computes in the inputs' precision.
+        is_double: Whether it stands for a kernel that isn't there: a contract double, of `anyattn.testing.doubles`.
     """
 
     name: ClassVar[str] = ""
     family: ClassVar[str] = ""
     declarations: ClassVar[Mapping[str, Capabilities]] = {}
+    is_double: ClassVar[bool] = False
+
+    def origin(self, env: Environment) -> str:
+        """Say where the kernel's code comes from: a distribution with its version, or a Hub revision. Law: pure."""
+        return ""
 
     def availability(self, env: Environment) -> Iterator[Reason]:
         """Yield why the kernel isn't to be had here: not installed, too old, no such device. Law: pure."""

@@ -10,8 +10,9 @@ import torch
 
 from anyattn.environment import Arch, Device
 from anyattn.masks import Align
+from anyattn.patterns import KernelPattern, in_alignment
 from anyattn.reasons import Reason
-from anyattn.spec import UNKNOWN, AttentionSpec
+from anyattn.spec import UNKNOWN, AttentionSpec, describe_mask
 
 BOTH: frozenset[Align] = frozenset(("upper_left", "lower_right"))
 
@@ -36,7 +37,10 @@ class Capabilities:
         head_dim_v: Whether value's head_dim may differ from query's.
         causal: The alignments in which the kernel itself does causal attention.
         window: The alignments in which the kernel itself does sliding windows.
+        realigns: Whether the backend says a pattern in its kernel's own alignment where that can be done exactly (it
+            then calls `kernel_pattern`); otherwise alignments must agree, or the lengths.
         key_mask: Whether the kernel takes a key mask as such.
+        key_and_pattern: Whether it takes one together with a pattern.
         boolean: Whether it takes a dense boolean mask.
         bias: Whether it takes a dense additive mask.
         bias_float32: Whether that may be float32 with a half-precision query.
@@ -52,11 +56,14 @@ class Capabilities:
         backward: Whether it gives gradients.
         deterministic: Whether its gradients are deterministic when asked.
         exact: Whether it computes in the inputs' precision; False for quantised kernels.
+        quantised: What a quantised kernel computes in: `"int8"` or `"fp8"` (its loosest part).
         unit_stride: Whether head_dim must be contiguous.
         aligned: Whether storage must be 16-byte aligned (it is copied where it isn't).
         batch_heads_max: The largest batch * num_heads, or None.
         batch_max: The largest batch, and the largest num_heads, or None.
         seqlen_kv_min: The fewest keys.
+        varlen: Whether the kernel takes packed sequences as such; otherwise they are padded for it.
+        device_guard: Whether the call must be made with its tensors' device as the current one.
         compile: Whether it works under torch.compile(fullgraph=True).
         cuda_graph: Whether it can be captured in a CUDA graph.
     """
@@ -70,7 +77,9 @@ class Capabilities:
     head_dim_v: bool = False
     causal: frozenset[Align] = frozenset()
     window: frozenset[Align] = frozenset()
+    realigns: bool = False
     key_mask: bool = False
+    key_and_pattern: bool = False
     boolean: bool = False
     bias: bool = False
     bias_float32: bool = False
@@ -86,11 +95,14 @@ class Capabilities:
     backward: bool = False
     deterministic: bool = False
     exact: bool = False
+    quantised: str = ""
     unit_stride: bool = True
     aligned: bool = True
     batch_heads_max: int | None = None
     batch_max: int | None = None
     seqlen_kv_min: int = 1
+    varlen: bool = False
+    device_guard: bool = False
     compile: bool = False
     cuda_graph: bool = False
 
@@ -104,8 +116,28 @@ def pattern_is_native(caps: Capabilities, spec: AttentionSpec) -> bool:
     pattern = spec.mask.pattern
     if pattern is None:
         return True
+    if caps.realigns:
+        return kernel_pattern(caps, spec) is not None
     aligns = caps.causal if pattern.is_causal else caps.window
     return pattern.align in aligns or (spec.same_lengths and bool(aligns))
+
+
+def kernel_pattern(caps: Capabilities, spec: AttentionSpec) -> KernelPattern | None:
+    """Say the call's pattern as the kernel takes it, in its own alignment; None where it can't be said exactly."""
+    pattern = spec.mask.pattern
+    if pattern is None:
+        return None
+    first: Align = pattern.align
+    second: Align = "lower_right" if first == "upper_left" else "upper_left"
+    for align in (first, second):
+        if align not in caps.causal and align not in caps.window:
+            continue
+        found = in_alignment(pattern, spec.seqlen_q, spec.seqlen_kv, align, same_lengths=spec.same_lengths)
+        if found is None:
+            continue
+        if found.is_full or align in caps.window or (found.is_causal and align in caps.causal):
+            return found
+    return None
 
 
 def needs_dense(caps: Capabilities, spec: AttentionSpec) -> bool:
@@ -117,7 +149,8 @@ def needs_dense(caps: Capabilities, spec: AttentionSpec) -> bool:
     key_left = mask.key is not None and not caps.key_mask
     # A kernel's own causal flag beside a dense mask is not uniform (SDPA's documentation forbids it), so
     # the two are joined.
-    both = mask.pattern is not None and (mask.dense is not None or key_left) and not caps.key_mask
+    joined = mask.dense is not None or key_left or (mask.key is not None and not caps.key_and_pattern)
+    both = mask.pattern is not None and joined and not caps.key_and_pattern
     return pattern_left or key_left or both
 
 
@@ -215,7 +248,7 @@ def _unsupported(caps: Capabilities, spec: AttentionSpec) -> str:
         parts.append(f"{kind} ({mask.pattern.align}, seqlen_q {spec.seqlen_q}, seqlen_kv {spec.seqlen_kv})")
     if mask.key is not None and not caps.key_mask:
         parts.append(f"key {mask.key}")
-    return " and ".join(parts) or "a pattern together with another mask"
+    return " and ".join(parts) or f"a pattern together with another mask: {describe_mask(mask)}"
 
 
 def _features(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:

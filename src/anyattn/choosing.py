@@ -79,9 +79,10 @@ def set_default_backend(backend: Backends | None, *, precision: Precision = "exa
 
 
 def reset() -> None:
-    """Forget every decision, and look at the machine and the environment variables again.
+    """Forget every decision and every kernel's fault, and look at the machine and the environment variables again.
 
     What `set_default_backend` set stays.
     """
-    environment.detect.cache_clear()
+    environment.forget()
+    policy.forget_faults()
     policy.forget()

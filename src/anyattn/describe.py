@@ -43,6 +43,7 @@ class MaskFacts(NamedTuple):
         block: The block mask.
         seqlens: The lengths that a block mask was made for.
         live: Whether they are known to leave every row a key.
+        prefix: Whether a key mask's keys are known to be the first ones of each batch entry.
     """
 
     pattern: Pattern | None = None
@@ -51,6 +52,7 @@ class MaskFacts(NamedTuple):
     block: BlockSpec | None = None
     seqlens: tuple[int, int] | None = None
     live: bool = False
+    prefix: bool = False
 
 
 class Options(NamedTuple):
@@ -267,7 +269,7 @@ def _mask_spec(mask: MaskFacts, options: Options, query: Facts, sizes: tuple[int
     dead = dead or _pattern_may_be_dead(pattern, seqlen_q, seqlen_kv, same_lengths)
     if mask.live and pattern is not None and (key is not None or dense is not None):
         dead = True  # each leaves every row a key, but both together may not
-    return MaskSpec(pattern, key, dense, mask.block, dead)
+    return MaskSpec(pattern, key, dense, mask.block, dead, key == "lengths" or (key is not None and mask.prefix))
 
 
 def _pattern(mask: MaskFacts, options: Options, same_lengths: bool) -> PatternSpec | None:
@@ -318,6 +320,13 @@ def _check_key(key: Facts, batch: int, seqlen_kv: int, query: Facts) -> KeyKind:
         if not _agree(key.shape[0], batch):
             raise InvalidCallError(f"KeyLengths needs one length per batch entry, ({batch},); given {_shape(key)}.")
         return "lengths"
+    if len(key.shape) == 4:
+        if not ((key.shape[0] == 1 or _agree(key.shape[0], batch)) and _agree(key.shape[3], seqlen_kv)):
+            raise InvalidCallError(
+                f"A mask must broadcast to (B, H, S_q, S_kv), with B = {batch} and S_kv = {seqlen_kv}; its shape is "
+                f"{_shape(key)}. Make every dimension full or 1."
+            )
+        return "padding"
     if not (_agree(key.shape[0], batch) and _agree(key.shape[1], seqlen_kv)):
         raise InvalidCallError(f"KeyPadding needs shape (B, S_kv) = ({batch}, {seqlen_kv}); given {_shape(key)}.")
     return "padding"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ from anyattn.errors import (
     AnyattnWarning,
     BackendUnavailableError,
     InvalidCallError,
+    KernelError,
     UnsupportedCallError,
 )
 from anyattn.masks import Mask
 from anyattn.names import AUTO, BY_NAME
 from anyattn.prepare import NOTHING, as_mask, known_of, mask_facts, short_name
+from anyattn.reasons import Reason
 from anyattn.running import Entry, listed, make_entry, raise_kernel_error
 from anyattn.selection import Timings, resolve
 from anyattn.spec import UNKNOWN, AttentionSpec, Layout, Storage
@@ -54,8 +56,8 @@ def entry_for(
     if entry is None:
         generation = policy.generation()
         spec = describe(query, key, value, attn_mask, sinks, options)
-        decision = decide(spec, base)
-        entry = make_entry(decision, autocast_dtype(query.device.type))
+        cast = autocast_dtype(query.device.type)
+        entry = make_first(spec, base, lambda decision: make_entry(decision, cast))
         if table_key is not None and generation == policy.generation():
             base.remember(table_key, entry)
             if entry.short and sinks is None and options.layout == "BSHD" and type(query) is Tensor:
@@ -63,6 +65,55 @@ def entry_for(
     if scope.recorder is not None:
         scope.recorder(entry.decision)
     return entry
+
+
+Made = TypeVar("Made")
+
+
+def make_first(spec: AttentionSpec, scope: policy.Scope, make: Callable[[Decision], Made]) -> Made:
+    """Decide a call and load its kernel; where a list or `auto` allows it, go on to the next if it can't be loaded.
+
+    Raises:
+        AnyattnError: As `decide` and `make`.
+    """
+    while True:
+        decision = decide(spec, scope)
+        try:
+            return make(decision)
+        except BackendUnavailableError as error:
+            if decision.preference.mode == "require" or not error.reasons:
+                raise
+            _note_fault(error.backend, None, error.reasons[0])
+
+
+def _note_fault(backend: str, spec: AttentionSpec | None, reason: Reason) -> None:
+    """Have lists and `auto` go past a backend, for one call or for all, and say so once."""
+    if policy.add_fault(backend, spec, reason):
+        what = "can't be loaded" if spec is None else f"failed for {spec}"
+        warnings.warn(
+            f"The attention backend {backend} {what} and is passed over until anyattn.reset(): {reason.got}",
+            AnyattnWarning,
+            stacklevel=5,
+        )
+
+
+def passes_over(error: Exception, decision: Decision) -> bool:
+    """Whether a call whose kernel failed is to be tried with the next backend; notes the fault if so.
+
+    Only where a list or `auto` chose: an explicit name fails. Out-of-memory is no fault of the kernel's, and a lost
+    device leaves nothing to go on with.
+    """
+    if decision.preference.mode == "require" or decision.chosen is None or decision.spec.is_empty:
+        return False
+    ours = isinstance(error, AnyattnError) and not isinstance(error, KernelError)
+    if ours or isinstance(error, torch.OutOfMemoryError):
+        return False
+    if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+        return False
+    got = f"{type(error).__name__}: {error}".split("\n")[0]
+    hint = "anyattn.reset() has it tried again; `anyattn doctor` looks into it"
+    _note_fault(decision.chosen, decision.spec, Reason("fault", "a kernel that runs the call", got, hint))
+    return True
 
 
 def _shorten(
@@ -283,7 +334,8 @@ def decision_for(spec: AttentionSpec, scope: policy.Scope, env: Environment) -> 
     # A third party's package is imported where it is asked for, by name or by auto, and nowhere else.
     known = registry.names() if AUTO in wish.names else registry.built_in_names()
     names = dict.fromkeys((*known, *wish.names))
-    return resolve(spec, env, wish, times, registry.known(n for n in names if n != AUTO), overruled=overruled)
+    known_ones = registry.known(n for n in names if n != AUTO)
+    return resolve(spec, env, wish, times, known_ones, overruled=overruled, faults=policy.faults(spec))
 
 
 _said: set[str] = set()
@@ -316,7 +368,13 @@ def _refusal(decision: Decision) -> AnyattnError:
 
 def explain_failure(
     error: Exception, scope: policy.Scope, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, options: Options
-) -> NoReturn:
-    """Say why a call from the short table failed: it was wrong, or the kernel raised."""
+) -> None:
+    """Say why a call from the short table failed: it was wrong, or the kernel raised. Returns if the next may try.
+
+    Raises:
+        AnyattnError: Unless a list or `auto` chose the backend, which then is passed over.
+    """
     spec = describe(query, key, value, attn_mask, None, options)
-    raise_kernel_error(error, decide(spec, scope))
+    decision = decide(spec, scope)
+    if not passes_over(error, decision):
+        raise_kernel_error(error, decision)

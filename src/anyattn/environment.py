@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib.machinery
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +34,20 @@ DISTRIBUTIONS: tuple[str, ...] = (
     "xformers",
 )
 """The distributions whose presence and version matter to a choice."""
+
+MODULES: tuple[str, ...] = (
+    "aiter.ops.mha",
+    "fa3_fwd_interface",
+    "flash_attn",
+    "flash_attn.cute",
+    "flash_attn.flash_attn_interface",
+    "flash_attn_3",
+    "flash_attn_interface",
+    "mslk",
+    "sageattention",
+    "xformers.ops",
+)
+"""The modules whose presence tells more than a distribution's name does; none is imported to find out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +82,7 @@ class Environment:
         cxx: Whether a C++ compiler is at hand, which compiled CPU code needs.
         python: The version of Python.
         platform: The operating system and processor.
+        modules: Those of `MODULES` that could be imported, as far as files tell.
     """
 
     torch: Version
@@ -76,12 +93,14 @@ class Environment:
     cxx: bool = False
     python: str = ""
     platform: str = ""
+    modules: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "packages", MappingProxyType(dict(self.packages)))
 
     def __hash__(self) -> int:
-        return hash((self.torch, self.devices, tuple(sorted(self.packages.items())), self.cudnn, self.cpu, self.cxx))
+        packages = tuple(sorted(self.packages.items()))
+        return hash((self.torch, self.devices, packages, self.cudnn, self.cpu, self.cxx, self.modules))
 
     def device(self, device_type: str, index: int | None = None) -> Device | None:
         """Find a device; without an index, the first of its type."""
@@ -110,12 +129,35 @@ class Environment:
             "cxx": self.cxx,
             "python": self.python,
             "platform": self.platform,
+            "modules": sorted(self.modules),
         }
 
 
-@functools.lru_cache(maxsize=1)
+_supposed: list[Environment] = []
+
+
 def detect() -> Environment:
-    """Look at this machine, once per process; `detect.cache_clear()` forgets what was seen."""
+    """Look at this machine, once per process until `forget`; inside `supposed`, give that machine instead."""
+    return _supposed[-1] if _supposed else _look()
+
+
+def forget() -> None:
+    """Forget what was seen of this machine, so that the next `detect` looks again."""
+    _look.cache_clear()
+
+
+@contextlib.contextmanager
+def supposed(env: Environment) -> Iterator[None]:
+    """Have `detect` give another machine inside the block, in every thread: for tests and contract doubles."""
+    _supposed.append(env)
+    try:
+        yield
+    finally:
+        _supposed.remove(env)
+
+
+@functools.lru_cache(maxsize=1)
+def _look() -> Environment:
     return Environment(
         torch=Version(torch.__version__),
         devices=_devices(),
@@ -125,7 +167,25 @@ def detect() -> Environment:
         cxx=any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")),
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
+        modules=frozenset(name for name in MODULES if module_exists(name)),
     )
+
+
+def module_exists(name: str) -> bool:
+    """Whether a module's file is there, without importing it or its parents; a bare namespace counts as absent."""
+    path: list[str] | None = None
+    spec = None
+    for part in _prefixes(name):
+        spec = importlib.machinery.PathFinder.find_spec(part, path)
+        if spec is None:
+            return False
+        path = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+    return spec is not None and spec.origin is not None
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def _devices() -> tuple[Device, ...]:

@@ -31,7 +31,9 @@ def pattern_mask(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int, device: to
 
 
 def key_mask(key: Tensor, seqlen_kv: int) -> Tensor:
-    """Turn a key mask `(B, S_kv)` or lengths `(B,)` into a boolean `(B, 1, 1, S_kv)`."""
+    """Turn a key mask, or lengths `(B,)`, into a boolean `(B or 1, 1, 1, S_kv)`."""
+    if key.dim() == 4:
+        return key
     if key.dtype != torch.bool:
         key = torch.arange(seqlen_kv, device=key.device) < key.unsqueeze(1)
     return key[:, None, None, :]

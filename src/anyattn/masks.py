@@ -74,7 +74,7 @@ class Mask:
 
     Attributes:
         pattern: `(left, right, align)` or None.
-        key: Boolean `(B, S_kv)`, True = attend, or integer lengths `(B,)`; or None.
+        key: Boolean `(B, S_kv)` or `(B or 1, 1, 1, S_kv)`, True = attend, or integer lengths `(B,)`; or None.
         dense: Boolean (True = attend) or floating (added to the scores), broadcastable to
             `(B, H, S_q, S_kv)`; or None.
         block: A `torch.nn.attention.flex_attention.BlockMask`, or None.
@@ -103,6 +103,8 @@ class Mask:
         """Give the key padding as `(B, 1, 1, S_kv)`: a view made once per storage, which in-place writes reach."""
         key = self.key
         assert key is not None
+        if key.dim() == 4:
+            return key
         found = self._wide_key
         if found is None or found.data_ptr() != key.data_ptr():
             found = key[:, None, None, :]
@@ -137,10 +139,11 @@ class Mask:
             pattern: Pattern | None = join_patterns(self.pattern, other.pattern)
         else:
             pattern = self.pattern if other.pattern is None else other.pattern
+        (key, dense), (other_key, other_dense) = _parts_to_join(self, other)
         return Mask(
             pattern=pattern,
-            key=_only_one("key mask (KeyPadding, KeyLengths)", self.key, other.key),
-            dense=_only_one("dense mask (Boolean, Bias)", self.dense, other.dense),
+            key=_only_one("key mask (KeyPadding, KeyLengths)", key, other_key),
+            dense=_only_one("dense mask (Boolean, Bias)", dense, other_dense),
             block=_only_one("block mask (Block)", self.block, other.block),
         )
 
@@ -173,6 +176,28 @@ def _tensor_signature(tensor: Tensor | None) -> tuple[Any, ...] | None:
     if tensor is None:
         return None
     return (tensor.shape, tensor.dtype, tensor.device)
+
+
+_Parts = tuple["Tensor | None", "Tensor | None"]
+
+
+def _parts_to_join(first: Mask, second: Mask) -> tuple[_Parts, _Parts]:
+    """Give each side's key and dense mask; of two key masks, one that was given as a dense tensor is dense again."""
+    parts: list[_Parts] = [(first.key, first.dense), (second.key, second.dense)]
+    if first.key is not None and second.key is not None:
+        for index, (key, dense) in enumerate(parts):
+            if key is not None and key.dim() == 4 and dense is None:
+                parts[index] = (None, key)
+                break
+    return parts[0], parts[1]
+
+
+def is_key_mask(tensor: Tensor) -> bool:
+    """Whether a dense mask's shape alone shows that it is a key mask: boolean `(B or 1, 1, 1, S_kv)`."""
+    if tensor.dtype != torch.bool or tensor.dim() != 4:
+        return False
+    shape = tensor.shape
+    return shape[1] == 1 and shape[2] == 1 and shape[3] != 1
 
 
 def _only_one(what: str, first: Any, second: Any) -> Any:
@@ -258,7 +283,10 @@ class KeyLengths(Mask):
 
 
 class Boolean(Mask):
-    """A dense boolean mask, True = attend, broadcastable to `(B, H, S_q, S_kv)`."""
+    """A dense boolean mask, True = attend, broadcastable to `(B, H, S_q, S_kv)`.
+
+    One of shape `(B or 1, 1, 1, S_kv)` depends on batch and key alone, and is taken for the key mask that it is.
+    """
 
     __slots__ = ()
 
@@ -266,7 +294,10 @@ class Boolean(Mask):
         _check_tensor("Boolean", mask)
         if mask.dtype != torch.bool:
             raise InvalidCallError(f"Boolean needs a boolean tensor, True = attend; {mask.dtype} was given.")
-        super().__init__(dense=mask)
+        if is_key_mask(mask):
+            super().__init__(key=mask)
+        else:
+            super().__init__(dense=mask)
 
 
 class Bias(Mask):

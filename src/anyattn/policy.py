@@ -240,6 +240,28 @@ def checks_enabled() -> bool:
     return _checks
 
 
+_faults: dict[tuple[str, Any], Any] = {}
+
+
+def add_fault(backend: str, spec: Any, reason: Any) -> bool:
+    """Note that a backend failed for a spec (None: that it can't be loaded); decisions are forgotten. Says if new."""
+    if (backend, spec) in _faults:
+        return False
+    _faults[backend, spec] = reason
+    forget()
+    return True
+
+
+def faults(spec: Any) -> dict[str, Any]:
+    """Give the reason against each backend that failed for a spec, or couldn't be loaded at all."""
+    return {name: reason for (name, at), reason in _faults.items() if at is None or at == spec} if _faults else {}
+
+
+def forget_faults() -> None:
+    """Let every backend that failed be tried again."""
+    _faults.clear()
+
+
 def generation() -> int:
     """Give a number that `forget` changes: what was decided under another one is not to be remembered."""
     return _generation

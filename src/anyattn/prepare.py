@@ -15,7 +15,7 @@ from anyattn.block_masks import block_spec
 from anyattn.describe import Facts, MaskFacts, facts_of
 from anyattn.errors import InvalidCallError
 from anyattn.lowering import live_rows
-from anyattn.masks import Block, Causal, Mask
+from anyattn.masks import Block, Causal, Mask, is_key_mask
 from anyattn.spec import UNKNOWN, BlockSpec, MaskSpec
 
 
@@ -26,11 +26,13 @@ class Known(NamedTuple):
         all_true: Every position is allowed.
         live: Every row has a key.
         shortest: The least of key lengths; -1 where that isn't what the tensor holds.
+        prefix: The keys allowed are the first ones of each batch entry.
     """
 
     all_true: bool = False
     live: bool = False
     shortest: int = -1
+    prefix: bool = False
 
 
 NOTHING = Known()
@@ -51,7 +53,7 @@ def as_mask(attn_mask: Any) -> Mask | None:
         bias = sys.modules.get("torch.nn.attention.bias")
         if bias is not None and isinstance(attn_mask, bias.CausalBias):
             return _from_causal_bias(attn_mask)
-        return Mask(dense=attn_mask)
+        return Mask(key=attn_mask) if is_key_mask(attn_mask) else Mask(dense=attn_mask)
     if hasattr(attn_mask, "kv_num_blocks") and hasattr(attn_mask, "mask_mod"):
         return Block(attn_mask)
     raise InvalidCallError(
@@ -94,7 +96,7 @@ def mask_facts(mask: Mask | None, known: Known) -> MaskFacts:
         key = None if mask.key is None else facts_of(mask.key)
         dense = None if mask.dense is None else facts_of(mask.dense)
     block, seqlens = _block_facts(mask)
-    return MaskFacts(mask.pattern, _plain(key), _plain(dense), block, seqlens, known.live)
+    return MaskFacts(mask.pattern, _plain(key), _plain(dense), block, seqlens, known.live, known.prefix)
 
 
 def _plain(facts: Facts | None) -> Facts | None:
@@ -147,7 +149,7 @@ def short_name(attn_mask: Any, spec: MaskSpec) -> Any:
     """
     if type(attn_mask) is Tensor:
         name = tensor_name(attn_mask)
-        return None if name == -1 or spec.dense is None else name
+        return None if name == -1 or (spec.dense is None and spec.key is None) else name
     if not isinstance(attn_mask, Mask) or attn_mask.block is not None:
         return None
     tensors = [tensor for tensor in (attn_mask.key, attn_mask.dense) if tensor is not None]
@@ -201,9 +203,9 @@ def _prepared(tensor: Tensor, seqlen_kv: int) -> Known:
 def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None:
     """Look at a mask's values once, so that calls with it need not.
 
-    This synchronises with the device. What is learnt (the mask allows everything; no row is without a
-    key) belongs to the tensor, until it is written to in place; writes that torch does not count (through
-    `.data`, or NumPy) must not be made after preparing.
+    This synchronises with the device. What is learnt (the mask allows everything; no row is without a key; the keys
+    allowed are each entry's first, so that none has to be moved) belongs to the tensor, until it is written to in
+    place; writes that torch does not count (through `.data`, or NumPy) must not be made after preparing.
 
     Args:
         attn_mask: What attention takes as attn_mask.
@@ -243,12 +245,13 @@ def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None
 
 def _learn(tensor: Tensor, seqlen_kv: int) -> Known:
     if tensor.dtype == torch.bool:
-        known = Known(bool(tensor.all()), bool(live_rows(tensor).all()))
+        prefix = not bool((tensor[..., 1:] & ~tensor[..., :-1]).any())
+        known = Known(bool(tensor.all()), bool(live_rows(tensor).all()), prefix=prefix)
     elif tensor.is_floating_point():
         known = Known(not tensor.requires_grad and not bool(tensor.any()), bool(live_rows(tensor).all()))
     else:
         shortest = int(tensor.min()) if tensor.numel() else 0
-        known = Known(shortest >= seqlen_kv, shortest > 0, shortest)
+        known = Known(shortest >= seqlen_kv, shortest > 0, shortest, prefix=True)
     if not tensor.is_inference():
         name = id(tensor)
         reference = weakref.ref(tensor, lambda _: _seen.pop(name, None))

@@ -33,6 +33,7 @@ ReasonCode = Literal[
     "memory",
     "precision",
     "known_bad",
+    "fault",
     "value",
 ]
 

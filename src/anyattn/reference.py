@@ -37,7 +37,7 @@ def allowed_positions(mask: Mask | None, batch: int, heads: int, seqlen_q: int, 
             allowed = allowed & (column <= position + right)
     if mask.key is not None:
         keys = mask.key if mask.key.dtype == torch.bool else column < mask.key[:, None]
-        allowed = allowed & keys[:, None, None, :]
+        allowed = allowed & (keys if keys.dim() == 4 else keys[:, None, None, :])
     if mask.dense is not None:
         allowed = allowed & (mask.dense if mask.dense.dtype == torch.bool else mask.dense > -math.inf)
     if mask.block is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Iterable, Iterator
@@ -28,10 +29,12 @@ BUILTIN: dict[str, str] = {
     "native_cudnn": "anyattn.adapters.native:NativeCudnn",
     "native_math": "anyattn.adapters.native:NativeMath",
     "flex": "anyattn.adapters.flex:Flex",
+    "flash2": "anyattn.adapters.flash2:Flash2",
 }
 """Each built backend and the class that implements it: one line adds one."""
 
 _added: dict[str, Backend] = {}
+_substitutes: dict[str, Backend] = {}
 
 
 def names() -> tuple[str, ...]:
@@ -75,6 +78,22 @@ def unregister(name: str) -> None:
     policy.forget()
 
 
+@contextlib.contextmanager
+def substituted(backend: Backend) -> Iterator[None]:
+    """Have a built-in name stand for another backend inside the block, in every thread: for contract doubles."""
+    before = _substitutes.get(backend.name)
+    _substitutes[backend.name] = backend
+    policy.forget()
+    try:
+        yield
+    finally:
+        if before is None:
+            del _substitutes[backend.name]
+        else:
+            _substitutes[backend.name] = before
+        policy.forget()
+
+
 @functools.lru_cache(maxsize=256)
 def _import(target: str) -> Backend:
     module, _, attribute = target.partition(":")
@@ -115,6 +134,8 @@ class _Broken(Backend):
 
 def get(name: str) -> Backend | None:
     """Give a backend by its canonical name; None where it is known but not built in this release."""
+    if name in _substitutes:
+        return _substitutes[name]
     if name in _added:
         return _added[name]
     if name in BUILTIN:

@@ -101,10 +101,22 @@ def make_plan(decision: Decision) -> tuple[Plan, Run]:
     caps = backend.capabilities(decision.spec, detect())
     rescale = decision.spec.sinks and caps is not None and not caps.sinks
     run: Run = backend.run
+    if caps is not None and caps.device_guard and decision.spec.device_type == "cuda":
+        run = _on_its_device(run)
     if caps is not None and caps.unit_stride and decision.spec.device_type == "cpu":
         # Strides aren't part of what a CPU call is decided by, so that they are seen to at each call.
         run = _with_unit_stride(run)
     return Plan(backend.name, decision.spec, lowering, rescale), run
+
+
+def _on_its_device(run: Run) -> Run:
+    """Make the tensors' device the current one for the call, and put back what was current whatever the kernel does."""
+
+    def guarded(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        with torch.cuda.device(query.device):
+            return run(plan, query, key, value, parts)
+
+    return guarded
 
 
 def _with_unit_stride(run: Run) -> Run:

@@ -14,7 +14,7 @@ from anyattn import environment, policy, registry
 from anyattn.backend import Output, Runner
 from anyattn.decision import Decision
 from anyattn.describe import Options
-from anyattn.dispatch import Backends, decide, decision_for, describe, scope_of_call
+from anyattn.dispatch import Backends, decision_for, describe, make_first, scope_of_call
 from anyattn.errors import InvalidCallError
 from anyattn.masks import Mask
 from anyattn.names import BY_NAME
@@ -159,7 +159,7 @@ def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
     scope = live_scope(_current())
     if backend is not None:
         scope = scope_of_call(scope, backend)
-    entry = make_entry(decide(spec, scope))
+    entry = make_first(spec, scope, make_entry)
     order = (0, 1, 2, 3) if spec.layout == "BSHD" else (0, 2, 1, 3)
     full = (
         (spec.batch, spec.seqlen_q, spec.num_heads, spec.head_dim),
@@ -222,7 +222,9 @@ def _check_planned_mask(spec: AttentionSpec, mask: Mask, sinks: Tensor | None) -
     key = None
     if mask.key is not None:
         key = "padding" if mask.key.dtype == torch.bool else "lengths"
-        size = (spec.batch, spec.seqlen_kv) if key == "padding" else (spec.batch,)
+        size: tuple[int, ...] = (spec.batch, spec.seqlen_kv) if key == "padding" else (spec.batch,)
+        if mask.key.dim() == 4:
+            size = (spec.batch if mask.key.shape[0] > 1 else 1, 1, 1, spec.seqlen_kv)
         if tuple(mask.key.shape) != size:
             raise InvalidCallError(
                 f"The key mask must have shape {size}; {tuple(mask.key.shape)} was given. Plan again."

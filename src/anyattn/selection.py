@@ -22,6 +22,8 @@ fastest or near it for short calls, and it is always installed."""
 _DEFAULT_ORDER = ("native", "native_math", "flex")
 _LOOSER = {"exact": (), "int8": ("int8",), "fp8": ("int8", "fp8")}
 
+NO_FAULTS: Mapping[str, Reason] = {}
+
 Timings = Mapping[str, float]
 """Seconds measured for this call (or its like) per backend name."""
 
@@ -45,6 +47,7 @@ def resolve(
     candidates: Sequence[tuple[str, Backend | None]],
     *,
     overruled: str = "",
+    faults: Mapping[str, Reason] = NO_FAULTS,
 ) -> Decision:
     """Choose a backend for a call.
 
@@ -55,6 +58,7 @@ def resolve(
         timings: Measured seconds per backend, or None.
         candidates: Every known backend with its name; None for one without an adapter.
         overruled: What to report as overruled.
+        faults: Backends that failed for this call before, with the reason; lists and `auto` go past them.
 
     Returns:
         A decision that lists every candidate that was considered, with all the reasons against it. Where
@@ -63,10 +67,13 @@ def resolve(
     backends = dict(candidates)
     wanted, basis = _wanted(spec, preference, timings, [name for name, found in candidates if found])
     exact_only = preference.mode == "prefer"
-    judged = [_judge(name, backends.get(name), spec, env, preference if exact_only else None) for name in wanted]
+    limits = preference if exact_only else None
+    judged = [_judge(name, backends.get(name), spec, env, limits, faults) for name in wanted]
     chosen = next((candidate.name for candidate in judged if candidate.admits), None)
     others = [
-        _judge(name, found, spec, env, None) for name, found in candidates if name not in {c.name for c in judged}
+        _judge(name, found, spec, env, None, NO_FAULTS)
+        for name, found in candidates
+        if name not in {c.name for c in judged}
     ]
     kernel = ""
     conversions: tuple[Conversion, ...] = ()
@@ -98,12 +105,20 @@ def _wanted(
 
 
 def _judge(
-    name: str, backend: Backend | None, spec: AttentionSpec, env: Environment, limits: Preference | None
+    name: str,
+    backend: Backend | None,
+    spec: AttentionSpec,
+    env: Environment,
+    limits: Preference | None,
+    faults: Mapping[str, Reason],
 ) -> Candidate:
     if backend is None:
         return Candidate(name, (not_built(name),))
     reasons = backend.reasons(spec, env)
     caps = backend.capabilities(spec, env)
-    if limits is not None and caps is not None and not caps.exact and not _LOOSER[limits.precision]:
-        reasons = (*reasons, Reason("precision", "an exact kernel", "a quantised one", "allow it with precision="))
+    if limits is not None and caps is not None and not caps.exact and caps.quantised not in _LOOSER[limits.precision]:
+        hint = f"allow it with precision={caps.quantised or 'int8'!r}, or ask for {name} alone"
+        reasons = (*reasons, Reason("precision", "an exact kernel", f"one quantised to {caps.quantised}", hint))
+    if limits is not None and name in faults:
+        reasons = (*reasons, faults[name])
     return Candidate(name, reasons)

@@ -82,6 +82,7 @@ class MaskSpec:
         dense: A dense mask.
         block: A FlexAttention block mask.
         dead_rows: Whether a row may have no allowed key at all, as far as is known without reading values.
+        prefix: Whether the keys that a key mask allows are known to be the first ones of each batch entry.
     """
 
     pattern: PatternSpec | None = None
@@ -89,6 +90,7 @@ class MaskSpec:
     dense: DenseSpec | None = None
     block: BlockSpec | None = None
     dead_rows: bool = False
+    prefix: bool = False
 
     @property
     def is_empty(self) -> bool:

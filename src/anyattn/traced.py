@@ -15,7 +15,7 @@ from torch import Tensor
 from anyattn import _in_force, _runs, policy
 from anyattn.backend import Output, Plan, Run
 from anyattn.describe import Facts, MaskFacts, Options, build_spec
-from anyattn.dispatch import decide, scope_of_call
+from anyattn.dispatch import make_first, scope_of_call
 from anyattn.errors import InvalidCallError
 from anyattn.masks import Mask
 from anyattn.prepare import NOTHING, MadeFor, as_mask, mask_facts, parts_of
@@ -128,9 +128,9 @@ def _mask_fits(mask: Mask, query: Tensor, key: Tensor, axis: int) -> bool:
         return True  # refused with its own message
     seqlen_kv = key.shape[axis]
     if mask.key is not None:
-        if mask.key.shape[0] != query.shape[0]:
+        if mask.key.shape[0] != query.shape[0] and not (mask.key.dim() == 4 and mask.key.shape[0] == 1):
             return False
-        if mask.key.dim() == 2 and mask.key.shape[1] != seqlen_kv:
+        if mask.key.dim() > 1 and mask.key.shape[-1] != seqlen_kv:
             return False
     if mask.dense is not None:
         full = (query.shape[0], query.shape[3 - axis], query.shape[axis], seqlen_kv)
@@ -224,7 +224,7 @@ def _choose(
         deterministic=deterministic,
         compiled=True,
     )
-    plan, run = make_plan(decide(spec, scope))
+    plan, run = make_first(spec, scope, make_plan)
     setattr(_runs, "empty" if spec.is_empty else plan.backend, run)
     return plan
 

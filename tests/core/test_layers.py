@@ -13,8 +13,19 @@ ROOT = Path(anyattn.__file__).parent
 
 LAYERS = {
     0: ("errors", "reasons", "names", "masks", "spec", "environment", "version", "decision", "_runs"),
-    1: ("policy", "capabilities", "_in_force"),
-    2: ("known_bad", "backend", "reference", "tolerance", "lowering", "describe", "prepare", "block_masks"),
+    1: ("policy", "patterns", "capabilities", "kernel_source", "_in_force"),
+    2: (
+        "key_layout",
+        "known_bad",
+        "backend",
+        "reference",
+        "tolerance",
+        "lowering",
+        "flash_like",
+        "describe",
+        "prepare",
+        "block_masks",
+    ),
     3: ("adapters",),
     4: ("registry",),
     5: ("selection", "checks"),

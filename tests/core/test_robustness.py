@@ -372,7 +372,7 @@ def test_plan_refuses_another_alignment_kind_or_size_of_mask(backend: str) -> No
         masks.KeyLengths(torch.tensor([3, 4])) & masks.Causal("lower_right"),
         masks.KeyPadding(keep[:1]) & masks.Causal("lower_right"),
         masks.KeyPadding(keep[:, :5]) & masks.Causal("lower_right"),
-        masks.Boolean(keep[:, None, None]) & masks.Causal("lower_right"),
+        masks.Boolean(keep[:, None, None].expand(-1, 2, -1, -1)) & masks.Causal("lower_right"),
     ]
     for other in others:
         with pytest.raises(anyattn.InvalidCallError, match="Plan again"):

@@ -91,11 +91,13 @@ class BackendReport:
         backend: Its name.
         laws: One report for each law.
         unusable: Why it can't be used here.
+        ran: What was run: `"kernel"` or `"contract double"`, which proves the adapter alone.
     """
 
     backend: str
     laws: tuple[LawReport, ...] = ()
     unusable: tuple[Reason, ...] = ()
+    ran: str = "kernel"
 
     @property
     def run(self) -> int:
@@ -116,6 +118,7 @@ class BackendReport:
         return {
             "backend": self.backend,
             "status": self.status,
+            "ran": self.ran,
             "run": self.run,
             "unusable": [reason.to_dict() for reason in self.unusable],
             "laws": [law.to_dict() for law in self.laws],
@@ -243,7 +246,7 @@ def _backend(
         if progress is not None:
             progress(name, law.name, done[0] + place, done[1])
         reports.append(_law(law, name, caps, cases_for(law, caps, device, cases, seed)))
-    return BackendReport(name, tuple(reports))
+    return BackendReport(name, tuple(reports), ran="contract double" if backend.is_double else "kernel")
 
 
 def cases_for(

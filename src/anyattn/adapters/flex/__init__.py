@@ -26,6 +26,7 @@ _CPU = Capabilities(
     causal=BOTH,
     window=BOTH,
     key_mask=True,
+    key_and_pattern=True,
     boolean=True,
     bias=True,
     bias_float32=True,

@@ -137,6 +137,7 @@ def _mask_mod(plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Mod | 
     padded = plan.lowering.pad_keys
     if pattern is None and keys is None and not padded:
         return None
+    per_batch = keys is not None and keys.shape[0] > 1
     if keys is not None and padded:
         keys = F.pad(keys, (0, -seqlen_kv % 16))
 
@@ -145,7 +146,7 @@ def _mask_mod(plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Mod | 
         if inside is not None:
             allowed = allowed & inside(b, h, q, kv)
         if keys is not None:
-            allowed = allowed & keys[b, kv]
+            allowed = allowed & keys[b if per_batch else b * 0, kv]
         return allowed
 
     return mask_mod

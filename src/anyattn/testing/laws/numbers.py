@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anyattn import reference
+from anyattn.lowering import key_mask
 from anyattn.masks import Mask
 from anyattn.testing.cases import Case, Inputs
 from anyattn.testing.laws.base import (
@@ -115,7 +116,9 @@ def _permuted(inputs: Inputs, batch: Tensor, heads: Tensor, kv: Tensor) -> Input
         dense = mask.dense
         if dense is not None:
             dense = _permute(dense.detach(), "mask", batch, heads, kv).requires_grad_(dense.requires_grad)
-        key = None if mask.key is None else mask.key.index_select(0, batch.to(mask.key.device))
+        key = mask.key
+        if key is not None and key.shape[0] > 1:
+            key = key.index_select(0, batch.to(key.device))
         mask = Mask(pattern=mask.pattern, key=key, dense=dense)
     sinks = None if inputs.sinks is None else inputs.sinks.index_select(0, heads.to(inputs.sinks.device))
     return inputs.replace(
@@ -239,7 +242,9 @@ def _keys(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Keep some keys, with the mask as it was for those."""
     axis = 1 if inputs.case.layout == "BSHD" else 2
     case, mask = inputs.case, inputs.mask
-    if mask is not None:
+    if mask is not None and mask.key is not None and mask.pattern is None and mask.dense is None:
+        mask = Mask(key=key_mask(mask.key, case.seqlen_kv)[:, 0, 0, start:stop].contiguous())
+    elif mask is not None:
         sizes = (case.batch, case.heads, case.seqlen_q, case.seqlen_kv)
         allowed = reference.allowed_positions(mask, *sizes)
         dense = mask.dense

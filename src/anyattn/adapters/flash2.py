@@ -1,0 +1,142 @@
+"""FlashAttention-2: the package flash-attn.
+
+Sources: `flash_attn/flash_attn_interface.py` and `csrc/flash_attn/flash_api.cpp` of flash-attention 2.6.3 to 2.8.4; a
+build of 2.8.3.post2 on an H100. Causal and windows are aligned to the lower right; a row without a key has lse +inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from anyattn import flash_like
+from anyattn.backend import Backend, Lowering, Output, Parts, Plan
+from anyattn.capabilities import Capabilities, kernel_pattern
+from anyattn.environment import Environment
+from anyattn.flash_like import KernelCall
+from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
+from anyattn.patterns import KernelPattern
+from anyattn.reasons import Reason
+from anyattn.spec import AttentionSpec
+
+PACKAGES = (
+    Package(
+        "flash-attn",
+        "flash_attn",
+        ("flash_attn_func", "flash_attn_varlen_func"),
+        ">=2.6.3,<3",
+        "pip install 'flash-attn>=2.6.3' --no-build-isolation",
+        note="flash-attn-4 alone leaves a namespace flash_attn without these functions",
+    ),
+)
+
+_CUDA = Capabilities(
+    dtypes=frozenset((torch.float16, torch.bfloat16)),
+    arch_min=(8, 0),
+    head_dim_max=256,
+    causal=frozenset(("lower_right",)),
+    window=frozenset(("lower_right",)),
+    realigns=True,
+    key_mask=True,
+    dead_rows=True,
+    gqa=True,
+    dropout=True,
+    softcap=True,
+    lse=True,
+    backward=True,
+    deterministic=True,
+    exact=True,
+    unit_stride=False,
+    # Launch grids hold batch and heads in their y and z (flash_fwd_launch_template.h).
+    batch_max=65535,
+    varlen=True,
+    device_guard=True,
+    compile=True,
+    cuda_graph=True,
+)
+
+
+class Flash2(Backend):
+    """FlashAttention-2, dense and varlen."""
+
+    name = "flash2"
+    family = "flash2"
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
+    packages: ClassVar[tuple[Package, ...]] = PACKAGES
+
+    def availability(self, env: Environment) -> Iterator[Reason]:
+        yield from super().availability(env)
+        yield from package_reasons(self.packages, env)
+
+    def origin(self, env: Environment) -> str:
+        package = first_that_serves(self.packages, env)
+        return "" if package is None else f"{package.distribution} {env.packages[package.distribution]}"
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        if spec.scale <= 0:
+            return  # refused by the declaration; nothing more to say
+        if spec.softcap is not None and spec.dropout_p:
+            yield Reason("softcap", "softcap without dropout", f"dropout_p {spec.dropout_p}")
+        version = env.version("flash-attn")
+        if version is not None and version.release < (2, 7):
+            if spec.compiled:
+                yield Reason("wrong_version", "flash-attn >= 2.7 under torch.compile", str(version), "upgrade it")
+            device = env.device(spec.device_type, spec.device_index)
+            if device is not None and device.arch is not None and device.arch[0] > 9:
+                yield Reason("arch", "sm80 to sm90 with flash-attn below 2.7", f"sm{device.arch[0]}{device.arch[1]}")
+        yield from _right_window(spec, kernel_pattern(self.declarations[spec.device_type], spec))
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
+        return flash_like.lower(entry, self.declarations[spec.device_type], spec, packs=True)
+
+    def load(self) -> None:
+        FUNCTIONS[self.name] = self.packages[0].load()
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        return flash_like.attend(plan, query, key, value, parts, _call)
+
+
+def _right_window(spec: AttentionSpec, pattern: KernelPattern | None) -> Iterator[Reason]:
+    """Refuse a right side that the kernel takes for unbounded though it isn't (`flash_api.cpp`: right >= S_kv)."""
+    if pattern is None or pattern.right <= 0 or spec.same_lengths:
+        return
+    keys = spec.seqlen_kv if pattern.keys is None else pattern.keys[1] - pattern.keys[0]
+    if pattern.right >= keys:
+        need = "a right side below seqlen_kv where there are more queries than keys"
+        yield Reason(
+            "mask", need, f"{pattern.right} with {keys} keys in lower-right alignment", "flex takes every mask"
+        )
+
+
+def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
+    spec = plan.spec
+    functions = FUNCTIONS[plan.backend]
+    with_lse = spec.return_lse or plan.rescale
+    options = {
+        "dropout_p": spec.dropout_p,
+        "softmax_scale": spec.scale,
+        "causal": call.left == -1 and call.right == 0,
+        "window_size": (call.left, call.right),
+        "softcap": 0.0 if spec.softcap is None else spec.softcap,
+        "deterministic": spec.deterministic,
+        "return_attn_probs": with_lse,
+    }
+    if call.cu_seqlens_kv is None:
+        result = functions.flash_attn_func(call.query, call.key, call.value, **options)
+    else:
+        result = functions.flash_attn_varlen_func(
+            call.query,
+            call.key,
+            call.value,
+            cu_seqlens_q=call.cu_seqlens_q,
+            cu_seqlens_k=call.cu_seqlens_kv,
+            max_seqlen_q=call.max_seqlen_q,
+            max_seqlen_k=call.max_seqlen_kv,
+            **options,
+        )
+    return (result[0], result[1]) if with_lse else (result, None)

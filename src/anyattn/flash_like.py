@@ -1,0 +1,151 @@
+"""What flash-attn and its kin have in common: how a call is brought to their terms, and its results back.
+
+They take `(B, S, H, D)`, causal and windowed patterns in one alignment, and key masks as lengths. Everything here is
+exact: rows and keys that see nothing are left out, allowed keys are moved, head_dim is padded with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyattn.backend import Lowering, Output, Parts, Plan
+from anyattn.capabilities import Capabilities, kernel_pattern
+from anyattn.key_layout import key_layout, packed_keys, to_front, to_packed
+from anyattn.lowering import realigned
+from anyattn.reasons import Conversion
+from anyattn.spec import AttentionSpec
+
+
+class KernelCall(NamedTuple):
+    """What a kernel is called with, beside the plan.
+
+    Attributes:
+        query: `(B, S_q, H, D)`, or `(B * S_q, H, D)` where `cu_seqlens_kv` is given.
+        key: `(B, S_kv, H_kv, D)`, or `(B * S_kv, H_kv, D)`.
+        value: As key, with D_v.
+        left: Columns before a row's own position, or -1.
+        right: Columns after it, or -1.
+        lengths: int32 `(B,)`: how many leading keys each batch entry has, or None.
+        cu_seqlens_q: int32 `(B + 1,)`, or None.
+        cu_seqlens_kv: int32 `(B + 1,)`, or None.
+        max_seqlen_q: S_q.
+        max_seqlen_kv: S_kv.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    left: int
+    right: int
+    lengths: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_kv: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_kv: int
+
+
+Kernel = Callable[[Plan, KernelCall], tuple[Tensor, Tensor | None]]
+"""Gives the output in query's layout and, where asked for, the natural lse `(B, H, S_q)` or `(H, B * S_q)`."""
+
+
+def lower(
+    entry: str, caps: Capabilities, spec: AttentionSpec, *, packs: bool = False, head_dim_multiple: int = 8
+) -> Lowering:
+    """Describe how a call reaches a kernel of this kind.
+
+    Args:
+        entry: What the kernel's function is called.
+        caps: The backend's declaration.
+        spec: The call.
+        packs: Whether key masks are told as cumulative lengths of packed keys, for a kernel without lengths.
+        head_dim_multiple: What head_dim is padded to a multiple of.
+    """
+    notes: list[Conversion] = []
+    copy = not (spec.storage.aligned and spec.storage.unit_stride)
+    if copy:
+        text = "query, key and value copied: the kernel needs 16-byte aligned rows and a contiguous head_dim"
+        notes.append(Conversion("copy", text))
+    if spec.head_dim % head_dim_multiple or spec.head_dim_v % head_dim_multiple:
+        notes.append(Conversion("pad_head_dim", f"head_dim padded to a multiple of {head_dim_multiple}"))
+    pattern = kernel_pattern(caps, spec)
+    asked = spec.mask.pattern
+    if pattern is not None and asked is not None and not spec.same_lengths and pattern.align != asked.align:
+        said = f"the pattern told as ({pattern.left}, {pattern.right}) in {pattern.align} alignment"
+        cut = [f", {what} {part} alone" for what, part in (("rows", pattern.rows), ("keys", pattern.keys)) if part]
+        notes.append(Conversion("realigned", said + "".join(cut)))
+    keys = ""
+    if spec.mask.key is not None:
+        keys = "packed" if packs else "lengths" if spec.mask.prefix else "front"
+        how = {
+            "packed": "key mask: the allowed keys are packed, and told as cumulative lengths",
+            "lengths": "key mask: told as lengths",
+            "front": "key mask: the allowed keys are moved to the front, and told as lengths",
+        }
+        notes.append(Conversion(f"keys_{keys}", how[keys]))
+    return Lowering(entry, copy=copy, pattern=pattern, keys=keys, conversions=tuple(notes))  # type: ignore[arg-type]
+
+
+def attend(
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, kernel: Kernel, head_dim_multiple: int = 8
+) -> Output:
+    """Run a lowered call: bring it to the kernel's terms, call it, and bring the results back."""
+    spec, lowering = plan.spec, plan.lowering
+    if spec.layout == "BHSD":
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if lowering.copy:
+        query, key, value = realigned(query), realigned(key), realigned(value)
+    head_dim_v = value.shape[-1]
+    query, key, value = (_padded(tensor, head_dim_multiple) for tensor in (query, key, value))
+    pattern = lowering.pattern
+    seqlen_q = query.shape[1]
+    if pattern is not None and pattern.rows is not None:
+        query = query[:, pattern.rows[0] : pattern.rows[1]]
+    if pattern is not None and pattern.keys is not None:
+        key, value = (tensor[:, pattern.keys[0] : pattern.keys[1]] for tensor in (key, value))
+    left, right = (-1, -1) if pattern is None else (pattern.left, pattern.right)
+    out, lse = kernel(plan, _call(plan, query, key, value, parts, left, right))
+    if lowering.keys == "packed":
+        batch, seqlen, heads = query.shape[0], query.shape[1], query.shape[2]
+        out = out.view(batch, seqlen, heads, -1)
+        lse = None if lse is None else lse.view(heads, batch, seqlen).transpose(0, 1)
+    out = out[..., :head_dim_v] if out.shape[-1] != head_dim_v else out
+    if pattern is not None and pattern.rows is not None:
+        before, after = pattern.rows[0], seqlen_q - pattern.rows[1]
+        out = F.pad(out, (0, 0, 0, 0, before, after))
+        lse = None if lse is None else F.pad(lse, (before, after), value=float("-inf"))
+    if spec.layout == "BHSD":
+        out = out.transpose(1, 2)
+    if not (spec.return_lse or plan.rescale):
+        return out
+    if lse is None:
+        raise AssertionError(f"{plan.backend} gave no lse")
+    lse = lse.detach().float()
+    # Kernels write +inf or -inf for a row without a key.
+    return out, torch.where(lse == float("inf"), float("-inf"), lse)
+
+
+def _call(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, left: int, right: int) -> KernelCall:
+    mode = plan.lowering.keys
+    batch, seqlen_q, seqlen_kv = query.shape[0], query.shape[1], key.shape[1]
+    if not mode or parts.key is None:
+        return KernelCall(query, key, value, left, right, None, None, None, seqlen_q, seqlen_kv)
+    grad = "key" in plan.spec.requires_grad or "value" in plan.spec.requires_grad
+    if mode == "packed":
+        packed = packed_keys(parts.key, batch, seqlen_kv)
+        key, value = to_packed(packed, key, value, grad=grad)
+        starts = torch.arange(batch + 1, device=query.device, dtype=torch.int32) * seqlen_q
+        flat = query.flatten(0, 1)
+        return KernelCall(flat, key, value, left, right, None, starts, packed.cu_seqlens, seqlen_q, seqlen_kv)
+    layout = key_layout(parts.key, batch, seqlen_kv, prefix=mode == "lengths")
+    key, value = to_front(layout, key, value, grad=grad)
+    return KernelCall(query, key, value, left, right, layout.lengths, None, None, seqlen_q, seqlen_kv)
+
+
+def _padded(tensor: Tensor, multiple: int) -> Tensor:
+    left_over = tensor.shape[-1] % multiple
+    return F.pad(tensor, (0, multiple - left_over)) if left_over else tensor
