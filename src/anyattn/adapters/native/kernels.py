@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.backend import MaskedRunner, Output, Parts, Plan, Runner
-from anyattn.lowering import additive, joined_mask, normalise_lse, realigned, repeat_heads, wide
+from anyattn.lowering import (
+    additive,
+    joined_mask,
+    normalise_lse,
+    realigned,
+    repeat_heads,
+    wide,
+    with_huge_biases,
+    within_base_2,
+)
 from anyattn.spec import AttentionSpec
 
 FUSED_CUDA: frozenset[str] = frozenset(("flash", "efficient", "cudnn"))
@@ -28,10 +37,19 @@ _Entry = Callable[[AttentionSpec, Tensor, Tensor, Tensor, "Tensor | None", bool]
 def _sdpa(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, None]:
+    if mask is not None and spec.device_type == "cuda" and mask.dtype != torch.bool:
+        mask = within_base_2(mask)
     out = F.scaled_dot_product_attention(
         query, key, value, mask, spec.dropout_p, is_causal, scale=spec.scale, enable_gqa=spec.is_gqa
     )
     return out, None
+
+
+def _sdpa_additive(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, None]:
+    assert mask is not None
+    return _sdpa(spec, query, key, value, _aligned_bias(mask, query, key), is_causal)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -86,7 +104,8 @@ def _flash(
 
 def _aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Make the bias that the fused kernels take: full shape, its rows starting at multiples of 16 elements."""
-    bias = additive(mask, query.dtype)
+    # The logarithm of 1 and 0 is 0 and -inf, in fewer launches than a choice between the two.
+    bias = mask.to(query.dtype).log_() if mask.dtype == torch.bool else within_base_2(mask)
     length = key.shape[2]
     if bias.shape[-1] != length:
         bias = bias.expand(*bias.shape[:-1], length)
@@ -120,19 +139,22 @@ def _efficient(
 
 def _cudnn(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     bias = None if mask is None else _aligned_bias(mask, query, key)
     with_lse = spec.return_lse or spec.sinks or spec.needs_grad
     result = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query, key, value, bias, with_lse, spec.dropout_p, is_causal, False, scale=spec.scale
     )
     lse = result[1]
+    if lse is None or not (spec.return_lse or spec.sinks):
+        return result[0], None  # torch 2.11 gives None where no lse is computed
     # (B, H, S_q, 1) from torch 2.9 on, (B, H, S_q) before.
     return result[0], lse.squeeze(-1) if lse.dim() == 4 else lse
 
 
 _ENTRIES: Mapping[str, _Entry] = {
     "sdpa": _sdpa,
+    "sdpa_additive": _sdpa_additive,
     "flash_cpu": _flash_cpu,
     "math": _math,
     "flash": _flash,
@@ -163,7 +185,10 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
         return out
     if lse is None:
         raise AssertionError(f"the entry {lowering.entry} gives no lse")
-    return out, normalise_lse(lse, mask, keep=spec.sinks)
+    lse = normalise_lse(lse, mask, keep=spec.sinks)
+    if mask is not None and spec.device_type == "cuda" and mask.dtype in (torch.bfloat16, torch.float32):
+        lse = with_huge_biases(lse, mask)
+    return out, lse
 
 
 def _misread(spec: AttentionSpec) -> bool:
@@ -195,7 +220,9 @@ def bind_sdpa(plan: Plan) -> Runner | None:
 def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
     """Give the shortest way to an SDPA call with one mask tensor, or with a pattern that is SDPA's own."""
     spec, lowering = plan.spec, plan.lowering
-    if lowering.entry != "sdpa" or lowering.copy or spec.sinks or spec.mask.key == "lengths" or _misread(spec):
+    if lowering.entry not in ("sdpa", "sdpa_additive") or lowering.copy:
+        return None
+    if spec.sinks or spec.mask.key == "lengths" or _misread(spec):
         return None
     if (spec.mask.key is not None) + (spec.mask.dense is not None) > 1:
         return None
@@ -206,11 +233,31 @@ def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
         return lambda query, key, value, attn_mask: plain(query, key, value)
     sdpa = F.scaled_dot_product_attention
     options = _options(spec)
+    made = _made_mask(plan)
+    if made is None:
+        if spec.layout == "BHSD":
+            return lambda query, key, value, attn_mask: sdpa(query, key, value, wide(attn_mask), **options)
+        return lambda query, key, value, attn_mask: sdpa(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), wide(attn_mask), **options
+        ).transpose(1, 2)
     if spec.layout == "BHSD":
-        return lambda query, key, value, attn_mask: sdpa(query, key, value, wide(attn_mask), **options)
-    return lambda query, key, value, attn_mask: sdpa(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), wide(attn_mask), **options
-    ).transpose(1, 2)
+        return lambda query, key, value, attn_mask: sdpa(query, key, value, made(attn_mask, query, key), **options)
+
+    def swapped(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> Tensor:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return sdpa(query, key, value, made(attn_mask, query, key), **options).transpose(1, 2)
+
+    return swapped
+
+
+def _made_mask(plan: Plan) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
+    """Give what makes SDPA's tensor out of a mask, a query and a key; None where SDPA takes the mask as it is."""
+    if plan.lowering.entry == "sdpa_additive":
+        return lambda attn_mask, query, key: _aligned_bias(wide(attn_mask), query, key)
+    dense = plan.spec.mask.dense
+    if plan.spec.device_type == "cuda" and dense is not None and dense.dtype in (torch.bfloat16, torch.float32):
+        return lambda attn_mask, query, key: within_base_2(wide(attn_mask))
+    return None
 
 
 def _options(spec: AttentionSpec) -> dict[str, Any]:
