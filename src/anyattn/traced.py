@@ -235,5 +235,6 @@ def _choose(
 
 # What torch.compiler.assume_constant_result does; the decorator itself imports torch._dynamo, which takes over a second
 # and would make `import anyattn` as slow (torch 2.6 to 2.13, torch/_dynamo/decorators.py).
-for _function in (_choose, _has_autocast):  # Dynamo of torch 2.11 can't trace is_autocast_available itself
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Dynamo of torch 2.11 can't trace torch.amp.is_autocast_available itself.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
