@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anyattn import masks, reference
 from anyattn.adapters.flex.mods import score_mod_of
-from anyattn.adapters.native import kernels
+from anyattn.adapters.native import kernels, short
 from anyattn.backend import Lowering, Parts, Plan
 from anyattn.lowering import HUGE, with_huge_biases, within_base_2
 from anyattn.masks import Mask
@@ -192,7 +192,7 @@ def test_sdpa_gets_an_additive_mask_that_no_kernel_loses(
         bias = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         return base_2(query, key, value, bias, 0.25)[0]
 
-    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", double)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", double)
     mask = MASKS[kind](torch.bfloat16)
     tensor = mask.dense if mask is not None and mask.dense is not None else mask
     query, key, value = tensors(torch.bfloat16)
@@ -200,7 +200,7 @@ def test_sdpa_gets_an_additive_mask_that_no_kernel_loses(
     if layout == "BHSD":
         query, key, value, truth = (t.transpose(1, 2) for t in (query, key, value, truth))
     plan = Plan("native", spec_of(torch.bfloat16, mask, layout=layout), Lowering(entry, dense=True))
-    bound = kernels.bind_sdpa_masked(plan)
+    bound = short.bind_sdpa_masked(plan)
     assert bound is not None
     assert_right(bound(query, key, value, tensor), truth, torch.bfloat16)
     found = kernels.run(plan, query, key, value, parts_of(mask, None))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from anyattn.adapters.native import kernels
+from anyattn.adapters.native import kernels, short
 from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE
 from anyattn.backend import Backend, Lowering, MaskedRunner, Plan, Runner
 from anyattn.capabilities import Capabilities, needs_dense, pattern_is_native
@@ -158,10 +158,10 @@ class Native(Backend):
         return plain
 
     def bind(self, plan: Plan) -> Runner | None:
-        return kernels.bind_sdpa(plan)
+        return short.bind_sdpa(plan)
 
     def bind_masked(self, plan: Plan) -> MaskedRunner | None:
-        return kernels.bind_sdpa_masked(plan)
+        return short.bind_sdpa_masked(plan)
 
 
 def _with_lse(spec: AttentionSpec, env: Environment) -> tuple[_Kernel, ...]:

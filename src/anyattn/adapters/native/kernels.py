@@ -7,23 +7,19 @@ Source: torch 2.13, run on a CPU; `aten/src/ATen/native/transformers/attention.c
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyattn.backend import MaskedRunner, Output, Parts, Plan, Runner
+from anyattn.backend import Output, Parts, Plan
 from anyattn.lowering import (
     additive,
     joined_mask,
     normalise_lse,
     realigned,
     repeat_heads,
-    wide,
     with_huge_biases,
     within_base_2,
 )
@@ -49,7 +45,7 @@ def _sdpa_additive(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, None]:
     assert mask is not None
-    return _sdpa(spec, query, key, value, _aligned_bias(mask, query, key), is_causal)
+    return _sdpa(spec, query, key, value, aligned_bias(mask, query, key), is_causal)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -102,7 +98,7 @@ def _flash(
     return result[0][..., : spec.head_dim_v], lse
 
 
-def _aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Make the bias that the fused kernels take: full shape, its rows starting at multiples of 16 elements."""
     # The logarithm of 1 and 0 is 0 and -inf, in fewer launches than a choice between the two.
     bias = mask.to(query.dtype).log_() if mask.dtype == torch.bool else within_base_2(mask)
@@ -128,7 +124,7 @@ def _efficient(
     key, value = repeat_heads(key, times), repeat_heads(value, times)
     if spec.storage.expanded_kv:
         key, value = key.contiguous(), value.contiguous()
-    bias = None if mask is None else _aligned_bias(mask, query, key)
+    bias = None if mask is None else aligned_bias(mask, query, key)
     with_lse = spec.return_lse or spec.sinks or spec.needs_grad
     result = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, bias, with_lse, spec.dropout_p, is_causal, scale=spec.scale
@@ -140,7 +136,7 @@ def _efficient(
 def _cudnn(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor | None]:
-    bias = None if mask is None else _aligned_bias(mask, query, key)
+    bias = None if mask is None else aligned_bias(mask, query, key)
     with_lse = spec.return_lse or spec.sinks or spec.needs_grad
     result = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query, key, value, bias, with_lse, spec.dropout_p, is_causal, False, scale=spec.scale
@@ -174,7 +170,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if lowering.upcast:
         query, key, value = query.float(), key.float(), value.float()
     mask = joined_mask(spec, parts, query.shape[2], key.shape[2], query.device, pattern=not lowering.is_causal)
-    if mask is not None and _misread(spec):
+    if mask is not None and misread(spec):
         mask = mask.to(query.dtype)
     out, lse = _ENTRIES[lowering.entry](spec, query, key, value, mask, lowering.is_causal)
     if lowering.upcast:
@@ -191,81 +187,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     return out, lse
 
 
-def _misread(spec: AttentionSpec) -> bool:
+def misread(spec: AttentionSpec) -> bool:
     """Say whether the CPU flash kernel loses -inf: a float32 bias, a float64 query, 16 keys or more (torch 2.13)."""
     dense = spec.mask.dense
     return dense is not None and dense.kind == "bias" and spec.dtype == torch.float64 and dense.dtype != spec.dtype
-
-
-def bind_sdpa(plan: Plan) -> Runner | None:
-    """Give the shortest way to a plain SDPA call, where the plan is one."""
-    spec, lowering = plan.spec, plan.lowering
-    if lowering.entry != "sdpa" or lowering.copy or lowering.dense or spec.mask.key or spec.mask.dense:
-        return None
-    sdpa = F.scaled_dot_product_attention
-    # Fewer arguments are parsed faster.
-    options = _options(spec)
-    if spec.layout == "BHSD":
-        return functools.partial(sdpa, attn_mask=None, is_causal=lowering.is_causal, **options)
-    if not options and not lowering.is_causal:
-        return lambda query, key, value: sdpa(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        ).transpose(1, 2)
-    is_causal = lowering.is_causal
-    return lambda query, key, value: sdpa(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, is_causal=is_causal, **options
-    ).transpose(1, 2)
-
-
-def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
-    """Give the shortest way to an SDPA call with one mask tensor, or with a pattern that is SDPA's own."""
-    spec, lowering = plan.spec, plan.lowering
-    if lowering.entry not in ("sdpa", "sdpa_additive") or lowering.copy:
-        return None
-    if spec.sinks or spec.mask.key == "lengths" or _misread(spec):
-        return None
-    if (spec.mask.key is not None) + (spec.mask.dense is not None) > 1:
-        return None
-    if spec.mask.pattern is not None and not lowering.is_causal:
-        return None
-    plain = bind_sdpa(plan)
-    if plain is not None:
-        return lambda query, key, value, attn_mask: plain(query, key, value)
-    sdpa = F.scaled_dot_product_attention
-    options = _options(spec)
-    made = _made_mask(plan)
-    if made is None:
-        if spec.layout == "BHSD":
-            return lambda query, key, value, attn_mask: sdpa(query, key, value, wide(attn_mask), **options)
-        return lambda query, key, value, attn_mask: sdpa(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), wide(attn_mask), **options
-        ).transpose(1, 2)
-    if spec.layout == "BHSD":
-        return lambda query, key, value, attn_mask: sdpa(query, key, value, made(attn_mask, query, key), **options)
-
-    def swapped(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> Tensor:
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return sdpa(query, key, value, made(attn_mask, query, key), **options).transpose(1, 2)
-
-    return swapped
-
-
-def _made_mask(plan: Plan) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
-    """Give what makes SDPA's tensor out of a mask, a query and a key; None where SDPA takes the mask as it is."""
-    if plan.lowering.entry == "sdpa_additive":
-        return lambda attn_mask, query, key: _aligned_bias(wide(attn_mask), query, key)
-    dense = plan.spec.mask.dense
-    if plan.spec.device_type == "cuda" and dense is not None and dense.dtype in (torch.bfloat16, torch.float32):
-        return lambda attn_mask, query, key: within_base_2(wide(attn_mask))
-    return None
-
-
-def _options(spec: AttentionSpec) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if spec.dropout_p:
-        options["dropout_p"] = spec.dropout_p
-    if spec.scale != 1.0 / math.sqrt(spec.head_dim):
-        options["scale"] = spec.scale
-    if spec.is_gqa:
-        options["enable_gqa"] = True
-    return options
