@@ -40,6 +40,7 @@ class KnownBad:
         instead: What to use.
         link: Where it is documented, or how it was seen.
         torch: The versions of torch it concerns.
+        cudnn: The versions of cuDNN it concerns.
         device_type: The type of device.
         archs: The major compute capabilities it concerns; empty is all.
         unless_cpu: The instruction set of CPUs that it does not concern.
@@ -53,6 +54,7 @@ class KnownBad:
     instead: str
     link: str
     torch: str = ""
+    cudnn: str = ""
     device_type: str = "cuda"
     archs: tuple[int, ...] = ()
     unless_cpu: str = ""
@@ -62,6 +64,8 @@ class KnownBad:
         if backend not in self.backends or spec.device_type != self.device_type:
             return False
         if self.torch and not _in_range(self.torch, env.torch.base_version):
+            return False
+        if self.cudnn and (env.cudnn is None or not _in_range(self.cudnn, ".".join(map(str, env.cudnn)))):
             return False
         if self.unless_cpu and env.cpu.startswith(self.unless_cpu):
             return False
@@ -83,9 +87,12 @@ def _masked(spec: AttentionSpec) -> bool:
     return spec.mask.key is not None or spec.mask.dense is not None
 
 
-def _boolean(spec: AttentionSpec) -> bool:
-    dense = spec.mask.dense
-    return spec.mask.key is not None or (dense is not None and dense.kind == "boolean")
+def _given_as_boolean(spec: AttentionSpec) -> bool:
+    """Whether what forbids keys reaches SDPA as a boolean mask: also a pattern that its causal flag can't say."""
+    mask = spec.mask
+    if mask.dense is not None:
+        return mask.dense.kind == "boolean"
+    return mask.key is not None or mask.pattern is not None
 
 
 def _float32_bias(spec: AttentionSpec) -> bool:
@@ -133,12 +140,31 @@ TABLE: tuple[KnownBad, ...] = (
     KnownBad(
         "cudnn-dead-rows",
         ("native_cudnn",),
-        "a row without a key is answered as if nothing were masked",
-        "a boolean mask that may leave a row without a key",
-        lambda s: s.mask.dead_rows and _boolean(s),
-        "native_efficient",
+        "a row without a key is answered as if nothing were masked: SDPA forbids with -65504",
+        "a mask that may leave a row without a key, given as a boolean one",
+        lambda s: s.mask.dead_rows and _given_as_boolean(s),
+        "an additive mask of -inf (made by anyattn)",
         f"{_PYTORCH}/pull/177868; seen on an H100 with torch 2.11",
         "<2.12",
+    ),
+    KnownBad(
+        "cudnn-minus-infinity",
+        ("native_cudnn",),
+        "NaN where rows of the mask are -inf throughout, the reason for SDPA's -65504",
+        "a mask that may leave a row without a key, with cuDNN before 9.10",
+        lambda s: s.mask.dead_rows,
+        "native_efficient, or a newer cuDNN",
+        f"{_PYTORCH}/pull/140837; right with 9.19 on an H100",
+        cudnn="<9.10",
+    ),
+    KnownBad(
+        "dropout-of-everything",
+        ("native_flash", "native_efficient", "native_cudnn"),
+        "an error; native_efficient leaves something, without one",
+        "dropout_p == 1",
+        lambda s: s.dropout_p == 1,
+        "native_math",
+        "seen on an H100 with torch 2.11",
     ),
     KnownBad(
         "cudnn-float32-mask",

@@ -89,6 +89,30 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
 
 
+HUGE = 1e38
+"""From minus this on, biases are drawn together by `within_base_2`."""
+
+
+def within_base_2(bias: Tensor) -> Tensor:
+    """Draw biases near finfo.min together, so that the factor log2(e) doesn't make -inf of them.
+
+    Kernels take exponentials to base 2, and so lose what is below finfo.min / log2(e): a row whose every bias is
+    finfo.min counts as a row without a key. Scores are below the last place beside such biases, so that only the order
+    of these matters, which is kept: below -HUGE, distances are halved. Gradients pass unchanged; -inf stays.
+    """
+    if bias.dtype not in (torch.bfloat16, torch.float32):
+        return bias
+    plain = bias.detach()
+    drawn = torch.maximum(plain, torch.rsub(plain, -HUGE / 2, alpha=-0.5))
+    return bias + (drawn - plain).nan_to_num(0.0) if bias.requires_grad else drawn
+
+
+def with_huge_biases(lse: Tensor, mask: Tensor) -> Tensor:
+    """Give rows whose every bias was drawn together the lse that they have: the largest bias."""
+    largest = mask.detach().amax(-1).to(lse.dtype).expand_as(lse)
+    return torch.where((largest < -HUGE) & (largest > float("-inf")), largest, lse)
+
+
 def live_rows(mask: Tensor) -> Tensor:
     """Say which rows of a mask allow any key: boolean `(..., S_q or 1)`."""
     return (mask if mask.dtype == torch.bool else mask > float("-inf")).any(-1)

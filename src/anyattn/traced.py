@@ -66,12 +66,16 @@ def _pattern(mask: Mask) -> tuple[int, int, str] | None:
     return None if pattern is None else (_number(pattern[0]), _number(pattern[1]), pattern[2])
 
 
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
 def traced_call(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, options: Options, backend: Any
 ) -> Output:
     """Make a call inside torch.compile: an opaque chooser sees constants alone, the kernel's call is traced."""
     kind = query.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         # As outside: cast once, and run with autocast off, so that a mask keeps its precision.
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
@@ -232,3 +236,5 @@ def _choose(
 # What torch.compiler.assume_constant_result does; the decorator itself imports torch._dynamo, which takes over a second
 # and would make `import anyattn` as slow (torch 2.6 to 2.13, torch/_dynamo/decorators.py).
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Dynamo of torch 2.11 can't trace torch.amp.is_autocast_available itself.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -319,12 +319,12 @@ def test_misaligned_bias_on_a_gpu_is_steered_and_realigned() -> None:
     lambda: torch.randn(2, 1, 48, 47)[..., :47],
 ])  # fmt: skip
 def test_bias_for_fused_kernels_has_aligned_rows_and_the_same_values(make: Any) -> None:
-    from anyattn.adapters.native.kernels import _aligned_bias
+    from anyattn.adapters.native.kernels import aligned_bias
 
     mask = make()
     length = max(mask.shape[-1], 47 if mask.shape[-1] == 47 else 48)
     query, key = torch.empty(2, 3, 48, 8), torch.empty(2, 3, length, 8)
-    bias = _aligned_bias(mask, query, key)
+    bias = aligned_bias(mask, query, key)
     assert bias.stride(-1) == 1
     assert all(stride % 16 == 0 for stride in bias.stride()[:-1])
     assert torch.equal(bias, mask.expand(2, 3, 48, length))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -57,8 +58,9 @@ def test_plain_call_on_h100_is_torchs_own_pick() -> None:
     [
         (spec(scale=0.0), "efficient", "NaN"),
         (spec(scale=-1.0), "efficient", "NaN"),
-        (spec(mask=BOOLEAN), "efficient", "nothing were masked"),
-        (spec(mask=MaskSpec(key="padding", dead_rows=True)), "efficient", "nothing were masked"),
+        (spec(mask=BOOLEAN, dtype=torch.float32), "efficient", "nothing were masked"),
+        (spec(mask=BOOLEAN, seqlen_q=192, requires_grad=("query",)), "efficient", "NaN in the query's gradient"),
+        (spec(dropout_p=1.0), "math", "leaves something"),
         (spec(mask=FLOAT32), "efficient", "bits are read"),
         (spec(mask=FLOAT32, head_dim=66, head_dim_v=66), "math", "bits are read"),
         (spec(storage=Storage(aligned=False)), "cudnn", "not aligned"),
@@ -67,8 +69,9 @@ def test_plain_call_on_h100_is_torchs_own_pick() -> None:
     ids=[
         "scale 0",
         "scale -1",
-        "boolean",
-        "padding",
+        "boolean, float32 query",
+        "boolean, gradients",
+        "dropout of everything",
         "float32 mask",
         "float32 mask, odd head_dim",
         "misaligned",
@@ -81,6 +84,33 @@ def test_native_is_steered_away_from_what_an_h100_gets_wrong(call: AttentionSpec
     steered = [conversion for conversion in decision.conversions if conversion.code == "steered"]
     assert len(steered) == 1
     assert why in steered[0].text
+
+
+LOWER_RIGHT = MaskSpec(pattern=PatternSpec(-1, 0, "lower_right"), dead_rows=True)
+WINDOW = MaskSpec(pattern=PatternSpec(0, 0, "upper_left"), dead_rows=True)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        spec(mask=BOOLEAN),
+        spec(mask=MaskSpec(key="padding", dead_rows=True)),
+        spec(mask=LOWER_RIGHT, seqlen_kv=512),
+        spec(mask=WINDOW, seqlen_kv=512),
+    ],
+    ids=["boolean", "padding", "lower right", "window"],
+)
+def test_mask_with_dead_rows_reaches_cudnn_as_minus_infinity(call: AttentionSpec) -> None:
+    decision = decide(call)
+    assert decision.kernel == "sdpa_additive"
+    assert "additive_mask" in {conversion.code for conversion in decision.conversions}
+    assert decide(call, "native_cudnn").kernel == "cudnn"
+    # torch 2.12 does so itself; cuDNN before 9.10 can't take it; an A100's SDPA doesn't pick cuDNN.
+    assert decide(call, env=preset("h100", torch_version="2.12.0")).kernel == "sdpa"
+    old = dataclasses.replace(H100, cudnn=(9, 5, 1))
+    assert decide(call, env=old).kernel in ("efficient", "flash")
+    assert decide(call, "native_cudnn", old).chosen is None
+    assert decide(call, env=preset("a100", torch_version="2.11.0")).kernel in ("efficient", "flash")
 
 
 def test_misaligned_storage_is_copied_before_a_fused_kernel() -> None:
@@ -100,7 +130,10 @@ def test_mask_prepared_and_found_alive_keeps_torchs_pick() -> None:
         (spec(scale=0.0), "native_flash"),
         (spec(scale=-2.0), "native_cudnn"),
         (spec(mask=BOOLEAN), "native_flash"),
-        (spec(mask=BOOLEAN), "native_cudnn"),
+        (spec(dropout_p=1.0), "native_flash"),
+        (spec(dropout_p=1.0), "native_efficient"),
+        (spec(dropout_p=1.0), "native_cudnn"),
+        (spec(batch=700, num_heads=100, num_kv_heads=100), "flex"),
         (spec(mask=FLOAT32), "native_cudnn"),
         (spec(mask=FLOAT32), "native_efficient"),
         (spec(batch=1024, num_heads=128, num_kv_heads=128), "native_flash"),

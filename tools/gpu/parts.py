@@ -22,8 +22,11 @@ CALLS: dict[str, dict[str, Any]] = {
     "sd15-self-64": {"q": (2, 4096, 8, 40)},
     "vit-l-224": {"q": (64, 257, 16, 64)},
     "llama8b-prefill-8k": {"q": (1, 8192, 32, 128), "kv": (1, 8192, 8, 128), "is_causal": True, "enable_gqa": True},
+    "sdxl-cross-64, padding": {"q": (2, 4096, 10, 64), "kv": (2, 77, 10, 64), "padded": 20},
+    "qwen-image-1024, padding": {"q": (2, 4352, 24, 128), "padded": 100},
+    "t5-xxl-512, bias": {"q": (1, 512, 64, 64), "bias": True},
 }
-"""Attention calls of published models, as (batch, seqlen, heads, head_dim)."""
+"""Attention calls of published models, as (batch, seqlen, heads, head_dim); `padded` keys are forbidden by a mask."""
 
 
 def about(device: str, backends: str) -> dict[str, Any]:
@@ -70,9 +73,18 @@ def graphs(device: str, backends: str) -> dict[str, Any]:
             truth = reference.attention(q, k, v, anyattn.masks.Causal())[0]
             error = float((out.double() - truth).norm() / truth.norm())
             found[name] = {"outcome": "right" if error < 1e-2 else "WRONG", "relative_error": error}
-        except anyattn.AnyattnError as error:
-            found[name] = {"outcome": "refused", "why": str(error)[:500]}
+        except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the finding
+            found[name] = _raised(error)
     return found
+
+
+def _raised(error: Exception) -> dict[str, Any]:
+    """Say whether a call was refused, or accepted and then broken."""
+    chain: BaseException | None = error
+    while chain is not None and not isinstance(chain, anyattn.UnsupportedCallError | anyattn.BackendUnavailableError):
+        chain = chain.__cause__ or chain.__context__
+    outcome = "RAISED" if chain is None else "refused"
+    return {"outcome": outcome, "why": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
 def compile(device: str, backends: str) -> dict[str, Any]:
@@ -93,7 +105,7 @@ def compile(device: str, backends: str) -> dict[str, Any]:
                 worst = max(worst, float((run(q, k, v).double() - truth).norm() / truth.norm()))
             found[name] = {"outcome": "right" if worst < 1e-2 else "WRONG", "relative_error": worst}
         except Exception as error:  # noqa: BLE001 - dynamo wraps errors in its own
-            found[name] = {"outcome": "refused", "why": f"{type(error).__name__}: {str(error)[:500]}"}
+            found[name] = _raised(error)
     return found
 
 
@@ -113,6 +125,18 @@ def _median_ms(runs: dict[str, Any], rounds: int = 30) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def _mask(call: dict[str, Any], device: str) -> torch.Tensor | None:
+    batch, seqlen, heads, _ = call["q"]
+    seqlen_kv = call.get("kv", call["q"])[1]
+    if call.get("bias"):
+        return torch.randn(1, heads, seqlen, seqlen_kv, device=device, dtype=torch.bfloat16)
+    if "padded" not in call:
+        return None
+    mask = torch.ones(batch, 1, 1, seqlen_kv, device=device, dtype=torch.bool)
+    mask[..., -call["padded"] :] = False
+    return mask
+
+
 def speed(device: str, backends: str) -> dict[str, Any]:
     """Time calls of real models: anyattn's native against SDPA by hand, and each kernel, interleaved in one run."""
     found: dict[str, Any] = {}
@@ -120,6 +144,7 @@ def speed(device: str, backends: str) -> dict[str, Any]:
         q = torch.randn(call["q"], device=device, dtype=torch.bfloat16)
         k, v = (torch.randn(call.get("kv", call["q"]), device=device, dtype=torch.bfloat16) for _ in range(2))
         flags = {key: call[key] for key in ("is_causal", "enable_gqa") if key in call}
+        flags["attn_mask"] = _mask(call, device)
 
         def by_hand(q: Any = q, k: Any = k, v: Any = v, flags: Any = flags) -> Any:
             return F.scaled_dot_product_attention(
@@ -127,12 +152,19 @@ def speed(device: str, backends: str) -> dict[str, Any]:
             ).transpose(1, 2)
 
         runs: dict[str, Any] = {"by hand": by_hand}
+        raised: dict[str, Any] = {}
         for backend in backends.split(","):
-            if anyattn.explain(q, k, v, **flags, backend=backend).chosen:
-                runs[backend] = lambda q=q, k=k, v=v, flags=flags, backend=backend: anyattn.attention(
-                    q, k, v, **flags, backend=backend
-                )
-        found[name] = _median_ms(runs)
+
+            def attend(q: Any = q, k: Any = k, v: Any = v, flags: Any = flags, backend: str = backend) -> Any:
+                return anyattn.attention(q, k, v, **flags, backend=backend)
+
+            try:
+                attend()
+            except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the finding
+                raised[backend] = _raised(error)
+            else:
+                runs[backend] = attend
+        found[name] = {"ms": _median_ms(runs)} | raised
     return found
 
 

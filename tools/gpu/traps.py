@@ -55,6 +55,12 @@ def _float32_mask(device: str) -> Call:
     return _tensors(device) | {"attn_mask": torch.randn(192, 256, device=device)}
 
 
+def _lowest_row(device: str) -> Call:
+    bias = torch.randn(192, 256, device=device, dtype=torch.bfloat16)
+    bias[5] = torch.finfo(torch.bfloat16).min
+    return _tensors(device) | {"attn_mask": bias, "return_lse": True}
+
+
 def _expanded(device: str) -> Call:
     call = _tensors(device, seqlen_q=65)
     for name in ("key", "value"):
@@ -89,6 +95,7 @@ TRAPS: dict[str, Callable[[str], Call]] = {
     "boolean row without a key": _dead_rows,
     "batch entry without a key": _padding_of_nothing,
     "float32 mask with bf16": _float32_mask,
+    "row of finfo.min": _lowest_row,
     "no query": lambda d: _tensors(d, seqlen_q=0),
     "no key": lambda d: _tensors(d, seqlen_kv=0),
     "one key": lambda d: _tensors(d, seqlen_kv=1),

@@ -196,6 +196,11 @@ def _fresh(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     mask = inputs.mask
     if mask is not None and mask.dense is not None and mask.dense.requires_grad:
         mask = Mask(pattern=mask.pattern, key=mask.key, dense=copied(mask.dense), block=mask.block)
+    elif mask is not None and mask.dense is not None and mask.dense.dtype == torch.float32 and dtype.itemsize == 2:
+        # finfo.min of float32 is -inf in a narrower dtype: the plain computation would lose the row, and excuse all.
+        lowest = torch.finfo(dtype).min
+        dense = torch.where(torch.isneginf(mask.dense), mask.dense, mask.dense.clamp_min(lowest))
+        mask = Mask(pattern=mask.pattern, key=mask.key, dense=dense, block=mask.block)
     return inputs.replace(query=copied(inputs.query), key=copied(inputs.key), value=copied(inputs.value), mask=mask)
 
 

@@ -47,6 +47,8 @@ _CUDA = _CPU.replace(
     head_dim_max=256,
     backward=True,
     deterministic=False,
+    # A dimension of the launch is batch * heads: in every kernel before torch 2.9, in the one for short queries since.
+    batch_heads_max=65535,
     cuda_graph=True,
 )
 

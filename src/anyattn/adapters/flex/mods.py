@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.backend import Parts, Plan
-from anyattn.lowering import key_mask
+from anyattn.lowering import HUGE, key_mask
 from anyattn.masks import serial_of
 from anyattn.spec import AttentionSpec, PatternSpec
 
@@ -30,13 +30,17 @@ def score_mod_of(spec: AttentionSpec, parts: Parts, padded_from: int | None) -> 
         return lambda score, b, h, q, kv: cap * torch.tanh(score / cap)
     full = [size > 1 for size in dense.shape]
     boolean = dense.dtype == torch.bool
+    # Inductor's kernels for CUDA take exponentials to base 2: see `within_base_2`, here done in the kernel.
+    base_2 = spec.device_type == "cuda" and dense.dtype in (torch.bfloat16, torch.float32)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         if cap is not None:
             score = cap * torch.tanh(score / cap)
         index = [i if whole else i * 0 for i, whole in zip((b, h, q, _within(kv, padded_from)), full, strict=True)]
         found = dense[index[0], index[1], index[2], index[3]]
-        return torch.where(found, score, float("-inf")) if boolean else score + found
+        if boolean:
+            return torch.where(found, score, float("-inf"))
+        return score + (torch.maximum(found, found * 0.5 - HUGE / 2) if base_2 else found)
 
     return score_mod
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from anyattn.adapters.native import kernels
+from anyattn.adapters.native import kernels, short
 from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE
 from anyattn.backend import Backend, Lowering, MaskedRunner, Plan, Runner
 from anyattn.capabilities import Capabilities, needs_dense, pattern_is_native
@@ -86,6 +86,8 @@ class NativeCudnn(_Kernel):
     name = "native_cudnn"
     entries = {"cuda": "cudnn"}
     declarations = CUDNN
+    # What is wrong there is SDPA's way of making the mask additive, which the op isn't reached through.
+    avoids = frozenset(("cudnn-dead-rows",))
 
     def availability(self, env: Environment) -> Iterator[Reason]:
         yield from super().availability(env)
@@ -156,10 +158,10 @@ class Native(Backend):
         return plain
 
     def bind(self, plan: Plan) -> Runner | None:
-        return kernels.bind_sdpa(plan)
+        return short.bind_sdpa(plan)
 
     def bind_masked(self, plan: Plan) -> MaskedRunner | None:
-        return kernels.bind_sdpa_masked(plan)
+        return short.bind_sdpa_masked(plan)
 
 
 def _with_lse(spec: AttentionSpec, env: Environment) -> tuple[_Kernel, ...]:
@@ -187,6 +189,11 @@ def _steer(plain: Lowering, spec: AttentionSpec, env: Environment) -> Lowering:
     misaligned = not (spec.storage.aligned and spec.storage.unit_stride and spec.storage.mask_aligned)
     if not rows and not misaligned:
         return plain
+    first = _by_priority(spec, env)[0]
+    mendable = not misaligned and {row.name for row in rows} == first.avoids == {"cudnn-dead-rows"}
+    if mendable and not first.reasons(spec, env):
+        note = Conversion("additive_mask", f"the mask made additive, with -inf: {rows[0].what} ({rows[0].link})")
+        return dataclasses.replace(plain, entry="sdpa_additive", conversions=(note, *plain.conversions))
     why = "; ".join(f"{row.what} with {row.backends[0]} for {row.when}" for row in rows)
     dense = spec.mask.dense
     if dense is not None and dense.kind == "bias" and dense.dtype == torch.float32 and spec.dtype.itemsize == 2:

@@ -93,7 +93,6 @@ CUDNN: Mapping[str, Capabilities] = {
         causal=_UPPER,
         boolean=True,
         bias=True,
-        # Rows without a key are right from torch 2.12 on; the known-bad table has the older ones.
         dead_rows=True,
         seqlen_kv_min=2,
         batch_max=65535,

@@ -7,17 +7,22 @@ Source: torch 2.13, run on a CPU; `aten/src/ATen/native/transformers/attention.c
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyattn.backend import MaskedRunner, Output, Parts, Plan, Runner
-from anyattn.lowering import additive, joined_mask, normalise_lse, realigned, repeat_heads, wide
+from anyattn.backend import Output, Parts, Plan
+from anyattn.lowering import (
+    additive,
+    joined_mask,
+    normalise_lse,
+    realigned,
+    repeat_heads,
+    with_huge_biases,
+    within_base_2,
+)
 from anyattn.spec import AttentionSpec
 
 FUSED_CUDA: frozenset[str] = frozenset(("flash", "efficient", "cudnn"))
@@ -28,10 +33,19 @@ _Entry = Callable[[AttentionSpec, Tensor, Tensor, Tensor, "Tensor | None", bool]
 def _sdpa(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, None]:
+    if mask is not None and spec.device_type == "cuda" and mask.dtype != torch.bool:
+        mask = within_base_2(mask)
     out = F.scaled_dot_product_attention(
         query, key, value, mask, spec.dropout_p, is_causal, scale=spec.scale, enable_gqa=spec.is_gqa
     )
     return out, None
+
+
+def _sdpa_additive(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, None]:
+    assert mask is not None
+    return _sdpa(spec, query, key, value, aligned_bias(mask, query, key), is_causal)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -84,9 +98,10 @@ def _flash(
     return result[0][..., : spec.head_dim_v], lse
 
 
-def _aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Make the bias that the fused kernels take: full shape, its rows starting at multiples of 16 elements."""
-    bias = additive(mask, query.dtype)
+    # The logarithm of 1 and 0 is 0 and -inf, in fewer launches than a choice between the two.
+    bias = mask.to(query.dtype).log_() if mask.dtype == torch.bool else within_base_2(mask)
     length = key.shape[2]
     if bias.shape[-1] != length:
         bias = bias.expand(*bias.shape[:-1], length)
@@ -109,7 +124,7 @@ def _efficient(
     key, value = repeat_heads(key, times), repeat_heads(value, times)
     if spec.storage.expanded_kv:
         key, value = key.contiguous(), value.contiguous()
-    bias = None if mask is None else _aligned_bias(mask, query, key)
+    bias = None if mask is None else aligned_bias(mask, query, key)
     with_lse = spec.return_lse or spec.sinks or spec.needs_grad
     result = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, bias, with_lse, spec.dropout_p, is_causal, scale=spec.scale
@@ -120,19 +135,22 @@ def _efficient(
 
 def _cudnn(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
-) -> tuple[Tensor, Tensor]:
-    bias = None if mask is None else _aligned_bias(mask, query, key)
+) -> tuple[Tensor, Tensor | None]:
+    bias = None if mask is None else aligned_bias(mask, query, key)
     with_lse = spec.return_lse or spec.sinks or spec.needs_grad
     result = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query, key, value, bias, with_lse, spec.dropout_p, is_causal, False, scale=spec.scale
     )
     lse = result[1]
+    if lse is None or not (spec.return_lse or spec.sinks):
+        return result[0], None  # torch 2.11 gives None where no lse is computed
     # (B, H, S_q, 1) from torch 2.9 on, (B, H, S_q) before.
     return result[0], lse.squeeze(-1) if lse.dim() == 4 else lse
 
 
 _ENTRIES: Mapping[str, _Entry] = {
     "sdpa": _sdpa,
+    "sdpa_additive": _sdpa_additive,
     "flash_cpu": _flash_cpu,
     "math": _math,
     "flash": _flash,
@@ -152,7 +170,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if lowering.upcast:
         query, key, value = query.float(), key.float(), value.float()
     mask = joined_mask(spec, parts, query.shape[2], key.shape[2], query.device, pattern=not lowering.is_causal)
-    if mask is not None and _misread(spec):
+    if mask is not None and misread(spec):
         mask = mask.to(query.dtype)
     out, lse = _ENTRIES[lowering.entry](spec, query, key, value, mask, lowering.is_causal)
     if lowering.upcast:
@@ -163,62 +181,13 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
         return out
     if lse is None:
         raise AssertionError(f"the entry {lowering.entry} gives no lse")
-    return out, normalise_lse(lse, mask, keep=spec.sinks)
+    lse = normalise_lse(lse, mask, keep=spec.sinks)
+    if mask is not None and spec.device_type == "cuda" and mask.dtype in (torch.bfloat16, torch.float32):
+        lse = with_huge_biases(lse, mask)
+    return out, lse
 
 
-def _misread(spec: AttentionSpec) -> bool:
+def misread(spec: AttentionSpec) -> bool:
     """Say whether the CPU flash kernel loses -inf: a float32 bias, a float64 query, 16 keys or more (torch 2.13)."""
     dense = spec.mask.dense
     return dense is not None and dense.kind == "bias" and spec.dtype == torch.float64 and dense.dtype != spec.dtype
-
-
-def bind_sdpa(plan: Plan) -> Runner | None:
-    """Give the shortest way to a plain SDPA call, where the plan is one."""
-    spec, lowering = plan.spec, plan.lowering
-    if lowering.entry != "sdpa" or lowering.copy or lowering.dense or spec.mask.key or spec.mask.dense:
-        return None
-    sdpa = F.scaled_dot_product_attention
-    # Fewer arguments are parsed faster.
-    options = _options(spec)
-    if spec.layout == "BHSD":
-        return functools.partial(sdpa, attn_mask=None, is_causal=lowering.is_causal, **options)
-    if not options and not lowering.is_causal:
-        return lambda query, key, value: sdpa(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        ).transpose(1, 2)
-    is_causal = lowering.is_causal
-    return lambda query, key, value: sdpa(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, is_causal=is_causal, **options
-    ).transpose(1, 2)
-
-
-def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
-    """Give the shortest way to an SDPA call with one mask tensor, or with a pattern that is SDPA's own."""
-    spec, lowering = plan.spec, plan.lowering
-    if lowering.entry != "sdpa" or lowering.copy or spec.sinks or spec.mask.key == "lengths" or _misread(spec):
-        return None
-    if (spec.mask.key is not None) + (spec.mask.dense is not None) > 1:
-        return None
-    if spec.mask.pattern is not None and not lowering.is_causal:
-        return None
-    plain = bind_sdpa(plan)
-    if plain is not None:
-        return lambda query, key, value, attn_mask: plain(query, key, value)
-    sdpa = F.scaled_dot_product_attention
-    options = _options(spec)
-    if spec.layout == "BHSD":
-        return lambda query, key, value, attn_mask: sdpa(query, key, value, wide(attn_mask), **options)
-    return lambda query, key, value, attn_mask: sdpa(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), wide(attn_mask), **options
-    ).transpose(1, 2)
-
-
-def _options(spec: AttentionSpec) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if spec.dropout_p:
-        options["dropout_p"] = spec.dropout_p
-    if spec.scale != 1.0 / math.sqrt(spec.head_dim):
-        options["scale"] = spec.scale
-    if spec.is_gqa:
-        options["enable_gqa"] = True
-    return options

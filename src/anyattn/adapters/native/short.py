@@ -1,0 +1,91 @@
+"""Shorter ways to run calls that reach torch's SDPA itself, with nothing done to query, key and value."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyattn.adapters.native.kernels import aligned_bias, misread
+from anyattn.backend import MaskedRunner, Plan, Runner
+from anyattn.lowering import wide, within_base_2
+from anyattn.spec import AttentionSpec
+
+
+def bind_sdpa(plan: Plan) -> Runner | None:
+    """Give the shortest way to a plain SDPA call, where the plan is one."""
+    spec, lowering = plan.spec, plan.lowering
+    if lowering.entry != "sdpa" or lowering.copy or lowering.dense or spec.mask.key or spec.mask.dense:
+        return None
+    sdpa = F.scaled_dot_product_attention
+    # Fewer arguments are parsed faster.
+    options = _options(spec)
+    if spec.layout == "BHSD":
+        return functools.partial(sdpa, attn_mask=None, is_causal=lowering.is_causal, **options)
+    if not options and not lowering.is_causal:
+        return lambda query, key, value: sdpa(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        ).transpose(1, 2)
+    is_causal = lowering.is_causal
+    return lambda query, key, value: sdpa(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, is_causal=is_causal, **options
+    ).transpose(1, 2)
+
+
+def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
+    """Give the shortest way to an SDPA call with one mask tensor, or with a pattern that is SDPA's own."""
+    spec, lowering = plan.spec, plan.lowering
+    if lowering.entry not in ("sdpa", "sdpa_additive") or lowering.copy:
+        return None
+    if spec.sinks or spec.mask.key == "lengths" or misread(spec):
+        return None
+    if (spec.mask.key is not None) + (spec.mask.dense is not None) > 1:
+        return None
+    if spec.mask.pattern is not None and not lowering.is_causal:
+        return None
+    plain = bind_sdpa(plan)
+    if plain is not None:
+        return lambda query, key, value, attn_mask: plain(query, key, value)
+    sdpa = F.scaled_dot_product_attention
+    options = _options(spec)
+    made = _made_mask(plan)
+    if made is None:
+        if spec.layout == "BHSD":
+            return lambda query, key, value, attn_mask: sdpa(query, key, value, wide(attn_mask), **options)
+        return lambda query, key, value, attn_mask: sdpa(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), wide(attn_mask), **options
+        ).transpose(1, 2)
+    if spec.layout == "BHSD":
+        return lambda query, key, value, attn_mask: sdpa(query, key, value, made(attn_mask, query, key), **options)
+
+    def swapped(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> Tensor:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return sdpa(query, key, value, made(attn_mask, query, key), **options).transpose(1, 2)
+
+    return swapped
+
+
+def _made_mask(plan: Plan) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
+    """Give what makes SDPA's tensor out of a mask, a query and a key; None where SDPA takes the mask as it is."""
+    if plan.lowering.entry == "sdpa_additive":
+        return lambda attn_mask, query, key: aligned_bias(wide(attn_mask), query, key)
+    dense = plan.spec.mask.dense
+    if plan.spec.device_type == "cuda" and dense is not None and dense.dtype in (torch.bfloat16, torch.float32):
+        return lambda attn_mask, query, key: within_base_2(wide(attn_mask))
+    return None
+
+
+def _options(spec: AttentionSpec) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if spec.dropout_p:
+        options["dropout_p"] = spec.dropout_p
+    if spec.scale != 1.0 / math.sqrt(spec.head_dim):
+        options["scale"] = spec.scale
+    if spec.is_gqa:
+        options["enable_gqa"] = True
+    return options
