@@ -33,6 +33,7 @@ BUILTIN: dict[str, str] = {
     "flash3": "anyattn.adapters.flash3:Flash3",
     "flash3_fp8": "anyattn.adapters.flash3:Flash3Fp8",
     "flash4": "anyattn.adapters.flash4:Flash4",
+    "xformers": "anyattn.adapters.xformers:XFormers",
 }
 """Each built backend and the class that implements it: one line adds one."""
 

@@ -24,6 +24,7 @@ DOUBLES: dict[str, str] = {
     "flash3": "anyattn.testing.doubles.flash3:DOUBLE",
     "flash3_fp8": "anyattn.testing.doubles.flash3:FP8",
     "flash4": "anyattn.testing.doubles.flash4:DOUBLE",
+    "xformers": "anyattn.testing.doubles.xformers:DOUBLE",
 }
 """The double of each backend that has one: one line adds one."""
 

@@ -76,7 +76,8 @@ def attend(
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
-        scores = scores + bias.double()
+        # What the fill covers gets no gradient, of a row without a key neither.
+        scores = (scores + bias.double()).masked_fill(torch.isneginf(bias), float("-inf"))
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     logits = scores
@@ -84,11 +85,15 @@ def attend(
         extra = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         logits = torch.cat((scores, extra), -1)
     if logits.shape[-1] == 0:
-        lse = scores.new_full(scores.shape[:3], float("-inf"))
+        lse = top = scores.new_full(scores.shape[:3], float("-inf"))
     else:
-        lse = torch.logsumexp(logits, -1)
+        # Beside biases near finfo.min the logarithm of a sum is lost, so that the largest logit is taken off first.
+        top = logits.detach().amax(-1).nan_to_num(neginf=0.0)
+        lse = torch.logsumexp(logits - top.unsqueeze(-1), -1)
     alive = ~torch.isneginf(lse).unsqueeze(-1)
-    weights = torch.where(alive, torch.exp(scores - torch.where(alive, lse.unsqueeze(-1), 0.0)), 0.0)
+    shifted = scores - top.unsqueeze(-1) - torch.where(alive, lse.unsqueeze(-1), 0.0)
+    weights = torch.where(alive, torch.exp(shifted), 0.0)
+    lse = lse + top
     if dropout_p:
         kept = torch.rand_like(weights) >= dropout_p
         weights = weights * kept / (1.0 - dropout_p) if dropout_p < 1 else weights * 0.0
