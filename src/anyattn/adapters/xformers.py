@@ -203,8 +203,7 @@ def _call(plan: Plan, call: KernelCall, parts: Parts) -> tuple[Tensor, Tensor | 
     functions = FUNCTIONS[plan.backend]
     query, key, value = call.query, call.key, call.value
     seqlen_q, seqlen_kv = query.shape[1], key.shape[1]
-    mask: Tensor | None = None
-    bias: Any = _bias(functions, plan.lowering.pattern, seqlen_q, seqlen_kv)
+    mask, bias = None, _bias(functions, plan.lowering.pattern, seqlen_q, seqlen_kv)
     if plan.lowering.dense:
         mask = joined_mask(spec, parts, seqlen_q, seqlen_kv, query.device, pattern=True)
         assert mask is not None
@@ -225,14 +224,11 @@ def _call(plan: Plan, call: KernelCall, parts: Parts) -> tuple[Tensor, Tensor | 
     if out.dim() == 5:
         out = out.flatten(2, 3)
         lse = None if lse is None else lse.flatten(1, 2)
-    return out, None if lse is None else _lse(lse[..., :seqlen_q], mask)
-
-
-def _lse(lse: Tensor, mask: Tensor | None) -> Tensor:
-    lse = normalise_lse(lse, mask)
-    if mask is not None and mask.dtype in (torch.bfloat16, torch.float32):
-        lse = with_huge_biases(lse, mask)
-    return lse
+    if lse is not None:
+        lse = normalise_lse(lse[..., :seqlen_q], mask)
+        if mask is not None and mask.dtype in (torch.bfloat16, torch.float32):
+            lse = with_huge_biases(lse, mask)
+    return out, lse
 
 
 def _bias(functions: Any, pattern: KernelPattern | None, seqlen_q: int, seqlen_kv: int) -> Any:
