@@ -57,6 +57,7 @@ def test_json_has_the_documented_keys():
             "trials",
             "ended",
             "output",
+            "double",
         )
     }
     assert {"torch", "devices", "packages", "cudnn", "cxx", "python", "platform"} <= set(found["environment"])
