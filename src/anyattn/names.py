@@ -27,7 +27,7 @@ class KnownBackend:
     aliases: tuple[str, ...] = ()
 
 
-_FLASH2 = "pip install 'flash-attn>=2.6.3' --no-build-isolation"
+_FLASH2 = "pip install 'flash-attn>=2.6.3,<3' --no-build-isolation"
 _SAGE = "build SageAttention >= 2.1.1 from its sources (github.com/thu-ml/SageAttention); PyPI has 1.0.6 alone"
 _HUB = "pip install 'kernels>=0.12'"
 

@@ -87,7 +87,8 @@ def resolve(
         timings: Measured seconds per backend, or None.
         candidates: Every known backend with its name; None for one without an adapter.
         overruled: What to report as overruled.
-        faults: Backends that failed for this call before, with the reason; lists and `auto` go past them.
+        faults: Backends that failed before, with the reason: for this call, which lists and `auto` go past and a name
+            that is required doesn't, or when they were loaded, which nothing gets past.
 
     Returns:
         A decision that lists every candidate that was considered, with all the reasons against it. Where
@@ -95,12 +96,14 @@ def resolve(
     """
     backends = dict(candidates)
     wanted, basis = _wanted(spec, preference, timings, [name for name, found in candidates if found])
-    exact_only = preference.mode == "prefer"
-    limits = preference if exact_only else None
-    judged = [_judge(name, backends.get(name), spec, env, limits, faults) for name in wanted]
+    limits = preference if preference.mode == "prefer" else None
+    holding = faults
+    if limits is None:
+        holding = {name: reason for name, reason in faults.items() if reason.code == "broken_import"}
+    judged = [_judge(name, backends.get(name), spec, env, limits, holding) for name in wanted]
     chosen = next((candidate.name for candidate in judged if candidate.admits), None)
     others = [
-        _judge(name, found, spec, env, None, NO_FAULTS)
+        _judge(name, found, spec, env, None, faults)
         for name, found in candidates
         if name not in {c.name for c in judged}
     ]
@@ -148,6 +151,6 @@ def _judge(
     if limits is not None and caps is not None and not caps.exact and caps.quantised not in _LOOSER[limits.precision]:
         hint = f"allow it with precision={caps.quantised or 'int8'!r}, or ask for {name} alone"
         reasons = (*reasons, Reason("precision", "an exact kernel", f"one quantised to {caps.quantised}", hint))
-    if limits is not None and name in faults:
+    if name in faults:
         reasons = (*reasons, faults[name])
     return Candidate(name, reasons)

@@ -28,7 +28,7 @@ PACKAGES = (
         "flash_attn",
         ("flash_attn_func", "flash_attn_varlen_func"),
         ">=2.6.3,<3",
-        "pip install 'flash-attn>=2.6.3' --no-build-isolation",
+        "pip install 'flash-attn>=2.6.3,<3' --no-build-isolation",
         note="flash-attn-4 alone leaves a namespace flash_attn without these functions",
     ),
 )
