@@ -97,8 +97,18 @@ def keys_left(spec: AttentionSpec, pattern: KernelPattern) -> int:
 
 
 def misreads_right_side(spec: AttentionSpec, pattern: KernelPattern) -> bool:
-    """Whether FlashAttention-2 takes a right side for unbounded that isn't (`flash_api.cpp`: right >= S_kv)."""
-    return pattern.right > 0 and not spec.same_lengths and pattern.right >= keys_left(spec, pattern)
+    """Whether FlashAttention-2 is wrong about a window's right side where there are more rows than keys.
+
+    `flash_api.cpp`: one of S_kv or more is taken for unbounded though it may still cut, and an unbounded one beside a
+    bounded left one is told the kernel as S_kv, which then cuts (seen on an H100 with 2.8.3).
+    """
+    if spec.same_lengths:
+        return False
+    keys = keys_left(spec, pattern)
+    if pattern.right > 0:
+        return pattern.right >= keys
+    rows = spec.seqlen_q if pattern.rows is None else pattern.rows[1] - pattern.rows[0]
+    return pattern.right == -1 and pattern.left >= 0 and rows - 1 > keys
 
 
 def attend(
@@ -152,7 +162,7 @@ def _call(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, l
         starts = torch.arange(batch + 1, device=query.device, dtype=torch.int32) * seqlen_q
         flat = query.flatten(0, 1)
         return KernelCall(flat, key, value, left, right, None, starts, packed.cu_seqlens, seqlen_q, seqlen_kv)
-    layout = key_layout(parts.key, batch, seqlen_kv, prefix=mode == "lengths")
+    layout = key_layout(parts.key, batch, seqlen_kv, prefix=mode == "lengths", grad=grad)
     key, value = to_front(layout, key, value, grad=grad)
     return KernelCall(query, key, value, left, right, layout.lengths, None, None, seqlen_q, seqlen_kv)
 

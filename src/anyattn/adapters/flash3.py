@@ -222,7 +222,8 @@ def _call_fp8(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
 def _quantised(tensor: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     """Give a tensor as e4m3, and what it is to be multiplied by: float32 `(B, H_kv)`."""
     grouped = tensor.unflatten(2, (kv_heads, -1))  # type: ignore[no-untyped-call]
-    largest = grouped.abs().amax((1, 3, 4)).float().clamp_min(2.0**-100)
+    # Not smaller: the kernel multiplies its scale by those of query and key, and gives NaN for a scale of 0.
+    largest = grouped.abs().amax((1, 3, 4)).float().clamp_min(2.0**-40)
     descale = largest / _LARGEST_E4M3
     scaled = grouped * (1.0 / descale)[:, None, :, None, None].to(torch.float32)
     return scaled.flatten(2, 3).to(torch.float8_e4m3fn), descale

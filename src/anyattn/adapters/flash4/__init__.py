@@ -79,6 +79,11 @@ class Flash4(Backend):
         device = env.device(spec.device_type, spec.device_index)
         arch = device.arch if device is not None else None
         yield from _head_dims(spec, (9, 0) if arch is None else arch)
+        if spec.needs_grad and spec.is_gqa and spec.head_dim != spec.head_dim_v:
+            got = f"{spec.head_dim} and {spec.head_dim_v} with {spec.num_heads} heads on {spec.num_kv_heads}"
+            yield Reason("head_dim_v", "head_dim_v == head_dim for gradients of shared heads", got)
+        if arch is not None and arch[0] == 12 and spec.deterministic and spec.needs_grad:
+            yield Reason("deterministic", "an arch below sm120 for deterministic gradients", f"sm{arch[0]}{arch[1]}")
         if "sinks" in spec.requires_grad:
             yield Reason(
                 "backward", "sinks that need no gradient", "sinks that require one", "detach them, or use flex"

@@ -83,7 +83,11 @@ class Flex(Backend):
         if spec.mask.block is not None and spec.mask.block.is_partial:
             text = "block mask made again with every head and batch entry: its blocks were those of the first alone"
             notes.append(Conversion("rebuild_block_mask", text))
-        return Lowering(entry, compiled=compiled, pad_keys=bool(rows), conversions=tuple(notes))
+        copy = spec.device_type == "cuda" and not spec.storage.unit_stride
+        if copy:
+            text = "query, key and value copied: float32 is computed in TF32 otherwise where head_dim is strided"
+            notes.append(Conversion("copy", text))
+        return Lowering(entry, copy=copy, compiled=compiled, pad_keys=bool(rows), conversions=tuple(notes))
 
     def load(self) -> None:
         import torch.nn.attention.flex_attention  # noqa: F401
