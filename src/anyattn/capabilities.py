@@ -12,7 +12,7 @@ from anyattn.environment import Arch, Device
 from anyattn.masks import Align
 from anyattn.patterns import KernelPattern, in_alignment
 from anyattn.reasons import Reason
-from anyattn.spec import UNKNOWN, AttentionSpec, describe_mask
+from anyattn.spec import UNKNOWN, AttentionSpec, DenseSpec, MaskSpec, Storage, describe_mask
 
 BOTH: frozenset[Align] = frozenset(("upper_left", "lower_right"))
 
@@ -132,12 +132,27 @@ def kernel_pattern(caps: Capabilities, spec: AttentionSpec) -> KernelPattern | N
     for align in (first, second):
         if align not in caps.causal and align not in caps.window:
             continue
-        found = in_alignment(pattern, spec.seqlen_q, spec.seqlen_kv, align, same_lengths=spec.same_lengths)
+        # Packed sequences each have lengths of their own, which aren't known.
+        sizes = (UNKNOWN, UNKNOWN) if spec.packed else (spec.seqlen_q, spec.seqlen_kv)
+        found = in_alignment(pattern, *sizes, align, same_lengths=spec.same_lengths)
         if found is None:
             continue
         if found.is_full or align in caps.window or (found.is_causal and align in caps.causal):
             return found
     return None
+
+
+def as_run(caps: Capabilities | None, spec: AttentionSpec) -> AttentionSpec:
+    """Give the call as a backend runs it: packed sequences are padded for a kernel that doesn't take them."""
+    if not spec.packed or (caps is not None and caps.varlen):
+        return spec
+    pattern = spec.mask.pattern
+    if pattern is None or pattern.align == "upper_left":
+        mask = MaskSpec(pattern, "lengths", dead_rows=True, prefix=True)
+        return spec.replace(packed=False, mask=mask, storage=Storage())
+    shape = (spec.batch, 1, spec.seqlen_q, spec.seqlen_kv)
+    mask = MaskSpec(dense=DenseSpec("boolean", torch.bool, shape), dead_rows=True)
+    return spec.replace(packed=False, mask=mask, storage=Storage(), packed_pattern=pattern)
 
 
 def needs_dense(caps: Capabilities, spec: AttentionSpec) -> bool:
@@ -207,6 +222,12 @@ def _shape(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
 def _mask(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     mask = spec.mask
     dense = needs_dense(caps, spec)
+    if spec.packed_pattern is not None and spec.batch * spec.seqlen_q * spec.seqlen_kv > MAX_LOWERED_MASK_BYTES:
+        size = spec.batch * spec.seqlen_q * spec.seqlen_kv >> 20
+        need = f"a mask of at most {MAX_LOWERED_MASK_BYTES >> 20} MiB made of the packed sequences' lengths"
+        yield Reason(
+            "memory", need, f"{size} MiB", "choose a backend with packed sequences of its own (flash2, flash4)"
+        )
     if dense and not caps.boolean:
         yield Reason("mask", "no mask that its kernel can't express", _unsupported(caps, spec), "flex takes every mask")
     if dense and caps.boolean:

@@ -104,6 +104,8 @@ def misreads_right_side(spec: AttentionSpec, pattern: KernelPattern) -> bool:
     """
     if spec.same_lengths:
         return False
+    if spec.packed:
+        return pattern.right > 0 or (pattern.right == -1 and pattern.left >= 0)
     keys = keys_left(spec, pattern)
     if pattern.right > 0:
         return pattern.right >= keys
@@ -122,6 +124,8 @@ def attend(
         query, key, value = realigned(query), realigned(key), realigned(value)
     head_dim_v = value.shape[-1]
     query, key, value = (_padded(tensor, head_dim_multiple) for tensor in (query, key, value))
+    if spec.packed:
+        return _attend_packed(plan, query, key, value, parts, kernel, head_dim_v)
     pattern = lowering.pattern
     seqlen_q = query.shape[1]
     if pattern is not None and pattern.rows is not None:
@@ -141,13 +145,29 @@ def attend(
         lse = None if lse is None else F.pad(lse, (before, after), value=float("-inf"))
     if spec.layout == "BHSD":
         out = out.transpose(1, 2)
-    if not (spec.return_lse or plan.rescale):
+    return _with_lse(plan, out, lse)
+
+
+def _with_lse(plan: Plan, out: Tensor, lse: Tensor | None) -> Output:
+    if not (plan.spec.return_lse or plan.rescale):
         return out
     if lse is None:
         raise AssertionError(f"{plan.backend} gave no lse")
     lse = lse.detach().float()
     # Kernels write +inf or -inf for a row without a key.
     return out, torch.where(lse == float("inf"), float("-inf"), lse)
+
+
+def _attend_packed(
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, kernel: Kernel, head_dim_v: int
+) -> Output:
+    spec, pattern = plan.spec, plan.lowering.pattern
+    left, right = (-1, -1) if pattern is None else (pattern.left, pattern.right)
+    starts_q, starts_k = parts.cu_seqlens_q, parts.cu_seqlens_k
+    call = KernelCall(query, key, value, left, right, None, starts_q, starts_k, spec.seqlen_q, spec.seqlen_kv)
+    out, lse = kernel(plan, call)
+    out = out[..., :head_dim_v] if out.shape[-1] != head_dim_v else out
+    return _with_lse(plan, out, lse)
 
 
 def _call(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, left: int, right: int) -> KernelCall:

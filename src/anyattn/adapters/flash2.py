@@ -92,7 +92,7 @@ class Flash2(Backend):
         yield from _right_window(spec, kernel_pattern(self.declarations[spec.device_type], spec))
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
-        entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
+        entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
         return flash_like.lower(entry, self.declarations[spec.device_type], spec, packs=True)
 
     def load(self) -> None:

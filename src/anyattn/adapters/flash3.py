@@ -98,7 +98,7 @@ class Flash3(Backend):
         assert caps is not None
         # Lengths beside unpacked keys are shown for the forward alone; the backward takes packed keys.
         packs = spec.needs_grad
-        entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
+        entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
         return flash_like.lower(entry, caps, spec, packs=packs)
 
     def load(self) -> None:

@@ -90,7 +90,7 @@ class Flash4(Backend):
             )
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
-        entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
+        entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
         lowering = flash_like.lower(entry, self.declarations[spec.device_type], spec)
         note = Conversion("compiles_first", "the first call of a kind compiles its kernel, which takes seconds")
         return Lowering(
