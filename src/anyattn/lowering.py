@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from anyattn.backend import Output, Parts
+from anyattn.block_masks import written_out
 from anyattn.capabilities import Capabilities, needs_dense
+from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Mask
 from anyattn.reasons import Conversion
 from anyattn.spec import AttentionSpec, PatternSpec, describe_mask
@@ -49,17 +51,14 @@ def wide(attn_mask: Any) -> Tensor:
     return found if found.dim() == 4 else found[(None,) * (4 - found.dim())]
 
 
-def joined_mask(
-    spec: AttentionSpec, parts: Parts, seqlen_q: int, seqlen_kv: int, device: torch.device, *, pattern: bool
-) -> Tensor | None:
+def joined_mask(spec: AttentionSpec, parts: Parts, query: Tensor, seqlen_kv: int, *, pattern: bool) -> Tensor | None:
     """Join every part of a mask into one tensor with four dimensions.
 
     Args:
         spec: The call.
         parts: Its tensors.
-        seqlen_q: S_q.
+        query: `(B, H, S_q, D)`.
         seqlen_kv: S_kv.
-        device: Where to make it.
         pattern: Whether the pattern belongs in it.
 
     Returns:
@@ -68,10 +67,13 @@ def joined_mask(
     """
     allowed: Tensor | None = None
     if pattern and spec.mask.pattern is not None:
-        allowed = pattern_mask(spec.mask.pattern, seqlen_q, seqlen_kv, device)[None, None]
+        allowed = pattern_mask(spec.mask.pattern, query.shape[2], seqlen_kv, query.device)[None, None]
     if parts.key is not None:
         keys = key_mask(parts.key, seqlen_kv)
         allowed = keys if allowed is None else allowed & keys
+    if isinstance(parts.block, MaskFunction):
+        function = written_out(parts.block, *query.shape[:3], seqlen_kv, query.device)
+        allowed = function if allowed is None else allowed & function
     dense = parts.dense
     if dense is None:
         return allowed
