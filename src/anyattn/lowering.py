@@ -51,15 +51,26 @@ def wide(attn_mask: Any) -> Tensor:
     return found if found.dim() == 4 else found[(None,) * (4 - found.dim())]
 
 
-def joined_mask(spec: AttentionSpec, parts: Parts, query: Tensor, seqlen_kv: int, *, pattern: bool) -> Tensor | None:
+def joined_mask(
+    spec: AttentionSpec,
+    parts: Parts,
+    seqlen_q: int,
+    seqlen_kv: int,
+    device: torch.device,
+    *,
+    pattern: bool,
+    batch: int | None = None,
+) -> Tensor | None:
     """Join every part of a mask into one tensor with four dimensions.
 
     Args:
         spec: The call.
         parts: Its tensors.
-        query: `(B, H, S_q, D)`.
+        seqlen_q: S_q.
         seqlen_kv: S_kv.
+        device: Where to make it.
         pattern: Whether the pattern belongs in it.
+        batch: B, for a backend that is traced with a batch that isn't known; None is the spec's.
 
     Returns:
         Boolean (True = attend) or floating (added), broadcastable to `(B, H, S_q, S_kv)`; None where
@@ -67,12 +78,13 @@ def joined_mask(spec: AttentionSpec, parts: Parts, query: Tensor, seqlen_kv: int
     """
     allowed: Tensor | None = None
     if pattern and spec.mask.pattern is not None:
-        allowed = pattern_mask(spec.mask.pattern, query.shape[2], seqlen_kv, query.device)[None, None]
+        allowed = pattern_mask(spec.mask.pattern, seqlen_q, seqlen_kv, device)[None, None]
     if parts.key is not None:
         keys = key_mask(parts.key, seqlen_kv)
         allowed = keys if allowed is None else allowed & keys
     if isinstance(parts.block, MaskFunction):
-        function = written_out(parts.block, *query.shape[:3], seqlen_kv, query.device)
+        entries = spec.batch if batch is None else batch
+        function = written_out(parts.block, entries, spec.num_heads, seqlen_q, seqlen_kv, device)
         allowed = function if allowed is None else allowed & function
     dense = parts.dense
     if dense is None:

@@ -35,6 +35,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if not spec.needs_grad and spec.device_type == "cpu":
         # The CPU refuses inputs that require a gradient even under no_grad.
         query, key, value = (t.detach() if t.requires_grad else t for t in (query, key, value))
+    if plan.lowering.copy:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     seqlen_kv = key.shape[2]
     if plan.lowering.pad_keys:
         key, value = (F.pad(tensor, (0, 0, 0, -seqlen_kv % 16)) for tensor in (key, value))
@@ -63,9 +65,9 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     lse = normalise_lse(extra if isinstance(extra, Tensor) else extra.lse, None, keep=spec.sinks)
     if parts.dense is not None and parts.dense.is_floating_point() and parts.block is None:
         if spec.device_type == "cuda":
-            mask = joined_mask(spec, parts, query, seqlen_kv, pattern=True)
+            mask = joined_mask(spec, parts, query.shape[2], seqlen_kv, lse.device, pattern=True)
             return out, lse if mask is None else with_huge_biases(lse, mask)
-        lse = _with_huge_biases(lse, plan, parts, query, seqlen_kv)
+        lse = _with_huge_biases(lse, plan, parts, query.shape[2], seqlen_kv)
     return out, lse
 
 
@@ -78,12 +80,12 @@ def _has_large_tiles(spec: AttentionSpec) -> bool:
     return spec.device_type == "cuda" and dense is not None and dense.dtype.itemsize > spec.dtype.itemsize
 
 
-def _with_huge_biases(lse: Tensor, plan: Plan, parts: Parts, query: Tensor, seqlen_kv: int) -> Tensor:
+def _with_huge_biases(lse: Tensor, plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Tensor:
     """Mend the lse of rows whose every bias is near finfo.min, which overflows to -inf in base 2.
 
     Beside such a bias a score, and the logarithm of a count, are below the last place: the lse is the largest bias.
     """
-    mask = joined_mask(plan.spec, parts, query, seqlen_kv, pattern=True)
+    mask = joined_mask(plan.spec, parts, seqlen_q, seqlen_kv, lse.device, pattern=True)
     assert mask is not None
     largest = mask.detach().amax(-1).to(lse.dtype).expand_as(lse)
     overflows = torch.isneginf(lse) & (largest < -_BASE_2) & (largest > float("-inf"))

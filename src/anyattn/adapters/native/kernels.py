@@ -169,7 +169,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     dtype = query.dtype
     if lowering.upcast:
         query, key, value = query.float(), key.float(), value.float()
-    mask = joined_mask(spec, parts, query, key.shape[2], pattern=not lowering.is_causal)
+    lengths, pattern = (query.shape[2], key.shape[2]), not lowering.is_causal
+    mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0])
     if mask is not None and misread(spec):
         mask = mask.to(query.dtype)
     out, lse = _ENTRIES[lowering.entry](spec, query, key, value, mask, lowering.is_causal)
