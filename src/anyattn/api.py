@@ -16,14 +16,14 @@ from anyattn.dispatch import (
     bias_is_aligned,
     entry_for,
     explain_failure,
-    passes_over,
     place_key,
     scope_of_call,
 )
+from anyattn.faults import is_kernels, passes_over
 from anyattn.masks import Mask
 from anyattn.pins import live_scope
 from anyattn.prepare import known_of, known_of_tensor, tensor_name
-from anyattn.running import KERNEL_ERRORS, raise_kernel_error
+from anyattn.running import Entry, raise_kernel_error
 from anyattn.traced import traced_call
 
 _current = policy.current.get
@@ -129,7 +129,9 @@ def attention(
         else:
             try:
                 return call(query, key, value) if attn_mask is None else call(query, key, value, attn_mask)
-            except KERNEL_ERRORS as error:
+            except Exception as error:
+                if not is_kernels(error):
+                    raise
                 options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
                 explain_failure(error, scope, query, key, value, attn_mask, options)
     plain = (dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
@@ -194,20 +196,33 @@ def _general(
         plain = (*plain[:4], tuple(plain[4]), *plain[5:])
     try:
         table_key = _table_key(query, key, value, attn_mask, sinks, plain)
-        entry = scope.table[table_key]
-    except KeyError:
-        entry = entry_for(scope, table_key, query, key, value, attn_mask, sinks, Options(*plain))
+        entry = scope.table.get(table_key)
     except (TypeError, AttributeError, RuntimeError):
         # Not tensors, symbolic sizes, or an unhashable option: described anew, and refused where it is wrong.
-        entry = entry_for(scope, None, query, key, value, attn_mask, sinks, Options(*plain))
+        table_key = entry = None
+    if entry is None:
+        entry = entry_for(scope, table_key, query, key, value, attn_mask, sinks, Options(*plain))
     try:
         if attn_mask is None and sinks is None:
-            return entry.call(query, key, value)
-        return entry.call_masked(query, key, value, attn_mask, sinks)
-    except KERNEL_ERRORS as error:
-        if not passes_over(error, entry.decision):
-            raise_kernel_error(error, entry.decision)
+            result = entry.call(query, key, value)
+        else:
+            result = entry.call_masked(query, key, value, attn_mask, sinks)
+    except Exception as error:
+        kernels = is_kernels(error)
+        if not (kernels and passes_over(error, entry.decision)):
+            _record(scope, entry)
+            if kernels:
+                raise_kernel_error(error, entry.decision)
+            raise
+    else:
+        _record(scope, entry)
+        return result
     return _general(scope, query, key, value, attn_mask, sinks, plain)
+
+
+def _record(scope: policy.Scope, entry: Entry) -> None:
+    if scope.recorder is not None:
+        scope.recorder(entry.decision)
 
 
 def _table_key(

@@ -18,15 +18,14 @@ from anyattn.errors import (
     AnyattnWarning,
     BackendUnavailableError,
     InvalidCallError,
-    KernelError,
     UnsupportedCallError,
 )
+from anyattn.faults import outside, passes_over, say_passed_over, spec_of_fault
 from anyattn.masks import Mask
 from anyattn.names import AUTO, BY_NAME
 from anyattn.prepare import NOTHING, as_mask, known_of, mask_facts, short_name
-from anyattn.reasons import Reason
 from anyattn.running import Entry, listed, make_entry, raise_kernel_error
-from anyattn.selection import Timings, resolve
+from anyattn.selection import NO_FAULTS, Timings, resolve
 from anyattn.spec import UNKNOWN, AttentionSpec, Layout, Storage
 
 Backends = str | list[str] | tuple[str, ...]
@@ -62,8 +61,6 @@ def entry_for(
             base.remember(table_key, entry)
             if entry.short and sinks is None and options.layout == "BSHD" and type(query) is Tensor:
                 _shorten(base, entry, query, key, value, attn_mask, options)
-    if scope.recorder is not None:
-        scope.recorder(entry.decision)
     return entry
 
 
@@ -79,41 +76,14 @@ def make_first(spec: AttentionSpec, scope: policy.Scope, make: Callable[[Decisio
     while True:
         decision = decide(spec, scope)
         try:
-            return make(decision)
-        except BackendUnavailableError as error:
-            if decision.preference.mode == "require" or not error.reasons:
+            made = make(decision)
+        except BackendUnavailableError:
+            # Loading notes what it couldn't load, and the next decision goes past it.
+            if decision.preference.mode == "require" or decision.chosen not in policy.broken_loads():
                 raise
-            _note_fault(error.backend, None, error.reasons[0])
-
-
-def _note_fault(backend: str, spec: AttentionSpec | None, reason: Reason) -> None:
-    """Have lists and `auto` go past a backend, for one call or for all, and say so once."""
-    if policy.add_fault(backend, spec, reason):
-        what = "can't be loaded" if spec is None else f"failed for {spec}"
-        warnings.warn(
-            f"The attention backend {backend} {what} and is passed over until anyattn.reset(): {reason.got}",
-            AnyattnWarning,
-            stacklevel=5,
-        )
-
-
-def passes_over(error: Exception, decision: Decision) -> bool:
-    """Whether a call whose kernel failed is to be tried with the next backend; notes the fault if so.
-
-    Only where a list or `auto` chose: an explicit name fails. Out-of-memory is no fault of the kernel's, and a lost
-    device leaves nothing to go on with.
-    """
-    if decision.preference.mode == "require" or decision.chosen is None or decision.spec.is_empty:
-        return False
-    ours = isinstance(error, AnyattnError) and not isinstance(error, KernelError)
-    if ours or isinstance(error, torch.OutOfMemoryError):
-        return False
-    if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
-        return False
-    got = f"{type(error).__name__}: {error}".split("\n")[0]
-    hint = "anyattn.reset() has it tried again; `anyattn doctor` looks into it"
-    _note_fault(decision.chosen, decision.spec, Reason("fault", "a kernel that runs the call", got, hint))
-    return True
+        else:
+            say_passed_over(decision)
+            return made
 
 
 def _shorten(
@@ -320,7 +290,8 @@ def decide(spec: AttentionSpec, scope: policy.Scope) -> Decision:
     """
     decision = decision_for(spec, scope, detect())
     if decision.chosen is None:
-        raise _refusal(decision)
+        wish = decision.preference
+        raise _refusal(decision) from policy.load_error(wish.names[0]) if wish.mode == "require" else None
     return decision
 
 
@@ -335,7 +306,9 @@ def decision_for(spec: AttentionSpec, scope: policy.Scope, env: Environment) -> 
     known = registry.names() if AUTO in wish.names else registry.built_in_names()
     names = dict.fromkeys((*known, *wish.names))
     known_ones = registry.known(n for n in names if n != AUTO)
-    return resolve(spec, env, wish, times, known_ones, overruled=overruled, faults=policy.faults(spec))
+    # What failed here says nothing of a machine that is supposed.
+    faults = policy.faults(spec_of_fault(spec)) if env is detect() else NO_FAULTS
+    return resolve(spec, env, wish, times, known_ones, overruled=overruled, faults=faults)
 
 
 _said: set[str] = set()
@@ -344,7 +317,7 @@ _said: set[str] = set()
 def _say_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
-        warnings.warn(text, AnyattnWarning, stacklevel=6)
+        warnings.warn(text, AnyattnWarning, stacklevel=outside())
 
 
 def _refusal(decision: Decision) -> AnyattnError:

@@ -48,6 +48,9 @@ class BackendUnavailableError(AnyattnError, RuntimeError, ImportError):
 
     def __init__(self, message: str, *, backend: str = "", reasons: tuple[Reason, ...] = ()) -> None:
         super().__init__(message)
+        # ImportError's own field, which isn't set where RuntimeError comes first; Dynamo looks into it (torch 2.13,
+        # torch/_dynamo/symbolic_convert.py), and fails on None instead of giving this message.
+        self.msg = message
         self.backend = backend
         self.reasons = reasons
 

@@ -17,6 +17,7 @@ from anyattn.backend import Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities, kernel_pattern
 from anyattn.key_layout import key_layout, packed_keys, to_front, to_packed
 from anyattn.lowering import realigned
+from anyattn.patterns import KernelPattern
 from anyattn.reasons import Conversion
 from anyattn.spec import AttentionSpec
 
@@ -88,6 +89,16 @@ def lower(
         }
         notes.append(Conversion(f"keys_{keys}", how[keys]))
     return Lowering(entry, copy=copy, pattern=pattern, keys=keys, conversions=tuple(notes))  # type: ignore[arg-type]
+
+
+def keys_left(spec: AttentionSpec, pattern: KernelPattern) -> int:
+    """Say how many keys a pattern leaves."""
+    return spec.seqlen_kv if pattern.keys is None else pattern.keys[1] - pattern.keys[0]
+
+
+def misreads_right_side(spec: AttentionSpec, pattern: KernelPattern) -> bool:
+    """Whether FlashAttention-2 takes a right side for unbounded that isn't (`flash_api.cpp`: right >= S_kv)."""
+    return pattern.right > 0 and not spec.same_lengths and pattern.right >= keys_left(spec, pattern)
 
 
 def attend(

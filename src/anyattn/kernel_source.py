@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,10 +51,17 @@ class Package:
             hint = "; ".join(part for part in (self.install, self.note) if part)
             yield Reason("not_installed", wanted, f"no distribution {self.distribution}", hint)
         elif self.versions and version is not None and not _serves(self.versions, version):
-            yield Reason("wrong_version", wanted, version, self.install)
+            yield Reason("wrong_version", wanted, version, self._pinned())
         elif self.found_by and self.found_by not in env.modules:
             got = f"no module {self.found_by}" + (f" beside {self.distribution} {version}" if version else "")
             yield Reason("not_installed", wanted, got, "; ".join(part for part in (self.install, self.note) if part))
+
+    def _pinned(self) -> str:
+        """Give the command with the versions that serve in it: without them pip may keep, or get, one that doesn't."""
+        wanted = f"'{self.distribution}{self.versions}'"
+        name = rf"(?<![\w.-])'?{re.escape(self.distribution)}(?![\w-])(?:[<>=!~][^'\s]*)?'?"
+        found, count = re.subn(name, wanted, self.install, count=1)
+        return found if count else "; ".join(part for part in (self.install, f"it has to be {wanted}") if part)
 
     def load(self) -> Any:
         """Import the module and give its functions as a namespace.

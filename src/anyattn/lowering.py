@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.backend import Output, Parts
@@ -119,6 +120,32 @@ def within_base_2(bias: Tensor) -> Tensor:
     plain = bias.detach()
     drawn = torch.maximum(plain, torch.rsub(plain, -HUGE / 2, alpha=-0.5))
     return bias + (drawn - plain).nan_to_num(0.0) if bias.requires_grad else drawn
+
+
+def aligned_bias(mask: Tensor, query: Tensor, key: Tensor, *, strict: bool = False) -> Tensor:
+    """Make the bias that fused kernels take: full shape, its rows starting at multiples of 16 elements.
+
+    Args:
+        mask: Boolean or floating, with four dimensions, each full or 1.
+        query: `(B, H, S_q, D)`.
+        key: `(B, H_kv, S_kv, D)`.
+        strict: Whether strides have to be such multiples along dimensions of length 1 too.
+    """
+    # The logarithm of 1 and 0 is 0 and -inf, in fewer launches than a choice between the two.
+    bias = mask.to(query.dtype).log_() if mask.dtype == torch.bool else within_base_2(mask)
+    length = key.shape[2]
+    if bias.shape[-1] != length:
+        bias = bias.expand(*bias.shape[:-1], length)
+    if not _rows_are_aligned(bias, strict):
+        bias = F.pad(bias, (0, -length % 16)) if length % 16 else realigned(bias)
+        bias = bias[..., :length]
+    return bias.expand(query.shape[0], query.shape[1], query.shape[2], length)
+
+
+def _rows_are_aligned(bias: Tensor, strict: bool) -> bool:
+    if bias.stride(-1) != 1 or bias.storage_offset() % 16:
+        return False
+    return all((bias.shape[axis] == 1 and not strict) or bias.stride(axis) % 16 == 0 for axis in range(bias.dim() - 1))
 
 
 def with_huge_biases(lse: Tensor, mask: Tensor) -> Tensor:

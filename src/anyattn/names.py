@@ -27,7 +27,7 @@ class KnownBackend:
     aliases: tuple[str, ...] = ()
 
 
-_FLASH2 = "pip install 'flash-attn>=2.6.3' --no-build-isolation"
+_FLASH2 = "pip install 'flash-attn>=2.6.3,<3' --no-build-isolation"
 _SAGE = "build SageAttention >= 2.1.1 from its sources (github.com/thu-ml/SageAttention); PyPI has 1.0.6 alone"
 _HUB = "pip install 'kernels>=0.12'"
 
@@ -51,6 +51,12 @@ KNOWN: tuple[KnownBackend, ...] = (
         "flash_attn_interface or flash_attn_3, an NVIDIA GPU of sm90",
         "pip install fa3-fwd (forward only), or build hopper/ of github.com/Dao-AILab/flash-attention",
         ("_flash_3", "_flash_varlen_3", "flash_attn_3"),
+    ),
+    KnownBackend(
+        "flash3_fp8",
+        "flash3",
+        "flash_attn_interface, flash_attn_3 or fa3-fwd, an NVIDIA GPU of sm90; quantises to fp8",
+        "pip install fa3-fwd (forward only), or build hopper/ of github.com/Dao-AILab/flash-attention",
     ),
     KnownBackend(
         "flash4",

@@ -241,25 +241,54 @@ def checks_enabled() -> bool:
 
 
 _faults: dict[tuple[str, Any], Any] = {}
+_load_errors: dict[str, Exception] = {}
+_said_faults: set[tuple[str, Any]] = set()
 
 
-def add_fault(backend: str, spec: Any, reason: Any) -> bool:
-    """Note that a backend failed for a spec (None: that it can't be loaded); decisions are forgotten. Says if new."""
-    if (backend, spec) in _faults:
-        return False
-    _faults[backend, spec] = reason
+def add_fault(backend: str, spec: Any, reason: Any, error: Exception | None = None) -> None:
+    """Note that a backend failed for a spec (None: that it can't be loaded, with why); decisions are forgotten."""
+    with _lock:
+        if (backend, spec) in _faults:
+            return
+        _faults[backend, spec] = reason
+        if error is not None:
+            _load_errors[backend] = error
     forget()
-    return True
 
 
 def faults(spec: Any) -> dict[str, Any]:
     """Give the reason against each backend that failed for a spec, or couldn't be loaded at all."""
-    return {name: reason for (name, at), reason in _faults.items() if at is None or at == spec} if _faults else {}
+    if not _faults:
+        return {}
+    with _lock:
+        return {name: reason for (name, at), reason in _faults.items() if at is None or at == spec}
+
+
+def broken_loads() -> dict[str, Any]:
+    """Give the reason against each backend that couldn't be loaded."""
+    with _lock:
+        return {name: reason for (name, at), reason in _faults.items() if at is None}
+
+
+def load_error(backend: str) -> Exception | None:
+    """Give what a backend's kernel raised when it was imported; importing it again may raise something else."""
+    return _load_errors.get(backend)
+
+
+def fault_is_said(backend: str, spec: Any) -> bool:
+    """Whether a person was told of a fault before; from now on they were."""
+    with _lock:
+        said = (backend, spec) in _said_faults
+        _said_faults.add((backend, spec))
+    return said
 
 
 def forget_faults() -> None:
     """Let every backend that failed be tried again."""
-    _faults.clear()
+    with _lock:
+        _faults.clear()
+        _load_errors.clear()
+        _said_faults.clear()
 
 
 def generation() -> int:

@@ -14,23 +14,11 @@ from anyattn.checks import check_inputs, check_output
 from anyattn.decision import Decision
 from anyattn.environment import detect
 from anyattn.errors import AnyattnError, BackendUnavailableError, KernelError
+from anyattn.faults import broken_import, is_out_of_memory, loses_device
 from anyattn.lowering import apply_sinks, empty_attention
 from anyattn.prepare import as_mask, parts_of
 from anyattn.reasons import Reason
 from anyattn.spec import AttentionSpec
-
-KERNEL_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What kernels raise. Not Exception itself: gradient checkpointing stops a forward by raising through it."""
 
 
 class Entry:
@@ -77,13 +65,19 @@ def listed(head: str, reasons: Sequence[Reason]) -> str:
 _loaded: set[Backend] = set()
 
 
-def _load(backend: Backend) -> None:
+def load(backend: Backend) -> None:
+    """Import a backend's kernel, once; one that can't be imported is noted until `anyattn.reset`.
+
+    Raises:
+        BackendUnavailableError: If it raises anything.
+    """
     if backend in _loaded:
         return
     try:
         backend.load()
     except Exception as error:
-        reason = Reason("broken_import", f"an importable {backend.name}", f"{type(error).__name__}: {error}")
+        reason = broken_import(backend.name, error)
+        policy.add_fault(backend.name, None, reason, error)
         text = listed(f"The attention backend {backend.name} is installed but can't be imported:", [reason])
         raise BackendUnavailableError(text, backend=backend.name, reasons=(reason,)) from error
     _loaded.add(backend)
@@ -96,7 +90,7 @@ def make_plan(decision: Decision) -> tuple[Plan, Run]:
     assert backend is not None
     if decision.spec.is_empty:
         return Plan(backend.name, decision.spec, Lowering("empty")), run_empty
-    _load(backend)
+    load(backend)
     lowering = backend.lower(decision.spec, detect())
     caps = backend.capabilities(decision.spec, detect())
     rescale = decision.spec.sinks and caps is not None and not caps.sinks
@@ -231,11 +225,14 @@ def _checked(call_masked: Any, plan: Plan) -> tuple[Any, Any]:
 
 def raise_kernel_error(error: Exception, decision: Decision) -> NoReturn:
     """Wrap what a kernel raised; out-of-memory and our own errors pass through."""
-    if isinstance(error, AnyattnError | torch.OutOfMemoryError):
+    if isinstance(error, AnyattnError) or is_out_of_memory(error):
         raise error
     name = decision.chosen or ""
+    cure = "Choose another backend, and run `anyattn doctor` to look into this one."
+    if loses_device(error):
+        cure = "The device's context may be lost: start the process anew. " + cure
     raise KernelError(
         f"The attention backend {name} ({decision.kernel}) raised {type(error).__name__}: {error}\n"
-        f"The call was {decision.spec}. Choose another backend, and run `anyattn doctor` to look into this one.",
+        f"The call was {decision.spec}. {cure}",
         backend=name,
     ) from error

@@ -16,12 +16,13 @@ from anyattn.decision import Decision
 from anyattn.describe import Options
 from anyattn.dispatch import Backends, decision_for, describe, make_first, scope_of_call
 from anyattn.errors import InvalidCallError
+from anyattn.faults import is_kernels, passes_over
 from anyattn.masks import Mask
 from anyattn.names import BY_NAME
 from anyattn.pins import live_scope
 from anyattn.prepare import as_mask
 from anyattn.reasons import Reason
-from anyattn.running import KERNEL_ERRORS, Entry, make_entry, raise_kernel_error
+from anyattn.running import Entry, make_entry, raise_kernel_error
 from anyattn.spec import AttentionSpec
 
 _current = policy.current.get
@@ -60,7 +61,9 @@ def backends(env: environment.Environment | None = None) -> tuple[BackendRow, ..
     Args:
         env: The machine to ask about; None is this one.
     """
-    env = environment.detect() if env is None else env
+    here = environment.detect()
+    env = here if env is None else env
+    broken = policy.broken_loads() if env is here else {}
     rows = []
     for name, backend in registry.known(registry.names()):
         known = BY_NAME.get(name)
@@ -69,10 +72,13 @@ def backends(env: environment.Environment | None = None) -> tuple[BackendRow, ..
             exact = known is not None and known.family != "sage"
         else:
             reasons = tuple(backend.availability(env))
+            reasons = (*reasons, broken[name]) if name in broken else reasons
             exact = bool(backend.declarations) and all(caps.exact for caps in backend.declarations.values())
         family = backend.family if backend is not None else (known.family if known else "")
         missing = any(reason.code in ("not_built", "not_installed") for reason in reasons)
         version = str(env.torch) if family in ("native", "flex") else ""
+        if backend is not None and not missing:
+            version = version or backend.origin(env).rpartition(" ")[2]
         rows.append(
             BackendRow(
                 name,
@@ -159,7 +165,7 @@ def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
     scope = live_scope(_current())
     if backend is not None:
         scope = scope_of_call(scope, backend)
-    entry = make_first(spec, scope, make_entry)
+    made = _Made(spec, scope)
     order = (0, 1, 2, 3) if spec.layout == "BSHD" else (0, 2, 1, 3)
     full = (
         (spec.batch, spec.seqlen_q, spec.num_heads, spec.head_dim),
@@ -169,22 +175,51 @@ def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
     shapes = tuple(tuple(shape[axis] for axis in order) for shape in full)
     dtype = spec.dtype
     if spec.mask.key or spec.mask.dense or spec.mask.block or spec.sinks:
-        return _masked_plan(entry, shapes, dtype)
-    call: Runner = entry.call
-    forward_only = not spec.needs_grad and not entry.gives_gradients
+        return _masked_plan(made, shapes, dtype)
+    call: Runner = made.entry.call
+    forward_only = made.forward_only
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Output:
+        nonlocal call, forward_only
         if (query.shape, key.shape, value.shape) != shapes or query.dtype is not dtype:
             raise _off_plan(shapes, dtype, query, key, value)
         if forward_only:
-            _refuse_gradients(entry.decision, query, key, value)
+            _refuse_gradients(made.entry.decision, query, key, value)
         try:
             return call(query, key, value)
-        except KERNEL_ERRORS as error:
-            raise_kernel_error(error, entry.decision)
+        except Exception as error:
+            if not is_kernels(error):
+                raise
+            made.after(error)
+        call, forward_only = made.entry.call, made.forward_only
+        run.decision = made.entry.decision  # type: ignore[attr-defined]
+        return run(query, key, value)
 
-    run.decision = entry.decision  # type: ignore[attr-defined]
+    run.decision = made.entry.decision  # type: ignore[attr-defined]
     return run
+
+
+class _Made:
+    """The choice that a plan holds; where a list or `auto` made it and the kernel fails, the next backend's."""
+
+    def __init__(self, spec: AttentionSpec, scope: policy.Scope) -> None:
+        self.spec = spec
+        self.scope = scope
+        self.entry: Entry = make_first(spec, scope, make_entry)
+
+    @property
+    def forward_only(self) -> bool:
+        return not self.spec.needs_grad and not self.entry.gives_gradients
+
+    def after(self, error: Exception) -> None:
+        """Choose again after a kernel's error.
+
+        Raises:
+            AnyattnError: Where the backend was required, or nothing else admits the call.
+        """
+        if not passes_over(error, self.entry.decision):
+            raise_kernel_error(error, self.entry.decision)
+        self.entry = make_first(self.spec, self.scope, make_entry)
 
 
 def _refuse_gradients(decision: Decision, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -195,22 +230,25 @@ def _refuse_gradients(decision: Decision, query: Tensor, key: Tensor, value: Ten
         )
 
 
-def _masked_plan(entry: Entry, shapes: Any, dtype: torch.dtype) -> Any:
-    spec = entry.decision.spec
-    forward_only = not spec.needs_grad and not entry.gives_gradients
+def _masked_plan(made: _Made, shapes: Any, dtype: torch.dtype) -> Any:
+    spec = made.spec
 
     def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, sinks: Tensor | None = None) -> Output:
         if (query.shape, key.shape, value.shape) != shapes or query.dtype is not dtype:
             raise _off_plan(shapes, dtype, query, key, value)
         _check_planned_mask(spec, as_mask(attn_mask) or Mask(), sinks)
-        if forward_only:
-            _refuse_gradients(entry.decision, query, key, value)
+        if made.forward_only:
+            _refuse_gradients(made.entry.decision, query, key, value)
         try:
-            return entry.call_masked(query, key, value, attn_mask, sinks)
-        except KERNEL_ERRORS as error:
-            raise_kernel_error(error, entry.decision)
+            return made.entry.call_masked(query, key, value, attn_mask, sinks)
+        except Exception as error:
+            if not is_kernels(error):
+                raise
+            made.after(error)
+        run.decision = made.entry.decision  # type: ignore[attr-defined]
+        return run(query, key, value, attn_mask, sinks)
 
-    run.decision = entry.decision  # type: ignore[attr-defined]
+    run.decision = made.entry.decision  # type: ignore[attr-defined]
     return run
 
 

@@ -20,6 +20,7 @@ from anyattn.describe import Options
 from anyattn.dispatch import describe
 from anyattn.names import BY_NAME, KNOWN
 from anyattn.reasons import Reason
+from anyattn.testing import doubles
 
 CPU = environment.preset("cpu", torch_version="2.13.0")
 
@@ -57,6 +58,7 @@ def test_json_has_the_documented_keys():
             "trials",
             "ended",
             "output",
+            "double",
         )
     }
     assert {"torch", "devices", "packages", "cudnn", "cxx", "python", "platform"} <= set(found["environment"])
@@ -308,3 +310,27 @@ def test_report_of_any_machine_fits_the_terminal(name, width, capsys, monkeypatc
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width
     assert len(lines) < 100, "a report that is a wall isn't read"
+
+
+def test_double_is_never_shown_as_a_kernel_nor_tried(monkeypatch, capsys):
+    tried = []
+
+    def run_all(jobs, *, timeout, finished):
+        tried.extend(job.name for job in jobs)
+        return {}
+
+    monkeypatch.setattr(command, "run_all", run_all)
+    monkeypatch.setenv("COLUMNS", "120")
+    with doubles.installed("flash2"):
+        found = command.doctor(environ={"ANYATTN_BACKEND": "flash2"})
+        untried = command.doctor(environ={"ANYATTN_BACKEND": "flash2"}, try_kernels=False)
+    assert "native" in tried
+    assert "flash2" not in tried
+    row = next(row for row in found.backends if row.name == "flash2")
+    assert row.double
+    assert row.to_dict()["double"]
+    assert row.state == "not tried"
+    assert not untried.default.works
+    render.report(found, show, False)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("flash2 "))
+    assert "contract double of flash-attn 2.8.3" in line

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from anyattn.cli import verify as command
 from anyattn.cli.app import app
 from anyattn.reasons import Reason
+from anyattn.testing import doubles
 
 # The package gives a function of the same name.
 verify = importlib.import_module("anyattn.testing.verify")
@@ -34,6 +35,7 @@ def reported(*backends):
 PASSED = verify.BackendReport("native", (law(), law(2, "rejected")))
 BROKEN = verify.BackendReport("flex", (law(failures=(verify.Failure("is off by 7", LINE, 7.0),)), law(2, "rejected")))
 IDLE = verify.BackendReport("lazy", (law(run=0), law(2, "rejected")))
+DOUBLE = verify.BackendReport("flash2", (law(), law(2, "rejected")), ran="contract double")
 NOT_HERE = verify.BackendReport("native_cudnn", unusable=ABSENT)
 
 
@@ -119,3 +121,40 @@ def test_laws_really_run():
     (row,) = data["backends"]
     assert (row["backend"], row["status"]) == ("native_math", "passed")
     assert row["run"] > 0
+
+
+def test_double_is_never_shown_as_a_kernel(found):
+    found(PASSED, DOUBLE)
+    text = invoke().stdout
+    kernels, doubles = text.split("Contract doubles")
+    assert "native" in kernels
+    assert "flash2" not in kernels
+    assert "flash2" in doubles
+    assert "and no kernel" in " ".join(doubles.split())
+    assert "its kernel was not run" in " ".join(text.split())
+    assert "native: passed" in str(reported(PASSED, DOUBLE))
+    assert "flash2 (contract double): passed" in str(reported(PASSED, DOUBLE))
+    broken = verify.BackendReport("flash2", (law(failures=(verify.Failure("off", LINE, 7.0),)),), ran="contract double")
+    found(broken)
+    assert "flash2 (contract double), law 1 (right)" in invoke().stdout
+
+
+def test_doubles_run_every_adapter_against_its_double():
+    answer = invoke("--doubles", "--cases", "0", "--law", "unchanged", "--json")
+    data = json.loads(answer.stdout)
+    assert answer.exit_code == 0, answer.output
+    assert {row["backend"] for row in data["backends"]} == set(doubles.DOUBLES)
+    assert {row["ran"] for row in data["backends"]} == {"contract double"}
+    assert all(row["laws"][0]["run"] for row in data["backends"])
+    text = invoke("flash", "--doubles", "--cases", "0", "--law", "unchanged").stdout
+    assert "Contract doubles" in text
+    assert "flash2" in text
+
+
+def test_doubles_of_a_backend_without_one_or_on_a_gpu_are_refused():
+    answer = invoke("native", "--doubles", "--law", "unchanged")
+    assert answer.exit_code == 1
+    assert "a contract double of native" in answer.stdout
+    answer = invoke("--doubles", "--device", "cuda")
+    assert answer.exit_code == 2
+    assert "--device cuda" in answer.stderr

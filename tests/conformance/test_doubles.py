@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+import law_counts
 from anyattn import registry
 from anyattn.testing import doubles
 from anyattn.testing.verify import BackendReport, verify
@@ -17,10 +20,13 @@ def counted() -> dict[str, BackendReport]:
 
 
 @pytest.mark.parametrize("name", doubles.DOUBLES)
-def test_laws_hold_against_the_double(name: str, counted: dict[str, BackendReport]) -> None:
+def test_laws_hold_against_the_double(
+    name: str, counted: dict[str, BackendReport], record_property: Callable[[str, object], None]
+) -> None:
     with doubles.installed(name):
         report = verify(name, device="cpu", cases=CASES)
     counted[name] = report.backends[0]
+    record_property(law_counts.PROPERTY, law_counts.counts(report.backends[0]))
     assert report.backends[0].ran == "contract double"
     assert report.passed, str(report)
 
@@ -28,7 +34,6 @@ def test_laws_hold_against_the_double(name: str, counted: dict[str, BackendRepor
 def test_every_adapter_executed_laws(counted: dict[str, BackendReport]) -> None:
     for name, report in counted.items():
         executed = {law.law: law.run for law in report.laws}
-        print(f"{name} (contract double): {report.run} executed; {executed}")
         assert executed["right"] >= 20, (name, executed)
         assert executed["rejected"] > 0
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import anyattn
+import law_counts
 from anyattn import registry
 from anyattn.testing.cases import Case
 from anyattn.testing.drawing import ADVERSARIAL, drawn, space, strategy
@@ -28,20 +31,20 @@ def test_known_backends_are_usable() -> None:
 
 
 @pytest.mark.parametrize("name", USABLE)
-def test_laws_hold(name: str, counted: dict[str, BackendReport]) -> None:
+def test_laws_hold(
+    name: str, counted: dict[str, BackendReport], record_property: Callable[[str, object], None]
+) -> None:
     report = verify(name, device="cpu", cases=DRAWN.get(name, 120))
     counted[name] = report.backends[0]
+    record_property(law_counts.PROPERTY, law_counts.counts(report.backends[0]))
     assert report.passed, str(report)
 
 
 def test_every_usable_backend_executed_laws(counted: dict[str, BackendReport]) -> None:
-    lines = []
     for name, report in counted.items():
         executed = {law.law: law.run for law in report.laws}
-        lines.append(f"{name}: {report.run} executed; {executed}")
-        assert sum(executed.values()) > 100, lines[-1]
+        assert sum(executed.values()) > 100, (name, executed)
         assert executed["right"] > 50
-    print("\n" + "\n".join(lines))
     never = [law for law in LAWS if not any(r.run for b in counted.values() for r in b.laws if r.law == law)]
     assert not (counted and set(counted) == set(USABLE) and never), f"no backend executed {never}"
 

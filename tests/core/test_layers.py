@@ -29,7 +29,7 @@ LAYERS = {
     3: ("adapters",),
     4: ("registry",),
     5: ("selection", "checks"),
-    6: ("dispatch", "running", "traced", "api", "choosing", "seeing", "pins"),
+    6: ("dispatch", "faults", "running", "traced", "api", "choosing", "seeing", "pins"),
     7: ("testing", "integrations", "demo"),
     8: ("cli",),
 }

@@ -28,7 +28,7 @@ PACKAGES = (
         "flash_attn",
         ("flash_attn_func", "flash_attn_varlen_func"),
         ">=2.6.3,<3",
-        "pip install 'flash-attn>=2.6.3' --no-build-isolation",
+        "pip install 'flash-attn>=2.6.3,<3' --no-build-isolation",
         note="flash-attn-4 alone leaves a namespace flash_attn without these functions",
     ),
 )
@@ -103,10 +103,8 @@ class Flash2(Backend):
 
 def _right_window(spec: AttentionSpec, pattern: KernelPattern | None) -> Iterator[Reason]:
     """Refuse a right side that the kernel takes for unbounded though it isn't (`flash_api.cpp`: right >= S_kv)."""
-    if pattern is None or pattern.right <= 0 or spec.same_lengths:
-        return
-    keys = spec.seqlen_kv if pattern.keys is None else pattern.keys[1] - pattern.keys[0]
-    if pattern.right >= keys:
+    if pattern is not None and flash_like.misreads_right_side(spec, pattern):
+        keys = flash_like.keys_left(spec, pattern)
         need = "a right side below seqlen_kv where there are more queries than keys"
         yield Reason(
             "mask", need, f"{pattern.right} with {keys} keys in lower-right alignment", "flex takes every mask"

@@ -126,6 +126,7 @@ def verify(
     cases: opt.Cases = 60,
     laws: opt.Laws = None,
     seed: opt.Seed = 0,
+    doubles: opt.Doubles = False,
     as_json: opt.Json = False,
 ) -> None:
     """Run the laws of a backend on this machine.
@@ -137,7 +138,15 @@ def verify(
     from anyattn.cli.views.verify import show
 
     def make(progress: Progress) -> Report:
-        return command.verify(backends or (), device=device, cases=cases, laws=laws or (), seed=seed, progress=progress)
+        return command.verify(
+            backends or (),
+            device=device,
+            cases=cases,
+            laws=laws or (),
+            seed=seed,
+            doubles=doubles,
+            progress=progress,
+        )
 
     _answer(make, show, as_json)
 

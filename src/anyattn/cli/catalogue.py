@@ -29,7 +29,6 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "xla": ("torch-xla",),
     "npu": ("torch-npu",),
 }
-_CURED_BY_INSTALLING = frozenset(("not_installed", "wrong_version", "broken_import"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,7 @@ class Listed:
         install: The command that installs that; empty where it comes with torch.
         exact: Whether it computes in the inputs' precision.
         reasons: Why it isn't usable here; None where only importing it would tell (another package's).
+        double: Whether a contract double stands for its kernel in this process.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Listed:
     install: str
     exact: bool
     reasons: tuple[Reason, ...] | None
+    double: bool = False
 
 
 def listed(env: Environment) -> tuple[Listed, ...]:
@@ -82,7 +83,8 @@ def _ours(name: str, env: Environment) -> Listed:
         reasons = tuple(backend.availability(env))
         exact = all(caps.exact for caps in backend.declarations.values())
     found = versions.get(package, "")
-    return Listed(name, known.family, package, found, known.needs, known.install, exact, reasons)
+    double = backend is not None and backend.is_double
+    return Listed(name, known.family, package, found, known.needs, known.install, exact, reasons, double)
 
 
 def cure(reasons: Sequence[Reason], install: str, env: Environment) -> str:
@@ -90,7 +92,10 @@ def cure(reasons: Sequence[Reason], install: str, env: Environment) -> str:
     codes = {reason.code for reason in reasons}
     if "not_built" in codes:
         return ""
-    if codes & _CURED_BY_INSTALLING and install:
+    mends = [reason.hint for reason in reasons if reason.code in ("wrong_version", "broken_import") and reason.hint]
+    if mends:
+        return "; ".join(dict.fromkeys(mends))
+    if "not_installed" in codes and install:
         return install
     hints = [reason.hint for reason in reasons if reason.hint]
     wants_cuda = any(reason.code == "no_device" and "cuda" in reason.need for reason in reasons)

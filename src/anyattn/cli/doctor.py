@@ -14,6 +14,7 @@ from anyattn.cli.reports import Progress, Step
 from anyattn.cli.trial import Trial, main_device
 from anyattn.cli.variables import CHECKING, CHOOSING, VariableReport, variables
 from anyattn.environment import Environment, detect
+from anyattn.faults import broken_import
 from anyattn.names import AUTO, canonical
 from anyattn.reasons import Reason
 from anyattn.selection import order
@@ -48,6 +49,8 @@ class BackendReport:
         trials: What came of each step.
         ended: How its process ended, where that was before it was done.
         output: The last lines that the process wrote then.
+        double: Whether a contract double stands for its kernel in this process, which says nothing of the kernel: it
+            isn't tried.
     """
 
     name: str
@@ -64,6 +67,7 @@ class BackendReport:
     trials: tuple[Trial, ...] = ()
     ended: str = ""
     output: tuple[str, ...] = ()
+    double: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as plain data, for JSON."""
@@ -82,6 +86,7 @@ class BackendReport:
             "trials": [trial.to_dict() for trial in self.trials],
             "ended": self.ended,
             "output": list(self.output),
+            "double": self.double,
         }
 
 
@@ -189,7 +194,8 @@ def doctor(
     calm = {name: value for name, value in environ.items() if name not in (*CHOOSING, *CHECKING)}
     jobs = [] if not try_kernels else [Job("", environ=environ)]
     for row in rows:
-        tried = try_kernels and (not wanted or row.name in wanted)
+        # A double is of this process alone, and no kernel.
+        tried = try_kernels and not row.double and (not wanted or row.name in wanted)
         if row.reasons is None or (tried and not row.reasons):
             jobs.append(Job(row.name, tried, calm))
 
@@ -208,17 +214,17 @@ def doctor(
 def _backend(row: Listed, probe: Probe | None, env: Environment) -> BackendReport:
     """Join what is known of a backend with how far its process came."""
     reasons, family, exact = row.reasons or (), row.family, row.exact
-    if row.reasons is None and probe is not None:
-        if probe.described is None:
-            reasons = (Reason("broken_import", "a backend that can be imported", probe.ended, _uninstall(row)),)
-        else:
-            told = probe.described
+    if probe is not None:
+        told = probe.described
+        if probe.broke_import or (told is None and row.reasons is None):
+            reasons = (broken_import(row.name, probe.ended),)
+        elif told is not None:
             family, exact = told["family"] or family, told["exact"]
             reasons = tuple(Reason(**reason) for reason in told["reasons"])
-            reasons = tuple(
-                replace(reason, hint=reason.hint or _uninstall(row)) if reason.code == "broken_import" else reason
-                for reason in reasons
-            )
+    if row.reasons is None and _uninstall(row):
+        reasons = tuple(
+            replace(reason, hint=_uninstall(row)) if reason.code == "broken_import" else reason for reason in reasons
+        )
     trials = () if probe is None else probe.trials
     return BackendReport(
         name=row.name,
@@ -235,6 +241,7 @@ def _backend(row: Listed, probe: Probe | None, env: Environment) -> BackendRepor
         trials=trials,
         ended="" if probe is None else probe.ended,
         output=() if probe is None else probe.output,
+        double=row.double,
     )
 
 
@@ -283,7 +290,7 @@ def _default(
 
 def _untried(report: DefaultReport, backends: Sequence[BackendReport], env: Environment) -> DefaultReport:
     """Say what can be said without running anything."""
-    usable = {row.name for row in backends if not row.reasons}
+    usable = {row.name for row in backends if not row.reasons and not row.double}
     wanted: list[str] = []
     for name in report.names:
         wanted += order(report.device, sorted(usable), None)[0] if name == AUTO else (name,)

@@ -63,6 +63,7 @@ class Probe:
         trials: What came of each step.
         ended: How it ended, in words; empty where it finished.
         output: The last lines that it wrote, where it didn't finish.
+        broke_import: Whether it ended while the kernel, or the package that brings the backend, was imported.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Probe:
     trials: tuple[Trial, ...]
     ended: str = ""
     output: tuple[str, ...] = ()
+    broke_import: bool = False
 
 
 def run_all(
@@ -175,10 +177,11 @@ def _read(job: Job, text: str, returncode: int, timeout: float | None, said: Seq
     how = how_it_ended(returncode) if timeout is None else f"took more than {timeout:g} s and was ended"
     if done:
         return Probe(job.name, described, tuple(trials), f"{how} after the last step", _telling(said))
-    if step["step"] != "import" and (not trials or (trials[-1].device, trials[-1].step) != tuple(step.values())):
+    importing = step["step"] == "import"
+    if not importing and (not trials or (trials[-1].device, trials[-1].step) != tuple(step.values())):
         outcome: Any = "died" if timeout is None else "hung"
         trials.append(Trial(job.name, step["device"], step["step"], outcome, detail=how))
-    return Probe(job.name, described, tuple(trials), f"{how} during {_where(step)}", _telling(said))
+    return Probe(job.name, described, tuple(trials), f"{how} during {_where(step)}", _telling(said), importing)
 
 
 def _telling(said: Sequence[str]) -> tuple[str, ...]:

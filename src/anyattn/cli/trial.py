@@ -24,9 +24,10 @@ from anyattn.decision import Preference
 from anyattn.describe import Options
 from anyattn.dispatch import describe
 from anyattn.environment import Environment, detect
-from anyattn.errors import UnsupportedCallError
+from anyattn.errors import BackendUnavailableError, UnsupportedCallError
+from anyattn.faults import told as _said
 from anyattn.reasons import Reason
-from anyattn.running import make_entry
+from anyattn.running import load, make_entry
 from anyattn.selection import resolve
 
 Outcome = Literal["passed", "wrong", "raised", "refused", "died", "hung"]
@@ -127,6 +128,13 @@ def _try_backend(name: str, run: bool, tell: Tell) -> None:
     told = [reason.to_dict() for reason in reasons]
     tell({"event": "described", "family": found.family, "exact": exact, "reasons": told})
     if reasons or not run:
+        return
+    tell({"event": "begin", "device": "", "step": "import"})
+    try:
+        load(found)
+    except BackendUnavailableError as error:
+        told = [reason.to_dict() for reason in error.reasons]
+        tell({"event": "described", "family": found.family, "exact": exact, "reasons": told})
         return
     for kind in dict.fromkeys(device.type for device in env.devices):
         if kind not in found.declarations:
@@ -260,8 +268,3 @@ def _worst(call: _Call, results: tuple[Tensor, ...], exact: bool) -> float:
             error = float((result.double() - truth).norm() / truth.norm()) / ALLOWED_OF_QUANTISED
         worst = max(worst, float("inf") if error != error else error)
     return worst
-
-
-def _said(error: BaseException) -> str:
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__

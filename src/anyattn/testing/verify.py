@@ -163,7 +163,9 @@ class VerifyReport:
     def __str__(self) -> str:
         lines = [f"{self.machine}, torch {self.torch}, seed {self.seed}"]
         for backend in self.backends:
-            lines.append(f"{backend.backend}: {backend.status}, {backend.run} executed")
+            # A double's result must never read as a kernel's.
+            of = "" if backend.ran == "kernel" else f" ({backend.ran})"
+            lines.append(f"{backend.backend}{of}: {backend.status}, {backend.run} executed")
             lines += [f"  {reason}" for reason in backend.unusable]
             for law in backend.laws:
                 counts = f"{law.passed} of {law.run} passed, {law.refused} refused"

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyattn.adapters.native.kernels import aligned_bias, misread
+from anyattn.adapters.native.kernels import misread
 from anyattn.backend import MaskedRunner, Plan, Runner
-from anyattn.lowering import wide, within_base_2
+from anyattn.lowering import aligned_bias, wide, within_base_2
 from anyattn.spec import AttentionSpec
 
 

@@ -43,7 +43,7 @@ def show(found: DoctorReport) -> RenderableType:
         parts.append(
             section(
                 "Known to be wrong on a machine like this",
-                facts((", ".join(row.backends), _known_bad(row)) for row in found.known_bad),
+                *map(_known_bad, found.known_bad),
                 note="seen to by every choice; links: --json",
             )
         )
@@ -99,7 +99,7 @@ def _default(row: DefaultReport) -> RenderableType:
 def _trials(rows: Sequence[BackendReport]) -> RenderableType:
     lines: list[Sequence[RenderableType]] = []
     for row in rows:
-        version = f"{row.package} {row.found}".strip()
+        version = f"{'contract double of ' if row.double else ''}{row.package} {row.found}".strip()
         devices = tuple(dict.fromkeys(trial.device for trial in row.trials)) or ("",)
         for device in devices:
             tried = {trial.step: trial for trial in row.trials if trial.device == device}
@@ -138,23 +138,23 @@ def _absent(rows: Iterable[BackendReport]) -> list[RenderableType]:
     unusable = [row for row in rows if row.state == "unusable"]
     if unusable:
         groups = grouped(unusable, lambda row: (row.reasons, row.cure, row.ended))
-        parts.append(section("Not usable here", *(_unusable(group) for group in groups)))
+        lines = [(_names(group), _unusable(group[0])) for group in groups]
+        parts.append(section("Not usable here", table(("backend", "why, and the cure"), lines, first=24)))
     unbuilt = [row for row in rows if row.state == "not built"]
     if unbuilt:
         groups = grouped(unbuilt, lambda row: (row.wanted, row.found))
-        lines = [(_names(group), group[0].found or "no", group[0].wanted) for group in groups]
+        known = [(_names(group), group[0].found or "no", group[0].wanted) for group in groups]
         headings = ("backend", "installed", "will need")
-        parts.append(section("Known, but not in this release of anyattn", table(headings, lines, first=24)))
+        parts.append(section("Known, but not in this release of anyattn", table(headings, known, first=24)))
     return parts
 
 
-def _unusable(group: Sequence[BackendReport]) -> RenderableType:
-    first = group[0]
-    lines: list[RenderableType] = [f"needs {reason.need}; got {reason.got}" for reason in first.reasons]
-    if first.cure:
-        lines.append(Text.assemble(("cure: ", PALE), first.cure))
-    lines += _output(first)
-    return under(Text(_names(group), style="bold"), *lines)
+def _unusable(row: BackendReport) -> RenderableType:
+    # One paragraph for all reasons: two dozen backends with a line for each would be a wall.
+    lines: list[RenderableType] = [Text("; ".join(f"needs {reason.need}, got {reason.got}" for reason in row.reasons))]
+    if row.cure:
+        lines.append(Text.assemble(("cure: ", PALE), row.cure))
+    return Group(*lines, *_output(row))
 
 
 def _names(group: Sequence[BackendReport]) -> str:
@@ -162,4 +162,8 @@ def _names(group: Sequence[BackendReport]) -> str:
 
 
 def _known_bad(row: KnownBadReport) -> RenderableType:
-    return Text.assemble(f"{row.what}, for {row.when}", (f"; on {row.device} use instead: {row.instead}", PALE))
+    return Text.assemble(
+        (f"{', '.join(row.backends)} on {row.device}", PALE),
+        f": {row.what}, for {row.when}",
+        (f"; instead: {row.instead}", PALE),
+    )

@@ -22,9 +22,13 @@ def show(found: Verification) -> RenderableType:
         Text(f"{report.device}: {report.machine}, torch {report.torch}, seed {report.seed}", style=PALE)
     ]
     ran = [row for row in report.backends if row.laws]
+    doubles = [row for row in ran if row.ran != "kernel"]
     if ran:
-        numbers = [str(law.number) for law in ran[0].laws]
-        parts += ["", table(("law", *numbers, ""), map(_line, ran), right=range(1, len(numbers) + 1), first=18)]
+        kernels = [row for row in ran if row.ran == "kernel"]
+        parts += ["", _table(kernels)] if kernels else []
+        if doubles:
+            note = "fakes of kernels: these counts prove the adapters, and no kernel"
+            parts.append(section("Contract doubles", _table(doubles), note=note))
         note = "cases passed; n/m: n of m broke it; -: no case was one for it"
         parts.append(section("The laws", facts(_legend(ran)), note=note))
     broken = [(row, law) for row in ran for law in row.laws if law.failures]
@@ -35,9 +39,16 @@ def show(found: Verification) -> RenderableType:
         groups = grouped(found.skipped(), lambda row: row.unusable)
         parts.append(section("Not verified", *(_skipped(group) for group in groups)))
     verdict = ("Every backend that could run kept the laws.", GOOD)
+    if doubles:
+        verdict = ("Every adapter kept the laws against its contract double; its kernel was not run.", GOOD)
     if found.exit_code:
         verdict = ("A law was broken.", BAD) if broken else ("Not every backend could be verified.", BAD)
     return Group(*parts, "", Text.assemble(verdict))
+
+
+def _table(rows: Sequence[BackendReport]) -> RenderableType:
+    numbers = [str(law.number) for law in rows[0].laws]
+    return table(("law", *numbers, ""), map(_line, rows), right=range(1, len(numbers) + 1), first=18)
 
 
 def _line(row: BackendReport) -> Sequence[RenderableType]:
@@ -61,7 +72,8 @@ def _legend(rows: Sequence[BackendReport]) -> Iterable[tuple[str, RenderableType
 
 
 def _failures(row: BackendReport, law: LawReport) -> Iterator[RenderableType]:
-    yield Padding(Text.assemble((row.backend, "bold"), f", law {law.number} ({law.law})"), (0, 0, 0, 2))
+    of = "" if row.ran == "kernel" else f" ({row.ran})"
+    yield Padding(Text.assemble((row.backend, "bold"), f"{of}, law {law.number} ({law.law})"), (0, 0, 0, 2))
     for failure in law.failures[:_SHOWN]:
         yield Padding(failure.what, (0, 0, 0, 6))
         # A line to copy: it stays one, whatever the terminal's width.
