@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.backend import Output, Parts
+from anyattn.block_masks import written_out
 from anyattn.capabilities import Capabilities, needs_dense
+from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Mask
 from anyattn.reasons import Conversion
 from anyattn.spec import AttentionSpec, PatternSpec, describe_mask
@@ -51,7 +53,14 @@ def wide(attn_mask: Any) -> Tensor:
 
 
 def joined_mask(
-    spec: AttentionSpec, parts: Parts, seqlen_q: int, seqlen_kv: int, device: torch.device, *, pattern: bool
+    spec: AttentionSpec,
+    parts: Parts,
+    seqlen_q: int,
+    seqlen_kv: int,
+    device: torch.device,
+    *,
+    pattern: bool,
+    batch: int | None = None,
 ) -> Tensor | None:
     """Join every part of a mask into one tensor with four dimensions.
 
@@ -62,6 +71,7 @@ def joined_mask(
         seqlen_kv: S_kv.
         device: Where to make it.
         pattern: Whether the pattern belongs in it.
+        batch: B, for a backend that is traced with a batch that isn't known; None is the spec's.
 
     Returns:
         Boolean (True = attend) or floating (added), broadcastable to `(B, H, S_q, S_kv)`; None where
@@ -73,6 +83,10 @@ def joined_mask(
     if parts.key is not None:
         keys = key_mask(parts.key, seqlen_kv)
         allowed = keys if allowed is None else allowed & keys
+    if isinstance(parts.block, MaskFunction):
+        entries = spec.batch if batch is None else batch
+        function = written_out(parts.block, entries, spec.num_heads, seqlen_q, seqlen_kv, device)
+        allowed = function if allowed is None else allowed & function
     dense = parts.dense
     if dense is None:
         return allowed

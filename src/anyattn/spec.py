@@ -63,6 +63,7 @@ class BlockSpec:
         per_batch: Whether its function looks at the batch index.
         per_head: Whether its function looks at the head index.
         is_partial: Whether its blocks are those of one entry alone though its function tells entries apart.
+        is_function: Whether it is a function alone, without blocks; `batch` is then B where its tensors fix it.
     """
 
     batch: int
@@ -70,6 +71,7 @@ class BlockSpec:
     per_batch: bool = False
     per_head: bool = False
     is_partial: bool = False
+    is_function: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class MaskSpec:
         pattern: Causal or window.
         key: Whether keys are masked per batch entry, and how it is given.
         dense: A dense mask.
-        block: A FlexAttention block mask.
+        block: A FlexAttention block mask, or a mask function.
         dead_rows: Whether a row may have no allowed key at all, as far as is known without reading values.
         prefix: Whether the keys that a key mask allows are known to be the first ones of each batch entry.
     """
@@ -237,7 +239,7 @@ def describe_mask(mask: MaskSpec) -> str:
     if mask.dense is not None:
         parts.append(f"{mask.dense.kind} {_dtype_name(mask.dense.dtype)} {mask.dense.shape}")
     if mask.block is not None:
-        parts.append("block")
+        parts.append("function" if mask.block.is_function else "block")
     return " & ".join(parts) or "none"
 
 

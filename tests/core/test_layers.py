@@ -12,7 +12,7 @@ import anyattn
 ROOT = Path(anyattn.__file__).parent
 
 LAYERS = {
-    0: ("errors", "reasons", "names", "masks", "spec", "environment", "version", "decision", "_runs"),
+    0: ("errors", "reasons", "names", "mask_functions", "masks", "spec", "environment", "version", "decision", "_runs"),
     1: ("policy", "patterns", "capabilities", "kernel_source", "_in_force"),
     2: (
         "key_layout",

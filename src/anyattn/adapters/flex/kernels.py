@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anyattn.adapters.flex.mods import block_mask_of, score_mod_of
 from anyattn.backend import Output, Parts, Plan
-from anyattn.lowering import joined_mask, normalise_lse, realigned, with_huge_biases
+from anyattn.lowering import joined_mask, normalise_lse, with_huge_biases
 from anyattn.masks import serial_of
 from anyattn.spec import UNKNOWN, AttentionSpec, Storage
 
@@ -36,7 +36,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
         # The CPU refuses inputs that require a gradient even under no_grad.
         query, key, value = (t.detach() if t.requires_grad else t for t in (query, key, value))
     if plan.lowering.copy:
-        query, key, value = realigned(query), realigned(key), realigned(value)
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     seqlen_kv = key.shape[2]
     if plan.lowering.pad_keys:
         key, value = (F.pad(tensor, (0, 0, 0, -seqlen_kv % 16)) for tensor in (key, value))

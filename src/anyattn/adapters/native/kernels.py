@@ -154,7 +154,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
         query, key, value = query.float(), key.float(), value.float()
     if parts.key is not None:
         parts = parts._replace(key=kept_padding(parts.key, key.shape[2]))
-    mask = joined_mask(spec, parts, query.shape[2], key.shape[2], query.device, pattern=not lowering.is_causal)
+    lengths, pattern = (query.shape[2], key.shape[2]), not lowering.is_causal
+    mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0])
     if mask is not None and misread(spec):
         mask = mask.to(query.dtype)
     out, lse = _ENTRIES[lowering.entry](spec, query, key, value, mask, lowering.is_causal)

@@ -42,7 +42,7 @@ def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
     spec, lowering = plan.spec, plan.lowering
     if lowering.entry not in ("sdpa", "sdpa_additive") or lowering.copy:
         return None
-    if spec.sinks or spec.mask.key == "lengths" or misread(spec):
+    if spec.sinks or spec.mask.key == "lengths" or spec.mask.block is not None or misread(spec):
         return None
     if (spec.mask.key is not None) + (spec.mask.dense is not None) > 1:
         return None
