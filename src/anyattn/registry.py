@@ -30,6 +30,11 @@ BUILTIN: dict[str, str] = {
     "native_math": "anyattn.adapters.native:NativeMath",
     "flex": "anyattn.adapters.flex:Flex",
     "flash2": "anyattn.adapters.flash2:Flash2",
+    "sage": "anyattn.adapters.sage:Sage",
+    "sage_int8_fp16": "anyattn.adapters.sage:SageInt8Fp16",
+    "sage_int8_fp16_triton": "anyattn.adapters.sage:SageInt8Fp16Triton",
+    "sage_int8_fp8": "anyattn.adapters.sage:SageInt8Fp8",
+    "sage_int8_fp8_sm90": "anyattn.adapters.sage:SageInt8Fp8Sm90",
 }
 """Each built backend and the class that implements it: one line adds one."""
 

@@ -21,6 +21,11 @@ __all__ = ["DOUBLES", "Double", "double_of", "installed"]
 
 DOUBLES: dict[str, str] = {
     "flash2": "anyattn.testing.doubles.flash2:DOUBLE",
+    "sage": "anyattn.testing.doubles.sage:PICK",
+    "sage_int8_fp16": "anyattn.testing.doubles.sage:INT8_FP16",
+    "sage_int8_fp16_triton": "anyattn.testing.doubles.sage:INT8_FP16_TRITON",
+    "sage_int8_fp8": "anyattn.testing.doubles.sage:INT8_FP8",
+    "sage_int8_fp8_sm90": "anyattn.testing.doubles.sage:INT8_FP8_SM90",
 }
 """The double of each backend that has one: one line adds one."""
 
