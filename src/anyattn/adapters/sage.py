@@ -7,8 +7,11 @@ without a word. Causal is aligned to the upper left; lse is natural, float32 and
 
 Every function swallows the keywords that it doesn't know: `load` looks for those that are used here. No masks: the
 Triton kernel's `attn_mask` adds biases to scores to base 2, and gives rows without a key what their tile gives. The
-function for packed sequences, `sageattn_varlen`, isn't used: it has no lse and waits for the device. Under torch.compile
-calls are refused: whether a build can be traced can't be told from its version.
+function for packed sequences, `sageattn_varlen`, isn't used: it has no lse and waits for the device. Under
+torch.compile calls are refused: whether a build can be traced can't be told from its version.
+
+The fp16 kernels cast value, and bf16 values above 65504 (from 1024 on in the Triton kernel, whose tiles sum up in fp16)
+become infinite. That can't be told from a call's shapes: `ANYATTN_CHECKS=1` looks for it (`value_max`).
 """
 
 from __future__ import annotations
@@ -112,7 +115,9 @@ class _Sage(Backend):
         dim = 64 if spec.head_dim <= 64 else 128
         size = spec.batch * dim * max(spec.seqlen_q * spec.num_heads, spec.seqlen_kv * spec.num_kv_heads)
         if size >= _REACH:
-            yield Reason("size", f"fewer than {_REACH} elements, head_dim padded to {dim}", str(size), "split the batch")
+            yield Reason(
+                "size", f"fewer than {_REACH} elements, head_dim padded to {dim}", str(size), "split the batch"
+            )
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         caps = self.capabilities(spec, env)
@@ -128,7 +133,9 @@ class _Sage(Backend):
         known = inspect.signature(function).parameters
         missing = [name for name in PARAMETERS if name not in known]
         if missing:
-            text = f"{self.function} has no parameter {' and '.join(missing)}, and would swallow it. {_INSTALL}; {_NOTE}"
+            text = (
+                f"{self.function} has no parameter {' and '.join(missing)}, and would swallow it. {_INSTALL}; {_NOTE}"
+            )
             raise ImportError(text)
         if self.flag and not getattr(importlib.import_module("sageattention.core"), self.flag):
             # The package hides what the extension's import raised, and asserts at the call.
