@@ -323,6 +323,7 @@ SABOTAGED: Mapping[str, Sabotage] = {
     "quantised, and ignores scale": Sabotage("right", _of(Coarse, _no_scale)),
     "quantised, and drops the key mask": Sabotage("right", _of(Coarse, _no_mask)),
     "quantised, and lets the last key through": Sabotage("right", _of(Coarse, _last_key)),
+    "quantised, and aligns causal to the other corner": Sabotage("right", _of(Coarse, _other_alignment)),
     "quantised, and gives lse in base 2": Sabotage("right", _of(Coarse, _lse_base_2)),
     "quantised, and maps heads by remainder": Sabotage("right", _of(Coarse, _wrong_heads)),
     "quantised, and ignores a new scale": Sabotage("liveness", _of(Coarse, _no_scale)),
