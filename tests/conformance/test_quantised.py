@@ -38,6 +38,8 @@ def test_kernel_that_does_not_say_quantised_is_judged_exactly(backend: type[Coar
 def test_double_of_a_quantised_kernel_is_judged_exactly() -> None:
     with doubles.installed("sage"):
         assert format_of("sage") == ""
+    with doubles.installed("flash3_fp8"):
+        assert format_of("flash3_fp8") == "fp8", "its adapter hands the kernel what is quantised already"
     assert format_of("sage") == "fp8"
     assert format_of("sage_int8_fp16") == "int8"
     assert format_of("native") == ""

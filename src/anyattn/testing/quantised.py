@@ -2,8 +2,8 @@
 
 A kernel that declares `quantised` is judged by the 2-norm per batch entry and head (`anyattn.tolerance.QUANTISED`), and
 not by a plain computation's error, which it leaves by design. Scores that are large lose all meaning in int8, whatever
-the kernel; so a law is asked only where a plain computation with int8 (and fp8) inputs keeps to half of the budget.
-Contract doubles compute exactly, and are judged exactly.
+the kernel; so a law is asked only where a plain computation with inputs rounded alike keeps to `SHARE` of the budget.
+Contract doubles compute exactly, and are judged exactly, unless it is the adapter that quantises.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ INT8_MAX = 127.0
 FP8_MAX = 448.0
 """The largest number of float8_e4m3fn."""
 
+SHARE = 0.75
+"""The rest of the budget is for what a kernel rounds besides: the weights."""
+
 
 def format_of(backend: str) -> str:
     """Say what a backend's kernel computes in where that is coarser than its inputs: `"int8"`, `"fp8"`, or nothing."""
     found = registry.get(backend)
-    if found is None or found.is_double:
+    if found is None or (found.is_double and not found.quantises):
         return ""
     loose = {caps.quantised for caps in found.declarations.values() if not caps.exact and caps.quantised}
     return "fp8" if "fp8" in loose else next(iter(loose), "")
@@ -67,24 +70,25 @@ def norm_bounds(inputs: Inputs, *, gradients: bool = False) -> dict[str, Bound]:
 
 
 def holds(inputs: Inputs, kind: str) -> bool:
-    """Say whether a number format can hold a case's values: a plain computation with it keeps to half the budget."""
+    """Say whether a number format can hold a case's values: rounding them alone keeps to `SHARE` of the budget."""
     out, lse = plain(inputs, kind)
     known = norm_bounds(inputs)
-    return known["out"].excess(out, slack=0.5) <= 1 and known["lse"].excess(lse, slack=0.5) <= 1
+    return known["out"].excess(out, slack=SHARE) <= 1 and known["lse"].excess(lse, slack=SHARE) <= 1
 
 
 def plain(inputs: Inputs, kind: str) -> tuple[Tensor, Tensor]:
-    """Compute in float64 with query and key rounded to int8, and value to fp8 where that is the kind.
+    """Compute in float64 with rounded inputs, in the coarsest way that there is for the kind.
 
-    One step for each batch entry and head, which is coarser than any kernel's; keys less their mean, which moves a
-    row's scores together, as SageAttention does (Zhang et al., arXiv:2410.02367, section 4.2).
+    For `"fp8"` all three are rounded to that. For `"int8"` query and key are, with one step for each batch entry and
+    head, keys less their mean: that moves a row's scores together (SageAttention, Zhang et al., arXiv:2410.02367).
     """
     case = inputs.case
     query, key, value = (inputs.bshd(t).detach().double() for t in (inputs.query, inputs.key, inputs.value))
-    mean = torch.zeros_like(key[:, :1]) if case.softcap is not None else key.mean(1, keepdim=True)
-    coarse = (as_int8(query), as_int8(key - mean), as_fp8(value) if kind == "fp8" else value)
     mine = inputs.detached().replace(case=case.replace(layout="BSHD"))
-    out, lse = mine.replace(query=coarse[0], key=coarse[1], value=coarse[2]).refer()
+    if kind == "fp8":
+        return mine.replace(query=as_fp8(query), key=as_fp8(key), value=as_fp8(value)).refer()
+    mean = torch.zeros_like(key[:, :1]) if case.softcap is not None else key.mean(1, keepdim=True)
+    out, lse = mine.replace(query=as_int8(query), key=as_int8(key - mean), value=value).refer()
     moved = mean.repeat_interleave(case.heads // case.kv_heads, 2)
     return out, lse + case.factor * (query * moved).sum(-1).transpose(1, 2)
 
@@ -96,6 +100,6 @@ def as_int8(tensor: Tensor) -> Tensor:
 
 
 def as_fp8(tensor: Tensor) -> Tensor:
-    """Round (B, S, H, D) to float8_e4m3fn, scaled for each batch entry, head and channel."""
-    step = (tensor.abs().amax(1, keepdim=True) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    """Round (B, S, H, D) to float8_e4m3fn, scaled for each batch entry and head."""
+    step = (tensor.abs().amax((1, 3), keepdim=True) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
     return (tensor / step).to(torch.float8_e4m3fn).to(tensor.dtype) * step

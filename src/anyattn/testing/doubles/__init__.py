@@ -21,6 +21,9 @@ __all__ = ["DOUBLES", "Double", "double_of", "installed"]
 
 DOUBLES: dict[str, str] = {
     "flash2": "anyattn.testing.doubles.flash2:DOUBLE",
+    "flash3": "anyattn.testing.doubles.flash3:DOUBLE",
+    "flash3_fp8": "anyattn.testing.doubles.flash3:FP8",
+    "flash4": "anyattn.testing.doubles.flash4:DOUBLE",
     "sage": "anyattn.testing.doubles.sage:PICK",
     "sage_int8_fp16": "anyattn.testing.doubles.sage:INT8_FP16",
     "sage_int8_fp16_triton": "anyattn.testing.doubles.sage:INT8_FP16_TRITON",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,3 +129,38 @@ def packed_band(
     distance = (columns - starts_k[of_column])[None, :] - place[:, None]
     same = (of_row[:, None] == of_column[None, :]) & (of_column < count)[None, :]
     return same & (distance <= right) & (distance >= -left)
+
+
+def used_band(
+    lengths: Tensor, seqlen_q: int, seqlen_kv: int, left: float, right: float, *, lower_right: bool = True
+) -> Tensor:
+    """Say which positions a window allows where each entry uses its first keys alone: boolean `(B, 1, S_q, S_kv)`.
+
+    Flash kernels align to the lower right of the used keys, not of all.
+    """
+    used = lengths.long().view(-1, 1, 1, 1)
+    place = torch.arange(seqlen_q)[:, None] + (used - seqlen_q if lower_right else 0)
+    column = torch.arange(seqlen_kv)[None, :]
+    distance = column - place
+    return (column < used) & (distance <= right) & (distance >= -left)
+
+
+class _Uninitialised(torch.autograd.Function):
+    """A tensor whose gradient holds rubbish in the rows that a kernel doesn't use."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, lengths: Tensor) -> Tensor:
+        ctx.save_for_backward(lengths)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (lengths,) = ctx.saved_tensors
+        unused = torch.arange(grad.shape[1])[None, :] >= lengths[:, None]
+        return grad.masked_fill(unused[:, :, None, None], float("nan")), None
+
+
+def uninitialised_gradient(tensor: Tensor, lengths: Tensor) -> Tensor:
+    """Give a tensor `(B, S_kv, H, D)` whose gradient is rubbish beyond each entry's length."""
+    found: Tensor = _Uninitialised.apply(tensor, lengths)  # type: ignore[no-untyped-call]
+    return found
