@@ -37,8 +37,9 @@ from anyattn.spec import AttentionSpec
 PARAMETERS = ("tensor_layout", "is_causal", "sm_scale", "return_lse")
 """The keywords that are passed; nothing is left to `**kwargs`."""
 
-_INSTALL = "build it from its sources, github.com/thu-ml/SageAttention"
-_NOTE = "PyPI has 1.0.6 alone, which gives no lse and writes to the caller's key"
+# PyPI's 1.0.6 gives no lse, and writes to the caller's key.
+_INSTALL = "build github.com/thu-ml/SageAttention"
+_NOTE = "PyPI has 1.0.6"
 
 _REACH = 1 << 31
 """The elements that 32-bit offsets reach (`triton/quant_per_thread.py`: a block's index times a stride)."""
