@@ -107,12 +107,14 @@ class Backend:
         family: The group that shares a kernel source.
         declarations: What it accepts, per type of device.
         is_double: Whether it stands for a kernel that isn't there: a contract double, of `anyattn.testing.doubles`.
+        quantises: Whether it is the adapter that quantises, so that results are coarse whatever computes them.
     """
 
     name: ClassVar[str] = ""
     family: ClassVar[str] = ""
     declarations: ClassVar[Mapping[str, Capabilities]] = {}
     is_double: ClassVar[bool] = False
+    quantises: ClassVar[bool] = False
 
     def origin(self, env: Environment) -> str:
         """Say where the kernel's code comes from: a distribution with its version, or a Hub revision. Law: pure."""

@@ -217,13 +217,17 @@ def _autocast(call: Any, call_masked: Any, dtype: torch.dtype, device_type: str)
 def _checked(call_masked: Any, plan: Plan) -> tuple[Any, Any]:
     """Add the value checks: inputs at every call, the output against the reference at the first."""
     first = [True]
+    backend = registry.get(plan.backend)
+    caps = None if backend is None else backend.capabilities(plan.spec, detect())
+    value_max = None if caps is None else caps.value_max
+    quantised = caps is not None and not caps.exact and bool(caps.quantised)
 
     def checked(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, sinks: Tensor | None = None) -> Output:
         parts = _kept(plan.spec, parts_of(as_mask(mask), sinks))
-        check_inputs(plan.spec, query, key, value, parts)
+        check_inputs(plan.spec, query, key, value, parts, value_max)
         result: Output = call_masked(query, key, value, mask, sinks)
         if first[0]:
-            check_output(plan, query, key, value, parts, result)
+            check_output(plan, query, key, value, parts, result, quantised=quantised)
             first[0] = False
         return result
 

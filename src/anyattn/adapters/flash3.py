@@ -187,6 +187,7 @@ class Flash3Fp8(Flash3):
     """FlashAttention-3 in fp8 (e4m3): half-precision inputs are quantised with a scale per batch entry and head."""
 
     name = "flash3_fp8"
+    quantises = True
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _FP8}
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
