@@ -30,6 +30,9 @@ BUILTIN: dict[str, str] = {
     "native_math": "anyattn.adapters.native:NativeMath",
     "flex": "anyattn.adapters.flex:Flex",
     "flash2": "anyattn.adapters.flash2:Flash2",
+    "aiter": "anyattn.adapters.aiter:Aiter",
+    "xla": "anyattn.adapters.xla:Xla",
+    "npu": "anyattn.adapters.npu:Npu",
 }
 """Each built backend and the class that implements it: one line adds one."""
 

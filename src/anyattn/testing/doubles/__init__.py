@@ -21,6 +21,9 @@ __all__ = ["DOUBLES", "Double", "double_of", "installed"]
 
 DOUBLES: dict[str, str] = {
     "flash2": "anyattn.testing.doubles.flash2:DOUBLE",
+    "aiter": "anyattn.testing.doubles.aiter:DOUBLE",
+    "xla": "anyattn.testing.doubles.xla:DOUBLE",
+    "npu": "anyattn.testing.doubles.npu:DOUBLE",
 }
 """The double of each backend that has one: one line adds one."""
 
