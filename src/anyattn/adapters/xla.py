@@ -3,10 +3,10 @@
 Sources: `torch_xla/experimental/custom_kernel.py` of torch_xla 2.9 and of pytorch/xla 41398bff, and the kernel that it
 calls, jax's `pallas/ops/tpu/flash_attention.py` (078fd687). No TPU has run this adapter: a contract double stands in.
 
-What needs care: the scale defaults to 1; `ab` is added before the scale; keys are padded with zeros that are masked only
-where `ab` is given; causal attention of a single query runs no block; a mask's forbidden positions are large negative
-numbers and not -inf; the backward takes lengths in whole blocks alone. `torch.ops.xla.flash_attention` is never called:
-off an XLA device it gives uninitialised memory.
+What needs care: the scale defaults to 1; `ab` is added before the scale; keys are padded with zeros that are masked
+only where `ab` is given; causal attention of a single query runs no block; a mask's forbidden positions are large
+negative numbers and not -inf; the backward takes lengths in whole blocks alone. `torch.ops.xla.flash_attention` is never
+called: off an XLA device it gives uninitialised memory.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ def _nothing_hidden(causal: bool, rows: int, keys: int, device: torch.device) ->
 def _before_scale(mask: Tensor, scale: float, lengths: tuple[int, int], more: tuple[int, int]) -> Tensor:
     """Turn a mask into what is added before the scale: float32, padded, finite.
 
-    The kernel can't take -inf (a block of nothing else gives NaN), so that hidden positions get a number far below every
-    bias. Biases beyond +-far are drawn together in their order, so that dividing by the scale doesn't make infinities.
+    The kernel can't take -inf (a block of nothing else gives NaN), so that hidden positions get a number far below
+    every bias. Biases beyond +-far are drawn together in their order, so that dividing by the scale makes no infinities.
     """
     far = _FAR * min(1.0, scale)
     if mask.dtype == torch.bool:
