@@ -27,7 +27,9 @@ def test_signature_is_upstreams() -> None:
     defaults = {p.name: p.default for p in parameters[5:]}
     assert defaults["scale"] == defaults["keep_prob"] == 1.0
     assert defaults["pre_tockens"] == defaults["next_tockens"] == 2**31 - 1
-    assert {"pse", "padding_mask", "atten_mask", "inner_precise", "sparse_mode", "softmax_layout", "sink"} <= set(defaults)
+    assert {"pse", "padding_mask", "atten_mask", "inner_precise", "sparse_mode", "softmax_layout", "sink"} <= set(
+        defaults
+    )
 
 
 def test_gives_seven_things_and_the_scale_is_one() -> None:

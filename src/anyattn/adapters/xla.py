@@ -181,7 +181,7 @@ def _before_scale(mask: Tensor, scale: float, lengths: tuple[int, int], more: tu
     """Turn a mask into what is added before the scale: float32, padded, finite.
 
     The kernel can't take -inf (a block of nothing else gives NaN), so that hidden positions get a number far below
-    every bias. Biases beyond +-far are drawn together in their order, so that dividing by the scale makes no infinities.
+    every bias. Biases beyond +-far are drawn together in their order, so that the division by the scale stays finite.
     """
     far = _FAR * min(1.0, scale)
     if mask.dtype == torch.bool:
