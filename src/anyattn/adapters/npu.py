@@ -1,7 +1,7 @@
 """Ascend's fused attention: `torch_npu.npu_fusion_attention`.
 
-Sources: `op_plugin/config/op_plugin_functions.yaml` and the API document of Ascend's op-plugin 517f2e7d, and the document
-in torch_npu 2.14. No NPU has run this adapter: a contract double stands in for the kernel.
+Sources: `op_plugin/config/op_plugin_functions.yaml` and the API document of Ascend's op-plugin 517f2e7d, and the
+document in torch_npu 2.14. No NPU has run this adapter: a contract double stands in for the kernel.
 
 Its mask says True for what is *not* seen, its scale defaults to 1, and without a mask tensor its causal modes are full
 attention without a word: the compressed 2048 x 2048 mask goes with them always. Its additive input (`pse`) isn't used:

@@ -5,8 +5,8 @@ calls, jax's `pallas/ops/tpu/flash_attention.py` (078fd687). No TPU has run this
 
 What needs care: the scale defaults to 1; `ab` is added before the scale; keys are padded with zeros that are masked
 only where `ab` is given; causal attention of a single query runs no block; a mask's forbidden positions are large
-negative numbers and not -inf; the backward takes lengths in whole blocks alone. `torch.ops.xla.flash_attention` is never
-called: off an XLA device it gives uninitialised memory.
+negative numbers and not -inf; the backward takes lengths in whole blocks alone. `torch.ops.xla.flash_attention` is
+never called: off an XLA device it gives uninitialised memory.
 """
 
 from __future__ import annotations
