@@ -39,6 +39,9 @@ BUILTIN: dict[str, str] = {
     "sage_int8_fp16_triton": "anyattn.adapters.sage:SageInt8Fp16Triton",
     "sage_int8_fp8": "anyattn.adapters.sage:SageInt8Fp8",
     "sage_int8_fp8_sm90": "anyattn.adapters.sage:SageInt8Fp8Sm90",
+    "aiter": "anyattn.adapters.aiter:Aiter",
+    "xla": "anyattn.adapters.xla:Xla",
+    "npu": "anyattn.adapters.npu:Npu",
 }
 """Each built backend and the class that implements it: one line adds one."""
 

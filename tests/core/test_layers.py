@@ -22,6 +22,7 @@ LAYERS = {
         "tolerance",
         "lowering",
         "flash_like",
+        "dense_like",
         "describe",
         "prepare",
         "block_masks",

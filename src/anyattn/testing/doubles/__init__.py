@@ -30,6 +30,9 @@ DOUBLES: dict[str, str] = {
     "sage_int8_fp16_triton": "anyattn.testing.doubles.sage:INT8_FP16_TRITON",
     "sage_int8_fp8": "anyattn.testing.doubles.sage:INT8_FP8",
     "sage_int8_fp8_sm90": "anyattn.testing.doubles.sage:INT8_FP8_SM90",
+    "aiter": "anyattn.testing.doubles.aiter:DOUBLE",
+    "xla": "anyattn.testing.doubles.xla:DOUBLE",
+    "npu": "anyattn.testing.doubles.npu:DOUBLE",
 }
 """The double of each backend that has one: one line adds one."""
 
