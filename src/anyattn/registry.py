@@ -30,6 +30,7 @@ BUILTIN: dict[str, str] = {
     "native_math": "anyattn.adapters.native:NativeMath",
     "flex": "anyattn.adapters.flex:Flex",
     "flash2": "anyattn.adapters.flash2:Flash2",
+    "flash2_hub": "anyattn.adapters.flash2:Flash2Hub",
 }
 """Each built backend and the class that implements it: one line adds one."""
 

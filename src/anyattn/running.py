@@ -82,6 +82,8 @@ def _load(backend: Backend) -> None:
         return
     try:
         backend.load()
+    except BackendUnavailableError:
+        raise  # the backend knows better what is amiss, and what would cure it
     except Exception as error:
         reason = Reason("broken_import", f"an importable {backend.name}", f"{type(error).__name__}: {error}")
         text = listed(f"The attention backend {backend.name} is installed but can't be imported:", [reason])

@@ -65,7 +65,9 @@ def resolve(
         nothing admits the call, `chosen` is None.
     """
     backends = dict(candidates)
-    wanted, basis = _wanted(spec, preference, timings, [name for name, found in candidates if found])
+    # What would be downloaded is taken where its own name was given, and never by `auto`, measured or not.
+    at_hand = [name for name, found in candidates if found and not found.downloads]
+    wanted, basis = _wanted(spec, preference, timings, at_hand)
     exact_only = preference.mode == "prefer"
     limits = preference if exact_only else None
     judged = [_judge(name, backends.get(name), spec, env, limits, faults) for name in wanted]
@@ -75,7 +77,7 @@ def resolve(
         for name, found in candidates
         if name not in {c.name for c in judged}
     ]
-    kernel = ""
+    kernel = origin = ""
     conversions: tuple[Conversion, ...] = ()
     if chosen is not None:
         backend = backends[chosen]
@@ -84,8 +86,8 @@ def resolve(
             kernel = "none: there is nothing to attend to"
         else:
             lowering = backend.lower(spec, env)
-            kernel, conversions = lowering.entry, lowering.conversions
-    return Decision(spec, chosen, kernel, conversions, preference, basis, (*judged, *others), overruled)
+            kernel, conversions, origin = lowering.entry, lowering.conversions, backend.origin(env)
+    return Decision(spec, chosen, kernel, conversions, preference, basis, (*judged, *others), overruled, origin)
 
 
 def _wanted(

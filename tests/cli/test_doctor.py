@@ -57,6 +57,8 @@ def test_json_has_the_documented_keys():
             "trials",
             "ended",
             "output",
+            "downloads",
+            "origin",
         )
     }
     assert {"torch", "devices", "packages", "cudnn", "cxx", "python", "platform"} <= set(found["environment"])

@@ -22,6 +22,8 @@ LAYERS = {
         "tolerance",
         "lowering",
         "flash_like",
+        "hub",
+        "hub_kernels",
         "describe",
         "prepare",
         "block_masks",

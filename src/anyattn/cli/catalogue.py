@@ -45,6 +45,8 @@ class Listed:
         install: The command that installs that; empty where it comes with torch.
         exact: Whether it computes in the inputs' precision.
         reasons: Why it isn't usable here; None where only importing it would tell (another package's).
+        downloads: Whether its kernel may be downloaded, so that it is tried only where it is named.
+        origin: Where its kernel's code comes from.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Listed:
     install: str
     exact: bool
     reasons: tuple[Reason, ...] | None
+    downloads: bool = False
+    origin: str = ""
 
 
 def listed(env: Environment) -> tuple[Listed, ...]:
@@ -78,11 +82,13 @@ def _ours(name: str, env: Environment) -> Listed:
     if backend is None:
         reasons: tuple[Reason, ...] = (registry.not_built(name),)
         exact = known.family != "sage"
+        downloads, origin = False, ""
     else:
         reasons = tuple(backend.availability(env))
         exact = all(caps.exact for caps in backend.declarations.values())
+        downloads, origin = backend.downloads, backend.origin(env)
     found = versions.get(package, "")
-    return Listed(name, known.family, package, found, known.needs, known.install, exact, reasons)
+    return Listed(name, known.family, package, found, known.needs, known.install, exact, reasons, downloads, origin)
 
 
 def cure(reasons: Sequence[Reason], install: str, env: Environment) -> str:

@@ -48,6 +48,8 @@ class BackendReport:
         trials: What came of each step.
         ended: How its process ended, where that was before it was done.
         output: The last lines that the process wrote then.
+        downloads: Whether its kernel may be downloaded, so that it is tried only where it is named.
+        origin: Where its kernel's code comes from; empty where it is part of torch.
     """
 
     name: str
@@ -64,6 +66,8 @@ class BackendReport:
     trials: tuple[Trial, ...] = ()
     ended: str = ""
     output: tuple[str, ...] = ()
+    downloads: bool = False
+    origin: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as plain data, for JSON."""
@@ -82,6 +86,8 @@ class BackendReport:
             "trials": [trial.to_dict() for trial in self.trials],
             "ended": self.ended,
             "output": list(self.output),
+            "downloads": self.downloads,
+            "origin": self.origin,
         }
 
 
@@ -170,7 +176,8 @@ def doctor(
     """Look at this machine and try every usable backend on tiny inputs, each in a process of its own.
 
     Args:
-        only: The backends to try, by name or alias; empty is every one that is usable.
+        only: The backends to try, by name or alias; empty is every one that is usable, but for those that would
+            download their kernel.
         try_kernels: Whether to try them. Backends of other packages are imported in a process of their own
             even where not, since nothing else tells what they are.
         timeout: Seconds that one step may take.
@@ -189,9 +196,10 @@ def doctor(
     calm = {name: value for name, value in environ.items() if name not in (*CHOOSING, *CHECKING)}
     jobs = [] if not try_kernels else [Job("", environ=environ)]
     for row in rows:
-        tried = try_kernels and (not wanted or row.name in wanted)
+        named = row.name in wanted
+        tried = try_kernels and (named or (not wanted and not row.downloads))
         if row.reasons is None or (tried and not row.reasons):
-            jobs.append(Job(row.name, tried, calm))
+            jobs.append(Job(row.name, tried, calm, named))
 
     def finished(job: Job, done: int) -> None:
         if progress is not None:
@@ -235,6 +243,8 @@ def _backend(row: Listed, probe: Probe | None, env: Environment) -> BackendRepor
         trials=trials,
         ended="" if probe is None else probe.ended,
         output=() if probe is None else probe.output,
+        downloads=row.downloads,
+        origin=row.origin,
     )
 
 
@@ -262,7 +272,8 @@ def _default(
     extra = registry.third_parties()
     names = tuple(canonical(name, extra) or name for name in wish.names)
     report = DefaultReport(names, wish.source, main_device(env), False, probe is not None)
-    wrong = [variable for variable in found if variable.state == "wrong"]
+    ours = (*CHOOSING, *CHECKING)
+    wrong = [variable for variable in found if variable.state == "wrong" and variable.name in ours]
     if wrong:
         first = wrong[0]
         return replace(report, detail=f"{first.name} is {first.value!r}: {first.note}")

@@ -21,6 +21,7 @@ __all__ = ["DOUBLES", "Double", "double_of", "installed"]
 
 DOUBLES: dict[str, str] = {
     "flash2": "anyattn.testing.doubles.flash2:DOUBLE",
+    "flash2_hub": "anyattn.testing.doubles.hub:FLASH2",
 }
 """The double of each backend that has one: one line adds one."""
 
