@@ -130,7 +130,11 @@ class HubKernel:
 
 
 class FromHub(Backend):
-    """A mixin: an adapter whose kernel comes from the Hub; put it before the adapter's class and set `hub`."""
+    """A mixin: an adapter whose kernel comes from the Hub; put it before the adapter's class and set `hub`.
+
+    What the adapter reads from its own package's version must be left to a method that the subclass overrides, since
+    that package, installed or not, is not what is called (see `Flash2.kernel_version`).
+    """
 
     downloads = True
     hub: ClassVar[HubKernel]

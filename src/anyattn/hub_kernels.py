@@ -16,8 +16,8 @@ FLASH2 = HubKernel(
     "kernels-community/flash-attn2",
     ("flash_attn_func", "flash_attn_varlen_func"),
     revision="81fb77c12b2ad5d69380669b46739d5868614502",
-    source="a build against torch's stable ABI, which several public projects pin: with torch 2.14 and CUDA 13.0 on an "
-    "H100 it trains a model with fewer key/value heads",
+    source="a build against torch's stable ABI; the public projects msm_repro (torch 2.14, CUDA 13.0, an H100, trains "
+    "with fewer key/value heads) and laya_blackwell record that they run it",
     note="there are builds for CPUs, which accept dropout and softcap and ignore them",
 )
 """Signatures and conventions are those of flash-attn 2.8. Builds are for CUDA, ROCm, XPU and CPUs: only CUDA's are
@@ -29,7 +29,8 @@ FLASH3 = HubKernel(
     "kernels-community/flash-attn3",
     ("flash_attn_func", "flash_attn_varlen_func"),
     revision="43f0bd269777115d94ff826e0d113ce9c1c9087b",
-    source="a build against torch's stable ABI (2.9 and newer), which several public projects pin",
+    source="a build against torch's stable ABI (2.9 and newer); the public projects wan-trainer and lightx2v_train "
+    "record that they run it",
     note="lse comes with return_attn_probs=True",
 )
 """Signatures and conventions are those of flash_attn_interface since 2025-08-29: `return_attn_probs=True` gives

@@ -100,7 +100,7 @@ def main(path: str, name: str, run: bool, timeout: float, named: bool = False) -
             file.flush()
 
         if name:
-            _try_backend(name, run, named, tell)
+            _try_backend(name, run, tell, named)
         else:
             _try_default(tell)
         tell({"event": "done"})
@@ -113,7 +113,7 @@ def _leave_no_core() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _try_backend(name: str, run: bool, named: bool, tell: Tell) -> None:
+def _try_backend(name: str, run: bool, tell: Tell, named: bool = False) -> None:
     tell({"event": "begin", "device": "", "step": "import"})
     env = detect()
     try:
