@@ -16,6 +16,8 @@ VARIABLES = (
     policy.ENV_BACKEND_DIFFUSERS,
     policy.ENV_CHECKS,
     policy.ENV_CHECKS_DIFFUSERS,
+    "LOCAL_KERNELS",
+    "KERNELS_CACHE",
 )
 
 

@@ -106,6 +106,8 @@ class Backend:
         name: Its canonical name.
         family: The group that shares a kernel source.
         declarations: What it accepts, per type of device.
+        downloads: Whether `load` may fetch the kernel's code over a network: then nothing but a person's naming it has
+            it loaded, never `auto`, nor what looks at every backend.
         is_double: Whether it stands for a kernel that isn't there: a contract double, of `anyattn.testing.doubles`.
         quantises: Whether it is the adapter that quantises, so that results are coarse whatever computes them.
     """
@@ -113,6 +115,7 @@ class Backend:
     name: ClassVar[str] = ""
     family: ClassVar[str] = ""
     declarations: ClassVar[Mapping[str, Capabilities]] = {}
+    downloads: ClassVar[bool] = False
     is_double: ClassVar[bool] = False
     quantises: ClassVar[bool] = False
 

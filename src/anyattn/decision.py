@@ -60,6 +60,7 @@ class Decision:
             `"rule by size and mask"`, `"measured"`.
         candidates: Every backend that was considered, in order, with every reason against it.
         overruled: A wish that a more specific one overruled, in words.
+        origin: Where the chosen kernel's code comes from; empty where it is part of torch.
     """
 
     spec: AttentionSpec
@@ -70,6 +71,7 @@ class Decision:
     basis: str
     candidates: tuple[Candidate, ...]
     overruled: str = ""
+    origin: str = ""
 
     def reasons(self, name: str) -> tuple[Reason, ...]:
         """Give the reasons against one candidate.
@@ -101,6 +103,7 @@ class Decision:
                 for c in self.candidates
             ],
             "overruled": self.overruled,
+            "origin": self.origin,
         }
 
     def __str__(self) -> str:
@@ -109,6 +112,8 @@ class Decision:
         else:
             lines = [f"{self.chosen} ({self.kernel}) runs {self.spec}"]
         lines.append(f"  asked for: {self.preference} by {self.preference.source}; choice: {self.basis}")
+        if self.origin:
+            lines.append(f"  from: {self.origin}")
         if self.overruled:
             lines.append(f"  overruled: {self.overruled}")
         lines += [f"  converted: {conversion}" for conversion in self.conversions]

@@ -31,7 +31,7 @@ from anyattn.spec import UNKNOWN, AttentionSpec, Layout, Storage
 Backends = str | list[str] | tuple[str, ...]
 """A name, an alias, `"auto"`, or a list in order of preference."""
 
-_UNAVAILABLE = frozenset(("not_built", "not_installed", "wrong_version", "broken_import", "no_device"))
+_UNAVAILABLE = frozenset(("not_built", "not_installed", "wrong_version", "broken_import", "setting", "no_device"))
 
 timings_for: Callable[[AttentionSpec, Environment], Timings | None] = lambda spec, env: None  # noqa: E731
 """Where measured times for a call come from; the tuner sets it."""

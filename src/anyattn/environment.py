@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.machinery
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,9 @@ MODULES: tuple[str, ...] = (
 )
 """The modules whose presence tells more than a distribution's name does; none is imported to find out."""
 
+VARIABLES: tuple[str, ...] = ("HF_HUB_OFFLINE", "KERNELS_CACHE", "LOCAL_KERNELS", "TRANSFORMERS_OFFLINE")
+"""The environment variables that say where a kernel's code comes from; those that steer choosing are `policy`'s."""
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -85,6 +89,7 @@ class Environment:
         python: The version of Python.
         platform: The operating system and processor.
         modules: Those of `MODULES` that could be imported, as far as files tell.
+        variables: Those of `VARIABLES` that are set.
     """
 
     torch: Version
@@ -96,13 +101,15 @@ class Environment:
     python: str = ""
     platform: str = ""
     modules: frozenset[str] = frozenset()
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "packages", MappingProxyType(dict(self.packages)))
+        object.__setattr__(self, "variables", MappingProxyType(dict(self.variables)))
 
     def __hash__(self) -> int:
-        packages = tuple(sorted(self.packages.items()))
-        return hash((self.torch, self.devices, packages, self.cudnn, self.cpu, self.cxx, self.modules))
+        packages, variables = (tuple(sorted(pairs.items())) for pairs in (self.packages, self.variables))
+        return hash((self.torch, self.devices, packages, self.cudnn, self.cpu, self.cxx, self.modules, variables))
 
     def device(self, device_type: str, index: int | None = None) -> Device | None:
         """Find a device; without an index, the first of its type."""
@@ -132,6 +139,7 @@ class Environment:
             "python": self.python,
             "platform": self.platform,
             "modules": sorted(self.modules),
+            "variables": dict(self.variables),
         }
 
 
@@ -170,7 +178,13 @@ def _look() -> Environment:
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
         modules=frozenset(name for name in MODULES if module_exists(name)),
+        variables=variables_now(),
     )
+
+
+def variables_now() -> dict[str, str]:
+    """Give those of `VARIABLES` that are set at this moment; `detect` keeps what they were when it looked."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def module_exists(name: str) -> bool:

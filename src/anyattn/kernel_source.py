@@ -70,12 +70,20 @@ class Package:
             ImportError: If a function is missing, with what was found instead.
             Exception: Whatever the package raises when it is imported.
         """
-        module = importlib.import_module(self.module)
-        missing = [name for name in self.functions if not callable(getattr(module, name, None))]
-        if missing:
-            where = getattr(module, "__file__", None) or "a namespace without a file"
-            raise ImportError(f"{self.module} ({where}) has no function {' and '.join(missing)}. {self.note}".strip())
-        return types.SimpleNamespace(**{name: getattr(module, name) for name in self.functions}, module=module)
+        return functions_of(importlib.import_module(self.module), self.functions, self.module, self.note)
+
+
+def functions_of(module: Any, functions: Sequence[str], name: str, note: str = "") -> Any:
+    """Give a module's functions as a namespace, with the module itself as `module`.
+
+    Raises:
+        ImportError: If a function is missing, with what was found instead.
+    """
+    missing = [function for function in functions if not callable(getattr(module, function, None))]
+    if missing:
+        where = getattr(module, "__file__", None) or "a namespace without a file"
+        raise ImportError(f"{name} ({where}) has no function {' and '.join(missing)}. {note}".strip())
+    return types.SimpleNamespace(**{function: getattr(module, function) for function in functions}, module=module)
 
 
 def _serves(versions: str, found: str) -> bool:

@@ -10,6 +10,8 @@ ReasonCode = Literal[
     "not_installed",
     "wrong_version",
     "broken_import",
+    "setting",
+    "not_named",
     "no_device",
     "device_type",
     "arch",

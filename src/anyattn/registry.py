@@ -42,6 +42,7 @@ BUILTIN: dict[str, str] = {
     "aiter": "anyattn.adapters.aiter:Aiter",
     "xla": "anyattn.adapters.xla:Xla",
     "npu": "anyattn.adapters.npu:Npu",
+    "flash2_hub": "anyattn.adapters.flash2:Flash2Hub",
 }
 """Each built backend and the class that implements it: one line adds one."""
 

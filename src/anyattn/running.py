@@ -76,6 +76,8 @@ def load(backend: Backend) -> None:
         return
     try:
         backend.load()
+    except BackendUnavailableError:
+        raise  # the backend knows better what is amiss, and what would cure it
     except Exception as error:
         reason = broken_import(backend.name, error)
         policy.add_fault(backend.name, None, reason, error)

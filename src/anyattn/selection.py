@@ -96,7 +96,9 @@ def resolve(
         nothing admits the call, `chosen` is None.
     """
     backends = dict(candidates)
-    wanted, basis = _wanted(spec, preference, timings, [name for name, found in candidates if found])
+    # What would be downloaded is taken where its own name was given, and never by `auto`, measured or not.
+    at_hand = [name for name, found in candidates if found and not found.downloads]
+    wanted, basis = _wanted(spec, preference, timings, at_hand)
     limits = preference if preference.mode == "prefer" else None
     holding = faults
     if limits is None:
@@ -108,7 +110,7 @@ def resolve(
         for name, found in candidates
         if name not in {c.name for c in judged}
     ]
-    kernel = ""
+    kernel = origin = ""
     conversions: tuple[Conversion, ...] = ()
     if chosen is not None:
         backend = backends[chosen]
@@ -118,11 +120,11 @@ def resolve(
         else:
             run_as = as_run(backend.capabilities(spec, env), spec)
             lowering = backend.lower(run_as, env)
-            kernel, conversions = lowering.entry, lowering.conversions
+            kernel, conversions, origin = lowering.entry, lowering.conversions, backend.origin(env)
             if run_as is not spec:
                 text = "packed sequences padded to the longest, with key lengths for a mask, and packed again"
                 conversions = (Conversion("unpacked", text), *conversions)
-    return Decision(spec, chosen, kernel, conversions, preference, basis, (*judged, *others), overruled)
+    return Decision(spec, chosen, kernel, conversions, preference, basis, (*judged, *others), overruled, origin)
 
 
 def _wanted(

@@ -59,6 +59,8 @@ def test_json_has_the_documented_keys():
             "ended",
             "output",
             "double",
+            "downloads",
+            "origin",
         )
     }
     assert {"torch", "devices", "packages", "cudnn", "cxx", "python", "platform"} <= set(found["environment"])

@@ -154,6 +154,7 @@ def test_json_has_the_documented_keys():
         "basis",
         "candidates",
         "overruled",
+        "origin",
     }
 
 

@@ -23,6 +23,8 @@ LAYERS = {
         "lowering",
         "flash_like",
         "dense_like",
+        "hub",
+        "hub_kernels",
         "describe",
         "prepare",
         "block_masks",

@@ -1,4 +1,4 @@
-"""FlashAttention-2: the package flash-attn.
+"""FlashAttention-2: the package flash-attn, or the same functions from the Hub.
 
 Sources: `flash_attn/flash_attn_interface.py` and `csrc/flash_attn/flash_api.cpp` of flash-attention 2.6.3 to 2.8.4; a
 build of 2.8.3.post2 on an H100. Causal and windows are aligned to the lower right; a row without a key has lse +inf.
@@ -10,13 +10,15 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
-from anyattn import flash_like
+from anyattn import flash_like, hub_kernels
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities, kernel_pattern
 from anyattn.environment import Environment
 from anyattn.flash_like import KernelCall
+from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
 from anyattn.patterns import KernelPattern
 from anyattn.reasons import Reason
@@ -75,6 +77,10 @@ class Flash2(Backend):
         package = first_that_serves(self.packages, env)
         return "" if package is None else f"{package.distribution} {env.packages[package.distribution]}"
 
+    def kernel_version(self, env: Environment) -> Version | None:
+        """Give the version of the functions that are called; None where they are new enough."""
+        return env.version("flash-attn")
+
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         if spec.scale <= 0:
             return  # refused by the declaration; nothing more to say
@@ -82,7 +88,7 @@ class Flash2(Backend):
             yield Reason("dropout", "dropout_p < 1", "1.0", "native_math drops everything")
         if spec.softcap is not None and spec.dropout_p:
             yield Reason("softcap", "softcap without dropout", f"dropout_p {spec.dropout_p}")
-        version = env.version("flash-attn")
+        version = self.kernel_version(env)
         if version is not None and version.release < (2, 7):
             if spec.compiled:
                 yield Reason("wrong_version", "flash-attn >= 2.7 under torch.compile", str(version), "upgrade it")
@@ -101,6 +107,23 @@ class Flash2(Backend):
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         return flash_like.attend(plan, query, key, value, parts, _call)
+
+
+class Flash2Hub(FromHub, Flash2):
+    """The same from the Hub, whose builds follow flash-attn 2.8; those for CPUs ignore arguments and aren't used."""
+
+    name = "flash2_hub"
+    hub = hub_kernels.FLASH2
+
+    def kernel_version(self, env: Environment) -> Version | None:
+        return None  # whatever version of the package is installed beside it
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        yield from super().rejects(spec, env)
+        if spec.num_kv_heads != spec.num_heads and spec.requires_grad and env.torch.local == "cu128":
+            link = "https://github.com/huggingface/kernels-community/issues/1085"
+            hint = "use flash2, or a torch for another CUDA"
+            yield Reason("backward", "a CUDA other than 12.8 for gradients with GQA", f"torch {env.torch}", hint, link)
 
 
 def _right_window(spec: AttentionSpec, pattern: KernelPattern | None) -> Iterator[Reason]:

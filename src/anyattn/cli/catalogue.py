@@ -45,6 +45,8 @@ class Listed:
         exact: Whether it computes in the inputs' precision.
         reasons: Why it isn't usable here; None where only importing it would tell (another package's).
         double: Whether a contract double stands for its kernel in this process.
+        downloads: Whether its kernel may be downloaded, so that it is tried only where it is named.
+        origin: Where its kernel's code comes from.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Listed:
     exact: bool
     reasons: tuple[Reason, ...] | None
     double: bool = False
+    downloads: bool = False
+    origin: str = ""
 
 
 def listed(env: Environment) -> tuple[Listed, ...]:
@@ -79,12 +83,16 @@ def _ours(name: str, env: Environment) -> Listed:
     if backend is None:
         reasons: tuple[Reason, ...] = (registry.not_built(name),)
         exact = known.family != "sage"
+        downloads, origin = False, ""
     else:
         reasons = tuple(backend.availability(env))
         exact = all(caps.exact for caps in backend.declarations.values())
+        downloads, origin = backend.downloads, backend.origin(env)
     found = versions.get(package, "")
     double = backend is not None and backend.is_double
-    return Listed(name, known.family, package, found, known.needs, known.install, exact, reasons, double)
+    return Listed(
+        name, known.family, package, found, known.needs, known.install, exact, reasons, double, downloads, origin
+    )
 
 
 def cure(reasons: Sequence[Reason], install: str, env: Environment) -> str:

@@ -51,6 +51,8 @@ class BackendReport:
         output: The last lines that the process wrote then.
         double: Whether a contract double stands for its kernel in this process, which says nothing of the kernel: it
             isn't tried.
+        downloads: Whether its kernel may be downloaded, so that it is tried only where it is named.
+        origin: Where its kernel's code comes from; empty where it is part of torch.
     """
 
     name: str
@@ -68,6 +70,8 @@ class BackendReport:
     ended: str = ""
     output: tuple[str, ...] = ()
     double: bool = False
+    downloads: bool = False
+    origin: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as plain data, for JSON."""
@@ -87,6 +91,8 @@ class BackendReport:
             "ended": self.ended,
             "output": list(self.output),
             "double": self.double,
+            "downloads": self.downloads,
+            "origin": self.origin,
         }
 
 
@@ -175,7 +181,8 @@ def doctor(
     """Look at this machine and try every usable backend on tiny inputs, each in a process of its own.
 
     Args:
-        only: The backends to try, by name or alias; empty is every one that is usable.
+        only: The backends to try, by name or alias; empty is every one that is usable, but for those that would
+            download their kernel.
         try_kernels: Whether to try them. Backends of other packages are imported in a process of their own
             even where not, since nothing else tells what they are.
         timeout: Seconds that one step may take.
@@ -194,10 +201,11 @@ def doctor(
     calm = {name: value for name, value in environ.items() if name not in (*CHOOSING, *CHECKING)}
     jobs = [] if not try_kernels else [Job("", environ=environ)]
     for row in rows:
+        named = row.name in wanted
         # A double is of this process alone, and no kernel.
-        tried = try_kernels and not row.double and (not wanted or row.name in wanted)
+        tried = try_kernels and not row.double and (named or (not wanted and not row.downloads))
         if row.reasons is None or (tried and not row.reasons):
-            jobs.append(Job(row.name, tried, calm))
+            jobs.append(Job(row.name, tried, calm, named))
 
     def finished(job: Job, done: int) -> None:
         if progress is not None:
@@ -242,6 +250,8 @@ def _backend(row: Listed, probe: Probe | None, env: Environment) -> BackendRepor
         ended="" if probe is None else probe.ended,
         output=() if probe is None else probe.output,
         double=row.double,
+        downloads=row.downloads,
+        origin=row.origin,
     )
 
 
@@ -269,7 +279,8 @@ def _default(
     extra = registry.third_parties()
     names = tuple(canonical(name, extra) or name for name in wish.names)
     report = DefaultReport(names, wish.source, main_device(env), False, probe is not None)
-    wrong = [variable for variable in found if variable.state == "wrong"]
+    ours = (*CHOOSING, *CHECKING)
+    wrong = [variable for variable in found if variable.state == "wrong" and variable.name in ours]
     if wrong:
         first = wrong[0]
         return replace(report, detail=f"{first.name} is {first.value!r}: {first.note}")

@@ -46,11 +46,13 @@ class Job:
         name: The backend; empty for whatever is in force by default.
         run: Whether to call its kernel, or only to import and describe it.
         environ: The environment variables; None is this process's.
+        named: Whether a person named it: only then is a kernel downloaded.
     """
 
     name: str
     run: bool = True
     environ: Mapping[str, str] | None = field(default=None, compare=False)
+    named: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ def _run(job: Job, timeout: float, stop: threading.Event) -> Probe:
             "path": str(events),
             "name": job.name,
             "run": job.run,
+            "named": job.named,
             "timeout": timeout,
             "sys_path": sys.path,
         }

@@ -77,7 +77,7 @@ class Trial:
         return asdict(self)
 
 
-def main(path: str, name: str, run: bool, timeout: float) -> None:
+def main(path: str, name: str, run: bool, timeout: float, named: bool = False) -> None:
     """Try one backend, or the default where the name is empty, and write what happens to a file.
 
     Args:
@@ -85,6 +85,7 @@ def main(path: str, name: str, run: bool, timeout: float) -> None:
         name: The backend.
         run: Whether to call its kernel, or only to import and describe it.
         timeout: Seconds that a step may take; after that the process shows where it hangs, and ends.
+        named: Whether a person named it: only then is a kernel downloaded.
     """
     faulthandler.enable()
     _leave_no_core()
@@ -97,7 +98,7 @@ def main(path: str, name: str, run: bool, timeout: float) -> None:
             file.flush()
 
         if name:
-            _try_backend(name, run, tell)
+            _try_backend(name, run, tell, named)
         else:
             _try_default(tell)
         tell({"event": "done"})
@@ -110,7 +111,7 @@ def _leave_no_core() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _try_backend(name: str, run: bool, tell: Tell) -> None:
+def _try_backend(name: str, run: bool, tell: Tell, named: bool = False) -> None:
     tell({"event": "begin", "device": "", "step": "import"})
     env = detect()
     try:
@@ -124,7 +125,7 @@ def _try_backend(name: str, run: bool, tell: Tell) -> None:
     exact = all(caps.exact for caps in found.declarations.values())
     told = [reason.to_dict() for reason in reasons]
     tell({"event": "described", "family": found.family, "exact": exact, "reasons": told})
-    if reasons or not run:
+    if reasons or not run or (found.downloads and not named):
         return
     tell({"event": "begin", "device": "", "step": "import"})
     try:

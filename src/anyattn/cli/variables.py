@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from anyattn import policy, registry
+from anyattn.hub import malformed
 from anyattn.names import AUTO, canonical, nearest
 
 CHOOSING = (policy.ENV_BACKEND, policy.ENV_BACKEND_DIFFUSERS)
 CHECKING = (policy.ENV_CHECKS, policy.ENV_CHECKS_DIFFUSERS)
+
+LOCAL_KERNELS = "LOCAL_KERNELS"
 
 State = Literal["in force", "overruled", "no effect", "wrong"]
 
@@ -44,6 +47,8 @@ def variables(environ: Mapping[str, str]) -> tuple[VariableReport, ...]:
     decides = policy.from_environment(environ).source
     rows = [_choosing(name, environ[name], decides) for name in CHOOSING if name in environ]
     rows += [_checking(name, environ[name]) for name in CHECKING if name in environ]
+    if LOCAL_KERNELS in environ:
+        rows.append(_local_kernels(environ[LOCAL_KERNELS]))
     known = (*CHOOSING, *CHECKING)
     for name, value in sorted(environ.items()):
         if name in known or not name.upper().startswith(("ANYATTN", "DIFFUSERS_ATTN")):
@@ -70,6 +75,16 @@ def _choosing(name: str, value: str, decides: str) -> VariableReport:
     if len(words) == 1 and canonical(words[0], extra) != AUTO:
         return VariableReport(name, value, "in force", "required: another backend is never taken instead")
     return VariableReport(name, value, "in force", "the first that admits a call runs it")
+
+
+def _local_kernels(value: str) -> VariableReport:
+    """Report the variable of the package `kernels` that puts folders in the place of the Hub's repositories."""
+    wrong = malformed(value)
+    if wrong is not None:
+        note = f"{wrong!r} isn't repo=folder; every hub backend is refused until it is mended"
+        return VariableReport(LOCAL_KERNELS, value, "wrong", note)
+    note = "hub backends load these folders, with neither the revision nor the publisher checked"
+    return VariableReport(LOCAL_KERNELS, value, "in force", note)
 
 
 def _checking(name: str, value: str) -> VariableReport:

@@ -17,7 +17,9 @@ CASES = int(os.environ.get("ANYATTN_TEST_CASES", "60"))
 
 def _usable(name: str) -> bool:
     backend = registry.get(name)
-    return backend is not None and DEVICE in backend.declarations and not any(backend.availability(detect()))
+    if backend is None or backend.downloads:
+        return False
+    return DEVICE in backend.declarations and not any(backend.availability(detect()))
 
 
 NAMES = [name for name in os.environ.get("ANYATTN_TEST_BACKENDS", "").split(",") if name]

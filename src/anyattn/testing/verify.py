@@ -186,7 +186,8 @@ def verify(
     """Run the laws for one backend, some, or all that are built, on this machine.
 
     Args:
-        backend: A name or alias, or several; None is every backend with an adapter.
+        backend: A name or alias, or several; None is every backend with an adapter. One that would download its
+            kernel is run only where it is named.
         device: `"cpu"`, `"cuda"`, ...; None is `"cuda"` where there is one, else `"cpu"`.
         cases: How many cases to draw from each declaration, beside the adversarial ones; or the cases themselves.
         laws: The names of the laws to run; None is all.
@@ -216,7 +217,8 @@ def verify(
     total = len(names) * len(chosen)
     reports = []
     for place, name in enumerate(names):
-        reports.append(_backend(name, device, cases, chosen, seed, progress, (place * len(chosen), total)))
+        done = (place * len(chosen), total)
+        reports.append(_backend(name, device, cases, chosen, seed, progress, done, named=backend is not None))
     if progress is not None:
         progress("", "", total, total)
     machine = f"{found.name if found is not None else 'none'} ({platform.system()} {platform.machine()})"
@@ -231,6 +233,8 @@ def _backend(
     seed: int,
     progress: Progress | None,
     done: tuple[int, int],
+    *,
+    named: bool,
 ) -> BackendReport:
     backend = registry.get(name)
     if backend is None:
@@ -240,6 +244,9 @@ def _backend(
     if caps is None:
         served = " or ".join(backend.declarations)
         reasons = (*reasons, Reason("device_type", f"tensors on {served}", device))
+    if backend.downloads and not named:
+        need = "to be named, since its code is downloaded"
+        reasons = (*reasons, Reason("not_named", need, "every backend asked for", f"verify({name!r})"))
     if caps is None or reasons:
         return BackendReport(name, unusable=reasons)
     reports = []

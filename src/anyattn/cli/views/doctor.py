@@ -35,6 +35,10 @@ def show(found: DoctorReport) -> RenderableType:
     usable = [row for row in found.backends if not row.reasons]
     if usable:
         parts.append(section("Usable here", _trials(usable), note="tried on tiny inputs, compared with the reference"))
+    waiting = [row for row in usable if row.downloads and not row.trials]
+    if waiting:
+        said = (under(Text(row.name, style="bold"), row.origin) for row in waiting)
+        parts.append(section("From the Hub", *said, note="downloaded and tried where named: anyattn doctor NAME"))
     troubled = [row for row in usable if _complaints(row)]
     if troubled:
         parts.append(section("What went wrong", *(under(row.name, *_complaints(row)) for row in troubled)))
@@ -137,9 +141,14 @@ def _absent(rows: Iterable[BackendReport]) -> list[RenderableType]:
     parts: list[RenderableType] = []
     unusable = [row for row in rows if row.state == "unusable"]
     if unusable:
-        groups = grouped(unusable, lambda row: (row.reasons, row.cure, row.ended))
-        lines = [(_names(group), _unusable(group[0])) for group in groups]
-        parts.append(section("Not usable here", table(("backend", "why, and the cure"), lines, first=24)))
+        # What is merely not installed needs no more than a line: the command that installs it.
+        absent = [row for row in unusable if row.cure and {reason.code for reason in row.reasons} == {"not_installed"}]
+        lines = [(_names(group), f"cure: {group[0].cure}") for group in grouped(absent, lambda row: row.cure)]
+        groups = grouped((row for row in unusable if row not in absent), lambda row: (row.reasons, row.cure, row.ended))
+        broken = table(
+            ("backend", "why, and the cure"), [(_names(group), _unusable(group[0])) for group in groups], first=24
+        )
+        parts.append(section("Not usable here", facts(lines), *([broken] if groups else [])))
     unbuilt = [row for row in rows if row.state == "not built"]
     if unbuilt:
         groups = grouped(unbuilt, lambda row: (row.wanted, row.found))

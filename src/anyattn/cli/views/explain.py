@@ -57,6 +57,8 @@ def _facts(found: Explanation) -> RenderableType:
         ("  asked for", f"{wish} ({_source(wish.source)})"),
         ("  choice", _BASIS.get(decision.basis, decision.basis)),
     ]
+    if decision.origin:
+        rows.append(("  from", decision.origin))
     rows += [("  converted", str(conversion)) for conversion in decision.conversions]
     if decision.overruled:
         rows.append(("  overruled", decision.overruled))

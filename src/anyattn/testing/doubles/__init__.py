@@ -33,6 +33,7 @@ DOUBLES: dict[str, str] = {
     "aiter": "anyattn.testing.doubles.aiter:DOUBLE",
     "xla": "anyattn.testing.doubles.xla:DOUBLE",
     "npu": "anyattn.testing.doubles.npu:DOUBLE",
+    "flash2_hub": "anyattn.testing.doubles.hub:FLASH2",
 }
 """The double of each backend that has one: one line adds one."""
 
