@@ -1,4 +1,4 @@
-"""docs/backends.md tells any declaration, and of verified/ what the files say: no more, and a double's as a double's."""
+"""docs/backends.md tells any declaration, and of verified/ what the files say: a double is told as a double."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_file_of_the_gpu_tool_is_read(read: Any, trimmed: bool) -> None:
     assert run.outcome == "5 executed, 1 died"
 
 
-@pytest.mark.parametrize("data", [[1, 2], {"rows": {}}, {"about": {}, "laws": {}}, {"models": []}])
+@pytest.mark.parametrize("data", [[1, 2], {"rows": {}}, {"about": {}, "laws": {"native": "DIED"}}, {"models": []}])
 def test_file_without_laws_says_nothing(read: Any, data: Any) -> None:
     assert read(data) == []
 

@@ -63,7 +63,7 @@ def _of_file(path: Path, data: Any) -> Iterator[Run]:
             if "laws" in row:
                 yield _run(row["backend"], row, source, data["device"], data["machine"], data["torch"], "")
     elif isinstance(data.get("laws"), Mapping) and isinstance(data.get("about"), Mapping):  # tools/gpu/run.py
-        about = data["about"]
+        about = {"device": "cuda", "devices": (), "torch": "?", **data["about"]}
         kind = about["device"].partition(":")[0]
         names = [device["name"] for device in about["devices"] if device["type"] == kind]
         for name, row in data["laws"].items():
