@@ -35,12 +35,16 @@ class Parts(NamedTuple):
         dense: Boolean or floating, with four dimensions, each full or 1.
         block: A FlexAttention BlockMask.
         sinks: `(H,)`.
+        cu_seqlens_q: Of packed sequences, int32 `(B + 1,)`: where each one's queries begin.
+        cu_seqlens_k: The same of keys.
     """
 
     key: Tensor | None = None
     dense: Tensor | None = None
     block: Any | None = None
     sinks: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,51 +1,35 @@
-"""What a FlexAttention block mask's blocks speak for, found by looking at it once."""
+"""FlexAttention's block masks: what one's blocks speak for, and how they are made of functions."""
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from anyattn.errors import InvalidCallError
+from anyattn.mask_functions import MaskFunction, MaskMod, looks_at
 from anyattn.spec import BlockSpec
-
-_VALUELESS = frozenset(
-    ("new_ones", "new_zeros", "new_full", "new_empty", "ones_like", "zeros_like", "full_like", "empty_like")
-)
-"""Operations that take a tensor's shape and dtype and not its value, as torch's own `noop_mask` does."""
 
 _seen: weakref.WeakKeyDictionary[Any, BlockSpec] = weakref.WeakKeyDictionary()
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which of some tensors' values any operation takes."""
+def block_at(address: int) -> Any:
+    """Find a living block mask by its `id`.
 
-    def __init__(self, *watched: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.watched = watched
-        self.used = [False] * len(watched)
+    While torch.compile traces, an object can't be handed to code that isn't traced (torch 2.11 refuses it), but its id
+    can. Every object that Python's garbage collector knows is looked through, so that an id that is none is no danger.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.overloadpacket.__name__ not in _VALUELESS:
-            for leaf in tree_leaves((args, kwargs)):
-                for index, tensor in enumerate(self.watched):
-                    if leaf is tensor:
-                        self.used[index] = True
-        return func(*args, **kwargs)
-
-
-def _looks_at(block_mask: Any) -> tuple[bool, bool]:
-    """Find out whether a block mask's function looks at the batch or head index, by watching one call."""
-    device = block_mask.kv_num_blocks.device
-    b, h, q, kv = (torch.zeros((), dtype=torch.int32, device=device) for _ in range(4))
-    with torch.no_grad(), _Watch(b, h) as watch:
-        block_mask.mask_mod(b, h, q, kv)
-    return watch.used[0], watch.used[1]
+    Raises:
+        InvalidCallError: If there is none, as where it is being made inside the traced code.
+    """
+    found = next((thing for thing in gc.get_objects() if id(thing) == address), None)
+    if found is None or not hasattr(found, "kv_num_blocks"):
+        raise InvalidCallError("Make the block mask outside the compiled function: it has to be looked at once.")
+    return found
 
 
 def block_spec(block_mask: Any) -> BlockSpec:
@@ -60,7 +44,7 @@ def block_spec(block_mask: Any) -> BlockSpec:
     if not isinstance(getattr(block_mask, "kv_num_blocks", None), Tensor):
         raise InvalidCallError("Make the block mask outside the compiled function: it has to be looked at once.")
     batch, heads = (int(size) for size in block_mask.kv_num_blocks.shape[:2])
-    per_batch, per_head = _looks_at(block_mask)
+    per_batch, per_head, _ = looks_at(block_mask.mask_mod, block_mask.kv_num_blocks.device)
     undecided = (per_batch and batch == 1) or (per_head and heads == 1)
     partial = undecided and _is_of_first_entry(block_mask, batch, heads)
     spec = BlockSpec(batch, heads, per_batch, per_head, partial)
@@ -70,16 +54,91 @@ def block_spec(block_mask: Any) -> BlockSpec:
 
 def _is_of_first_entry(block_mask: Any, batch: int, heads: int) -> bool:
     """Whether the blocks are what `create_block_mask` makes of the function with None for B or H."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    seqlen_q, seqlen_kv = block_mask.seq_lengths
-    made = create_block_mask(
-        block_mask.mask_mod,
-        batch if batch > 1 else None,
-        heads if heads > 1 else None,
-        seqlen_q,
-        seqlen_kv,
-        device=block_mask.kv_num_blocks.device,
-        BLOCK_SIZE=block_mask.BLOCK_SIZE,
-    )
+    device = block_mask.kv_num_blocks.device
+    lengths = (int(block_mask.seq_lengths[0]), int(block_mask.seq_lengths[1]))
+    made = make_block_mask(block_mask.mask_mod, batch, heads, *lengths, device, block_mask.BLOCK_SIZE)
     return torch.equal(made.to_dense() != 0, block_mask.to_dense() != 0)
+
+
+_AT_ONCE = 1 << 26
+"""How many positions (batch * heads * seqlen_q * seqlen_kv) of a function are written out at once."""
+
+
+def make_block_mask(
+    mask_mod: MaskMod,
+    batch: int | None,
+    heads: int | None,
+    seqlen_q: int,
+    seqlen_kv: int,
+    device: torch.device,
+    block_size: tuple[int, int] = (128, 128),
+) -> Any:
+    """Make what torch's `create_block_mask` makes, a band of rows at a time where the whole would take much memory."""
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+    options: dict[str, Any] = {"device": device, "BLOCK_SIZE": block_size}
+    if torch.compiler.is_compiling() or (batch or 1) * (heads or 1) * seqlen_q * seqlen_kv <= _AT_ONCE:
+        return create_block_mask(mask_mod, batch, heads, seqlen_q, seqlen_kv, **options)
+    rows = block_size[0]
+    band = max(1, _AT_ONCE // ((batch or 1) * (heads or 1) * rows * seqlen_kv)) * rows
+    counts = [
+        _counts(_from_row(mask_mod, start), batch, heads, min(band, seqlen_q - start), seqlen_kv, device, block_size)
+        for start in range(0, seqlen_q, band)
+    ]
+    found = torch.cat(counts, -2)
+    full = found == block_size[0] * block_size[1]
+    partial = (found > 0) & ~full
+    return BlockMask.from_kv_blocks(
+        *_ordered(partial), *_ordered(full), BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=(seqlen_q, seqlen_kv)
+    )
+
+
+def _from_row(mask_mod: MaskMod, start: int) -> MaskMod:
+    return lambda b, h, q, kv: mask_mod(b, h, q + start, kv)
+
+
+def _counts(
+    mask_mod: MaskMod,
+    batch: int | None,
+    heads: int | None,
+    seqlen_q: int,
+    seqlen_kv: int,
+    device: torch.device,
+    block_size: tuple[int, int],
+) -> Tensor:
+    """Count the allowed positions of each block: `(B or 1, H or 1, S_q / rows, S_kv / columns)`, rounded up."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    rows, columns = block_size
+    allowed = create_mask(mask_mod, batch, heads, seqlen_q, seqlen_kv, device=device)
+    allowed = F.pad(allowed, (0, -seqlen_kv % columns, 0, -seqlen_q % rows))
+    blocks = allowed.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+    return blocks.sum((-3, -1), dtype=torch.int32)
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Give how many blocks each row has, and their columns first."""
+    number = blocks.sum(-1, dtype=torch.int32)
+    order = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
+    return number, order.to(torch.int32).contiguous()
+
+
+_MOST_KEPT_BYTES = 1 << 24
+"""The largest dense mask that is kept with its function; larger ones are written out at each call."""
+
+
+def written_out(
+    function: MaskFunction, batch: int, heads: int, seqlen_q: int, seqlen_kv: int, device: torch.device
+) -> Tensor:
+    """Write a mask function out as a dense boolean mask `(B or 1, H or 1, S_q, S_kv)`."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    entries, each = batch if function.per_batch else 1, heads if function.per_head else 1
+
+    def make() -> Tensor:
+        return create_mask(function.mask_mod, entries, each, seqlen_q, seqlen_kv, device=device)
+
+    if torch.compiler.is_compiling() or entries * each * seqlen_q * seqlen_kv > _MOST_KEPT_BYTES:
+        return make()
+    found: Tensor = function.kept(("dense", entries, each, seqlen_q, seqlen_kv), device, make)
+    return found

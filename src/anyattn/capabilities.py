@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,20 +13,21 @@ from anyattn.environment import Arch, Device
 from anyattn.masks import Align
 from anyattn.patterns import KernelPattern, in_alignment
 from anyattn.reasons import Reason
-from anyattn.spec import UNKNOWN, AttentionSpec, describe_mask
+from anyattn.spec import UNKNOWN, AttentionSpec, DenseSpec, MaskSpec, Storage, describe_mask
 
 BOTH: frozenset[Align] = frozenset(("upper_left", "lower_right"))
 
 MAX_LOWERED_MASK_BYTES = 1 << 30
-"""The largest mask (bytes, one per position) that is made behind the caller's back to express a pattern."""
+"""The most memory (bytes) that is given, behind the caller's back, to a dense mask made of a pattern, a key mask or a
+mask function: see `lowered_mask_bytes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """What a backend accepts on one type of device; every default is the pessimistic one.
 
-    A backend that takes a dense boolean mask thereby takes every pattern and key mask as well: they are
-    turned into one, and the decision says so.
+    A backend that takes a dense boolean mask thereby takes every pattern, key mask and mask function as well: they
+    are turned into one, and the decision says so.
 
     Attributes:
         dtypes: The dtypes of query, key and value.
@@ -44,7 +46,7 @@ class Capabilities:
         boolean: Whether it takes a dense boolean mask.
         bias: Whether it takes a dense additive mask.
         bias_float32: Whether that may be float32 with a half-precision query.
-        block: Whether it takes a FlexAttention block mask.
+        block: Whether it takes a FlexAttention block mask or a mask function.
         mask_grad: Whether it gives the gradient of an additive mask.
         dead_rows: Whether rows without a key give zeros.
         gqa: Whether query heads may share key/value heads.
@@ -132,7 +134,9 @@ def kernel_pattern(caps: Capabilities, spec: AttentionSpec) -> KernelPattern | N
     for align in (first, second):
         if align not in caps.causal and align not in caps.window:
             continue
-        found = in_alignment(pattern, spec.seqlen_q, spec.seqlen_kv, align, same_lengths=spec.same_lengths)
+        # Packed sequences each have lengths of their own, which aren't known.
+        sizes = (UNKNOWN, UNKNOWN) if spec.packed else (spec.seqlen_q, spec.seqlen_kv)
+        found = in_alignment(pattern, *sizes, align, same_lengths=spec.same_lengths)
         if found is None:
             continue
         if found.is_full or align in caps.window or (found.is_causal and align in caps.causal):
@@ -140,18 +144,32 @@ def kernel_pattern(caps: Capabilities, spec: AttentionSpec) -> KernelPattern | N
     return None
 
 
+def as_run(caps: Capabilities | None, spec: AttentionSpec) -> AttentionSpec:
+    """Give the call as a backend runs it: packed sequences are padded for a kernel that doesn't take them."""
+    if not spec.packed or (caps is not None and caps.varlen):
+        return spec
+    pattern = spec.mask.pattern
+    if pattern is None or pattern.align == "upper_left":
+        mask = MaskSpec(pattern, "lengths", dead_rows=True, prefix=True)
+        return spec.replace(packed=False, mask=mask, storage=Storage())
+    shape = (spec.batch, 1, spec.seqlen_q, spec.seqlen_kv)
+    mask = MaskSpec(dense=DenseSpec("boolean", torch.bool, shape), dead_rows=True)
+    return spec.replace(packed=False, mask=mask, storage=Storage(), packed_pattern=pattern)
+
+
 def needs_dense(caps: Capabilities, spec: AttentionSpec) -> bool:
-    """Whether a pattern or key mask has to be turned into a dense mask for this kernel."""
+    """Whether a pattern, key mask or mask function has to be turned into a dense mask for this kernel."""
     mask = spec.mask
-    if mask.block is not None and not caps.block:
+    function = mask.block is not None and mask.block.is_function and not caps.block
+    if mask.block is not None and not caps.block and not function:
         return False
     pattern_left = mask.pattern is not None and not pattern_is_native(caps, spec)
     key_left = mask.key is not None and not caps.key_mask
     # A kernel's own causal flag beside a dense mask is not uniform (SDPA's documentation forbids it), so
     # the two are joined.
-    joined = mask.dense is not None or key_left or (mask.key is not None and not caps.key_and_pattern)
+    joined = mask.dense is not None or key_left or function or (mask.key is not None and not caps.key_and_pattern)
     both = mask.pattern is not None and joined and not caps.key_and_pattern
-    return pattern_left or key_left or both
+    return pattern_left or key_left or both or function
 
 
 def declared_reasons(caps: Capabilities, spec: AttentionSpec, device: Device | None) -> Iterator[Reason]:
@@ -207,18 +225,17 @@ def _shape(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
 def _mask(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     mask = spec.mask
     dense = needs_dense(caps, spec)
+    if spec.packed_pattern is not None and spec.batch * spec.seqlen_q * spec.seqlen_kv > MAX_LOWERED_MASK_BYTES:
+        size = spec.batch * spec.seqlen_q * spec.seqlen_kv >> 20
+        need = f"a mask of at most {MAX_LOWERED_MASK_BYTES >> 20} MiB made of the packed sequences' lengths"
+        yield Reason(
+            "memory", need, f"{size} MiB", "choose a backend with packed sequences of its own (flash2, flash4)"
+        )
     if dense and not caps.boolean:
-        yield Reason("mask", "no mask that its kernel can't express", _unsupported(caps, spec), "flex takes every mask")
+        hint = "choose flex" if mask.block is not None else "flex takes every mask"
+        yield Reason("mask", "no mask that its kernel can't express", _unsupported(caps, spec), hint)
     if dense and caps.boolean:
-        size = spec.seqlen_q * spec.seqlen_kv * (spec.batch if mask.key else 1)
-        pattern_only = mask.pattern is not None
-        if pattern_only and size > MAX_LOWERED_MASK_BYTES:
-            yield Reason(
-                "memory",
-                f"a mask of at most {MAX_LOWERED_MASK_BYTES >> 20} MiB made from the pattern",
-                f"{size >> 20} MiB",
-                "choose a backend that does the pattern itself (flex), or give the mask as a tensor",
-            )
+        yield from lowered_mask_reasons(spec)
     if mask.dense is not None and not (caps.bias if mask.dense.kind == "bias" else caps.boolean):
         yield Reason("mask", f"no dense {mask.dense.kind} mask", f"a {mask.dense.kind} mask")
     is_bias = mask.dense is not None and mask.dense.kind == "bias"
@@ -229,7 +246,7 @@ def _mask(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
             str(mask.dense.dtype),
             "cast the mask (mind finfo.min, which becomes -inf in a narrower dtype)",
         )
-    if mask.block is not None and not caps.block:
+    if mask.block is not None and not caps.block and not mask.block.is_function:
         yield Reason("mask", "no block mask", "a FlexAttention block mask", "choose flex")
     if mask.dead_rows and not caps.dead_rows:
         yield Reason(
@@ -237,6 +254,42 @@ def _mask(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
             "a mask known to leave every row a key",
             "one that may not",
             "anyattn.prepare_mask(mask) looks once and remembers",
+        )
+
+
+def lowered_mask_bytes(spec: AttentionSpec) -> int:
+    """Count the bytes of the dense mask that the parts of a call's mask become; 0 where sizes aren't known.
+
+    A boolean mask has one byte a position, and as many as query's dtype in the additive mask that every SDPA kernel
+    gets of it; a bias that is joined keeps its own dtype. Heads and batch entries are counted where they differ.
+    """
+    mask, dense, block = spec.mask, spec.mask.dense, spec.mask.block
+    if UNKNOWN in (spec.batch, spec.seqlen_q, spec.seqlen_kv):
+        return 0
+    shape = (1, 1, 1, 1) if dense is None else dense.shape
+    per_batch = mask.key is not None or (block is not None and block.per_batch) or shape[0] != 1
+    per_head = (block is not None and block.per_head) or shape[1] != 1
+    per_row = mask.pattern is not None or block is not None or shape[2] != 1
+    positions = (spec.batch if per_batch else 1) * (spec.num_heads if per_head else 1) * spec.seqlen_kv
+    return positions * (spec.seqlen_q if per_row else 1) * _bytes_of_position(spec)
+
+
+def _bytes_of_position(spec: AttentionSpec) -> int:
+    dense = spec.mask.dense
+    return dense.dtype.itemsize if dense is not None and dense.kind == "bias" else 1 + spec.dtype.itemsize
+
+
+def lowered_mask_reasons(spec: AttentionSpec) -> Iterator[Reason]:
+    """Refuse a dense mask that would take more than is allowed, and more than the one that the caller gave."""
+    made = lowered_mask_bytes(spec)
+    shape = (0, 0, 0, 0) if spec.mask.dense is None else spec.mask.dense.shape
+    own = math.prod(shape) * _bytes_of_position(spec)
+    if made > max(MAX_LOWERED_MASK_BYTES, own):
+        yield Reason(
+            "memory",
+            f"a mask of at most {MAX_LOWERED_MASK_BYTES >> 20} MiB made from {describe_mask(spec.mask)}",
+            f"{made >> 20} MiB",
+            "choose flex, or another backend that does it itself, or give the mask as a tensor",
         )
 
 
@@ -248,6 +301,8 @@ def _unsupported(caps: Capabilities, spec: AttentionSpec) -> str:
         parts.append(f"{kind} ({mask.pattern.align}, seqlen_q {spec.seqlen_q}, seqlen_kv {spec.seqlen_kv})")
     if mask.key is not None and not caps.key_mask:
         parts.append(f"key {mask.key}")
+    if mask.block is not None and mask.block.is_function and not caps.block:
+        parts.append("a mask function")
     return " and ".join(parts) or f"a pattern together with another mask: {describe_mask(mask)}"
 
 

@@ -56,7 +56,8 @@ class Decision:
         kernel: Which entry of the backend's kernel.
         conversions: What is done to the call so that the kernel can take it, all of it exact.
         preference: What was asked for, and where.
-        basis: What the choice rests on: `"required"`, `"preferred"`, `"fixed order"`, `"measured"`.
+        basis: What the choice rests on: `"required"`, `"preferred"`, `"fixed order"`,
+            `"rule by size and mask"`, `"measured"`.
         candidates: Every backend that was considered, in order, with every reason against it.
         overruled: A wish that a more specific one overruled, in words.
     """

@@ -284,6 +284,17 @@ TABLE: tuple[KnownBad, ...] = (
         unless_cpu="AVX512",
     ),
     KnownBad(
+        "flex-cpu-strides",
+        ("flex (compiled)",),
+        "memory written past its end, which ends the process",
+        "compiled for a CPU, and query, key or value not contiguous as (B, H, S, D)",
+        lambda s: True,  # on a CPU strides aren't part of a spec
+        "contiguous tensors (done by anyattn), torch 2.13, eager flex, or native",
+        "seen with torch 2.11, for AVX2 and for AVX-512; right with torch 2.13",
+        ">=2.5,<2.13",
+        device_type="cpu",
+    ),
+    KnownBad(
         "flex-block-mask-one-head",
         ("flex (compiled)",),
         "head 0's blocks are used for every head",

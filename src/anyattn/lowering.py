@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.backend import Output, Parts
+from anyattn.block_masks import written_out
 from anyattn.capabilities import Capabilities, needs_dense
+from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Mask
 from anyattn.reasons import Conversion
 from anyattn.spec import AttentionSpec, PatternSpec, describe_mask
@@ -50,7 +53,14 @@ def wide(attn_mask: Any) -> Tensor:
 
 
 def joined_mask(
-    spec: AttentionSpec, parts: Parts, seqlen_q: int, seqlen_kv: int, device: torch.device, *, pattern: bool
+    spec: AttentionSpec,
+    parts: Parts,
+    seqlen_q: int,
+    seqlen_kv: int,
+    device: torch.device,
+    *,
+    pattern: bool,
+    batch: int | None = None,
 ) -> Tensor | None:
     """Join every part of a mask into one tensor with four dimensions.
 
@@ -61,6 +71,7 @@ def joined_mask(
         seqlen_kv: S_kv.
         device: Where to make it.
         pattern: Whether the pattern belongs in it.
+        batch: B, for a backend that is traced with a batch that isn't known; None is the spec's.
 
     Returns:
         Boolean (True = attend) or floating (added), broadcastable to `(B, H, S_q, S_kv)`; None where
@@ -72,6 +83,10 @@ def joined_mask(
     if parts.key is not None:
         keys = key_mask(parts.key, seqlen_kv)
         allowed = keys if allowed is None else allowed & keys
+    if isinstance(parts.block, MaskFunction):
+        entries = spec.batch if batch is None else batch
+        function = written_out(parts.block, entries, spec.num_heads, seqlen_q, seqlen_kv, device)
+        allowed = function if allowed is None else allowed & function
     dense = parts.dense
     if dense is None:
         return allowed
@@ -105,6 +120,32 @@ def within_base_2(bias: Tensor) -> Tensor:
     plain = bias.detach()
     drawn = torch.maximum(plain, torch.rsub(plain, -HUGE / 2, alpha=-0.5))
     return bias + (drawn - plain).nan_to_num(0.0) if bias.requires_grad else drawn
+
+
+def aligned_bias(mask: Tensor, query: Tensor, key: Tensor, *, strict: bool = False) -> Tensor:
+    """Make the bias that fused kernels take: full shape, its rows starting at multiples of 16 elements.
+
+    Args:
+        mask: Boolean or floating, with four dimensions, each full or 1.
+        query: `(B, H, S_q, D)`.
+        key: `(B, H_kv, S_kv, D)`.
+        strict: Whether strides have to be such multiples along dimensions of length 1 too.
+    """
+    # The logarithm of 1 and 0 is 0 and -inf, in fewer launches than a choice between the two.
+    bias = mask.to(query.dtype).log_() if mask.dtype == torch.bool else within_base_2(mask)
+    length = key.shape[2]
+    if bias.shape[-1] != length:
+        bias = bias.expand(*bias.shape[:-1], length)
+    if not _rows_are_aligned(bias, strict):
+        bias = F.pad(bias, (0, -length % 16)) if length % 16 else realigned(bias)
+        bias = bias[..., :length]
+    return bias.expand(query.shape[0], query.shape[1], query.shape[2], length)
+
+
+def _rows_are_aligned(bias: Tensor, strict: bool) -> bool:
+    if bias.stride(-1) != 1 or bias.storage_offset() % 16:
+        return False
+    return all((bias.shape[axis] == 1 and not strict) or bias.stride(axis) % 16 == 0 for axis in range(bias.dim() - 1))
 
 
 def with_huge_biases(lse: Tensor, mask: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Mask objects: each says what it means, so that nothing is guessed from a shape.
 
 A mask has at most one *pattern* (causal or window), one *key mask* (padding or lengths), one *dense* mask
-(boolean or bias) and one *block* mask; `a & b` joins two masks and a position is allowed where both allow it.
+(boolean or bias) and one *block* mask or mask function; `a & b` joins two masks and a position is allowed where both allow it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from anyattn.errors import InvalidCallError
+from anyattn.mask_functions import (
+    MaskFunction,
+    MaskMod,
+    joined,
+    looked_at,
+    prefix_then_causal,
+    same_document,
+    same_or_earlier_frame,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +42,11 @@ __all__ = [
     "Mask",
     "Pattern",
     "SlidingWindow",
+    "document",
+    "frame_causal",
+    "from_function",
     "join_patterns",
+    "prefix_lm",
 ]
 
 _ALIGNS = ("upper_left", "lower_right")
@@ -77,7 +90,7 @@ class Mask:
         key: Boolean `(B, S_kv)` or `(B or 1, 1, 1, S_kv)`, True = attend, or integer lengths `(B,)`; or None.
         dense: Boolean (True = attend) or floating (added to the scores), broadcastable to
             `(B, H, S_q, S_kv)`; or None.
-        block: A `torch.nn.attention.flex_attention.BlockMask`, or None.
+        block: A `torch.nn.attention.flex_attention.BlockMask`, a mask function, or None.
     """
 
     __slots__ = ("__weakref__", "_signature", "_wide_key", "block", "dense", "key", "pattern", "short")
@@ -144,7 +157,7 @@ class Mask:
             pattern=pattern,
             key=_only_one("key mask (KeyPadding, KeyLengths)", key, other_key),
             dense=_only_one("dense mask (Boolean, Bias)", dense, other_dense),
-            block=_only_one("block mask (Block)", self.block, other.block),
+            block=_joined_blocks(self.block, other.block),
         )
 
     def __repr__(self) -> str:
@@ -156,7 +169,7 @@ class Mask:
             if tensor is not None:
                 parts.append(f"{name}({tensor.dtype}, {tuple(tensor.shape)})")
         if self.block is not None:
-            parts.append("block")
+            parts.append("function" if isinstance(self.block, MaskFunction) else "block")
         return f"Mask[{' & '.join(parts) or 'all'}]"
 
 
@@ -198,6 +211,12 @@ def is_key_mask(tensor: Tensor) -> bool:
         return False
     shape = tensor.shape
     return shape[1] == 1 and shape[2] == 1 and shape[3] != 1
+
+
+def _joined_blocks(first: Any, second: Any) -> Any:
+    if isinstance(first, MaskFunction) and isinstance(second, MaskFunction):
+        return joined(first, second)
+    return _only_one("block mask (Block) or mask function", first, second)
 
 
 def _only_one(what: str, first: Any, second: Any) -> Any:
@@ -331,3 +350,52 @@ class Block(Mask):
                 f"Block needs a torch.nn.attention.flex_attention.BlockMask, not {type(block_mask).__name__}."
             )
         super().__init__(block=block_mask)
+
+
+def from_function(fn: MaskMod) -> Mask:
+    """Make a mask of a function of indices, in the terms of FlexAttention.
+
+    The function is called once at once, to see whether it looks at the batch entry or the head. What a backend makes
+    of it (flex a block mask, native a dense one) is kept per shape with the mask, so make the mask once and outside
+    compiled code. Rebinding what the function captures, and writing to a tensor of its in place, is noticed; writes
+    that torch doesn't count (through `.data`, or NumPy) are not.
+
+    Args:
+        fn: `fn(b, h, q_idx, kv_idx)` of four integer tensors; gives a boolean tensor, True = attend.
+
+    Raises:
+        InvalidCallError: If it can't be called so, or gives anything but a boolean tensor.
+
+    Example:
+        >>> from_function(lambda b, h, q_idx, kv_idx: (q_idx + kv_idx) % 2 == 0) & Causal()
+        Mask[window(left=-1, right=0, align='upper_left') & function]
+    """
+    return Mask(block=looked_at(fn))
+
+
+def document(ids: Tensor) -> Mask:
+    """Let tokens attend within their own document alone; join it with `Causal()` for packed language modelling.
+
+    Args:
+        ids: Integer `(B, S)`, or `(1, S)` for every batch entry: which document each token belongs to. Queries and
+            keys are the same S tokens.
+    """
+    return Mask(block=same_document(ids))
+
+
+def prefix_lm(prefix_lengths: Tensor | int) -> Mask:
+    """Attend to the whole prefix from everywhere, and causally (upper-left) to what comes after it.
+
+    Args:
+        prefix_lengths: How long the prefix is: an int >= 0, or int32 or int64 `(B,)`, or `(1,)` for every batch entry.
+    """
+    return Mask(block=prefix_then_causal(prefix_lengths))
+
+
+def frame_causal(tokens_per_frame: int) -> Mask:
+    """Attend to one's own frame of a video and to every earlier one (upper-left).
+
+    Args:
+        tokens_per_frame: How many tokens one frame has, >= 1.
+    """
+    return Mask(block=same_or_earlier_frame(tokens_per_frame))

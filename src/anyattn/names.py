@@ -53,6 +53,12 @@ KNOWN: tuple[KnownBackend, ...] = (
         ("_flash_3", "_flash_varlen_3", "flash_attn_3"),
     ),
     KnownBackend(
+        "flash3_fp8",
+        "flash3",
+        "flash_attn_interface, flash_attn_3 or fa3-fwd, an NVIDIA GPU of sm90; quantises to fp8",
+        "pip install fa3-fwd (forward only), or build hopper/ of github.com/Dao-AILab/flash-attention",
+    ),
+    KnownBackend(
         "flash4",
         "flash4",
         "flash-attn-4, an NVIDIA GPU of sm90 or newer",

@@ -15,6 +15,7 @@ from anyattn.block_masks import block_spec
 from anyattn.describe import Facts, MaskFacts, facts_of
 from anyattn.errors import InvalidCallError
 from anyattn.lowering import live_rows
+from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Block, Causal, Mask, is_key_mask
 from anyattn.spec import UNKNOWN, BlockSpec, MaskSpec
 
@@ -110,9 +111,19 @@ def _block_facts(mask: Mask) -> tuple[BlockSpec | None, tuple[int, int] | None]:
     block = mask.block
     if block is None:
         return None, None
+    if isinstance(block, MaskFunction):
+        return function_facts(block.per_batch, block.per_head, block.sizes)
     lengths = block.seq_lengths
     seqlens = (int(lengths[0]), int(lengths[1]))
     return (None if isinstance(block, MadeFor) else block_spec(block)), seqlens
+
+
+def function_facts(
+    per_batch: bool, per_head: bool, sizes: tuple[int | None, int | None, int | None]
+) -> tuple[BlockSpec, tuple[int, int]]:
+    """Describe a mask function, with the lengths that its tensors fix (UNKNOWN: any)."""
+    batch, seqlen_q, seqlen_kv = (size if type(size) is int else UNKNOWN for size in sizes)
+    return BlockSpec(max(batch, 1), 1, per_batch, per_head, is_function=True), (seqlen_q, seqlen_kv)
 
 
 def known_of(mask: Mask, seqlen_kv: int) -> Known:

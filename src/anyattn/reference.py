@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Mask
 
 
@@ -49,6 +50,9 @@ def _block_positions(block: Any, batch: int, heads: int, seqlen_q: int, seqlen_k
     """Write a FlexAttention block mask out: its function, and its blocks where they speak for all."""
     from torch.nn.attention.flex_attention import create_mask
 
+    if isinstance(block, MaskFunction):
+        whole: Tensor = create_mask(block.mask_mod, batch, heads, seqlen_q, seqlen_kv, device=block.device)
+        return whole
     device = block.kv_num_blocks.device
     written = create_mask(block.mask_mod, batch, heads, seqlen_q, seqlen_kv, device=device)
     blocks = block.to_dense() != 0

@@ -30,6 +30,10 @@ BUILTIN: dict[str, str] = {
     "native_math": "anyattn.adapters.native:NativeMath",
     "flex": "anyattn.adapters.flex:Flex",
     "flash2": "anyattn.adapters.flash2:Flash2",
+    "flash3": "anyattn.adapters.flash3:Flash3",
+    "flash3_fp8": "anyattn.adapters.flash3:Flash3Fp8",
+    "flash4": "anyattn.adapters.flash4:Flash4",
+    "xformers": "anyattn.adapters.xformers:XFormers",
 }
 """Each built backend and the class that implements it: one line adds one."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from anyattn.backend import Backend
+from anyattn.capabilities import as_run
 from anyattn.decision import Candidate, Decision, Preference
 from anyattn.environment import Environment
 from anyattn.names import AUTO, BY_NAME
@@ -13,11 +14,37 @@ from anyattn.registry import not_built
 from anyattn.spec import AttentionSpec
 
 AUTO_ORDER: Mapping[str, tuple[str, ...]] = {
-    "cuda": ("native", "native_efficient", "flex", "native_math"),
+    "cuda": ("native", "flash4", "flash3", "flash2", "native_efficient", "aiter", "xformers", "flex", "native_math"),
     "cpu": ("native", "flex", "native_math"),
+    "npu": ("npu", "native", "native_math"),
+    "xla": ("xla", "native_math"),
 }
-"""What `auto` tries, per type of device, where nothing was measured. torch's own pick is first: on an H100 it is the
-fastest or near it for short calls, and it is always installed."""
+"""What `auto` tries, per type of device, where nothing was measured and no rule applies. torch's own pick is first:
+on an H100 it is the fastest for short calls, which are bound by the Python in front of a kernel."""
+
+_LONG = 1 << 35
+_VERY_LONG = 1 << 40
+_MANY_KEYS = 1024
+"""From these on flash kernels come before torch's own pick, by the times of 20 calls of real models on one H100 (torch
+2.11, fa3-fwd 0.0.3, flash-attn-4 4.0.0b36): batch * heads * S_q * S_kv * head_dim of 3.4e10 without a mask, from 1e12
+on quantised kernels too where they are allowed, and 1024 keys under a mask that SDPA would be given as a dense one."""
+
+
+def rule(spec: AttentionSpec) -> tuple[str, ...]:
+    """Give what `auto` tries before its fixed order for a call on CUDA, by the call's size and mask."""
+    if spec.device_type != "cuda":
+        return ()
+    mask = spec.mask
+    work = spec.batch * spec.num_heads * spec.seqlen_q * spec.seqlen_kv * spec.head_dim
+    pattern = mask.pattern
+    dense = mask.key is not None or (
+        pattern is not None and not (pattern.is_causal and (spec.same_lengths or pattern.align == "upper_left"))
+    )
+    if dense:
+        return ("flash4", "flash3", "flash2") if spec.seqlen_kv >= _MANY_KEYS else ()
+    quantised = ("flash3_fp8", "sage") if work >= _VERY_LONG else ()
+    return (*quantised, "flash3", "flash4") if work >= _LONG else ()
+
 
 _DEFAULT_ORDER = ("native", "native_math", "flex")
 _LOOSER = {"exact": (), "int8": ("int8",), "fp8": ("int8", "fp8")}
@@ -28,15 +55,18 @@ Timings = Mapping[str, float]
 """Seconds measured for this call (or its like) per backend name."""
 
 
-def order(device_type: str, available: Sequence[str], timings: Timings | None) -> tuple[tuple[str, ...], str]:
+def order(
+    device_type: str, available: Sequence[str], timings: Timings | None, spec: AttentionSpec | None = None
+) -> tuple[tuple[str, ...], str]:
     """Give the names that `auto` tries, in order, and what the order rests on."""
     fixed = AUTO_ORDER.get(device_type, _DEFAULT_ORDER)
+    first = () if spec is None else rule(spec)
     rest = tuple(name for name in available if name not in fixed and name not in BY_NAME)
-    names = (*fixed, *rest)
+    names = tuple(dict.fromkeys((*first, *fixed, *rest)))
     if timings:
         measured = sorted((name for name in available if name in timings), key=lambda name: timings[name])
         return (*measured, *(name for name in names if name not in timings)), "measured"
-    return names, "fixed order"
+    return names, "rule by size and mask" if first else "fixed order"
 
 
 def resolve(
@@ -86,8 +116,12 @@ def resolve(
         if spec.is_empty:
             kernel = "none: there is nothing to attend to"
         else:
-            lowering = backend.lower(spec, env)
+            run_as = as_run(backend.capabilities(spec, env), spec)
+            lowering = backend.lower(run_as, env)
             kernel, conversions = lowering.entry, lowering.conversions
+            if run_as is not spec:
+                text = "packed sequences padded to the longest, with key lengths for a mask, and packed again"
+                conversions = (Conversion("unpacked", text), *conversions)
     return Decision(spec, chosen, kernel, conversions, preference, basis, (*judged, *others), overruled)
 
 
@@ -100,7 +134,7 @@ def _wanted(
     basis = "preferred"
     for name in preference.names:
         if name == AUTO:
-            automatic, basis = order(spec.device_type, available, timings)
+            automatic, basis = order(spec.device_type, available, timings, spec)
             names.extend(automatic)
         else:
             names.append(name)
@@ -117,8 +151,8 @@ def _judge(
 ) -> Candidate:
     if backend is None:
         return Candidate(name, (not_built(name),))
-    reasons = backend.reasons(spec, env)
     caps = backend.capabilities(spec, env)
+    reasons = backend.reasons(as_run(caps, spec), env)
     if limits is not None and caps is not None and not caps.exact and caps.quantised not in _LOOSER[limits.precision]:
         hint = f"allow it with precision={caps.quantised or 'int8'!r}, or ask for {name} alone"
         reasons = (*reasons, Reason("precision", "an exact kernel", f"one quantised to {caps.quantised}", hint))

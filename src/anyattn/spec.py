@@ -63,6 +63,7 @@ class BlockSpec:
         per_batch: Whether its function looks at the batch index.
         per_head: Whether its function looks at the head index.
         is_partial: Whether its blocks are those of one entry alone though its function tells entries apart.
+        is_function: Whether it is a function alone, without blocks; `batch` is then B where its tensors fix it.
     """
 
     batch: int
@@ -70,6 +71,7 @@ class BlockSpec:
     per_batch: bool = False
     per_head: bool = False
     is_partial: bool = False
+    is_function: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class MaskSpec:
         pattern: Causal or window.
         key: Whether keys are masked per batch entry, and how it is given.
         dense: A dense mask.
-        block: A FlexAttention block mask.
+        block: A FlexAttention block mask, or a mask function.
         dead_rows: Whether a row may have no allowed key at all, as far as is known without reading values.
         prefix: Whether the keys that a key mask allows are known to be the first ones of each batch entry.
     """
@@ -146,6 +148,9 @@ class AttentionSpec:
         storage: How the tensors lie in memory.
         deterministic: Whether deterministic algorithms are asked for.
         compiled: Whether the call is being traced by torch.compile or torch.export.
+        packed: Whether sequences of several lengths stand one after the other, `(T, H, D)`; batch is how many there
+            are, and the lengths are those of the longest.
+        packed_pattern: Of packed sequences that were padded, a pattern that became a dense mask.
         is_gqa: Whether several query heads share one key/value head.
         needs_grad: Whether any input needs a gradient.
         is_empty: Whether there is no batch entry, no query, or no key.
@@ -173,6 +178,8 @@ class AttentionSpec:
     storage: Storage = Storage()
     deterministic: bool = False
     compiled: bool = False
+    packed: bool = False
+    packed_pattern: PatternSpec | None = None
     # Fields and not properties: torch.compile reads the fields of a frozen dataclass, and nothing else of it.
     is_gqa: bool = field(init=False, compare=False, repr=False)
     needs_grad: bool = field(init=False, compare=False, repr=False)
@@ -232,7 +239,7 @@ def describe_mask(mask: MaskSpec) -> str:
     if mask.dense is not None:
         parts.append(f"{mask.dense.kind} {_dtype_name(mask.dense.dtype)} {mask.dense.shape}")
     if mask.block is not None:
-        parts.append("block")
+        parts.append("function" if mask.block.is_function else "block")
     return " & ".join(parts) or "none"
 
 

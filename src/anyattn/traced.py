@@ -14,11 +14,14 @@ from torch import Tensor
 
 from anyattn import _in_force, _runs, policy
 from anyattn.backend import Output, Plan, Run
+from anyattn.block_masks import block_at
+from anyattn.capabilities import MAX_LOWERED_MASK_BYTES
 from anyattn.describe import Facts, MaskFacts, Options, build_spec
 from anyattn.dispatch import make_first, scope_of_call
 from anyattn.errors import InvalidCallError
+from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Mask
-from anyattn.prepare import NOTHING, MadeFor, as_mask, mask_facts, parts_of
+from anyattn.prepare import NOTHING, MadeFor, as_mask, function_facts, mask_facts, parts_of
 from anyattn.running import execute, make_plan
 from anyattn.spec import UNKNOWN, Storage
 
@@ -90,14 +93,13 @@ def _traced(
     axis = 1 if options.layout == "BSHD" else 2
     mask_plain: tuple[Any, ...] = (None, None, None, None)
     fits = True
+    block: tuple[Any, ...] = ()
     if mask is not None:
         made_for = (mask.block.seq_lengths[0], mask.block.seq_lengths[1]) if isinstance(mask.block, MadeFor) else None
-        block = None if made_for is not None else mask.block
         mask_plain = (_pattern(mask), _traced_facts(mask.key), _traced_facts(mask.dense), made_for)
+        block = _block_plain(mask)
         fits = _mask_fits(mask, query, key, axis)
-    else:
-        block = None
-    large = _is_large(query, key, axis)
+    large = _is_large(query, key, axis, mask is not None)
     # Comparisons of sizes are turned into plain booleans, which makes guards of them.
     same = True if query.shape[axis] == key.shape[axis] else False  # noqa: SIM210
     agree = True if _batches_agree(query, key, value, axis) else False  # noqa: SIM210
@@ -117,10 +119,33 @@ def _traced(
     return execute(run, plan, query, key, value, parts_of(mask, sinks))
 
 
-def _is_large(query: Tensor, key: Tensor, axis: int) -> bool:
-    """Whether sizes are such that kernels have limits there, so that they have to be known exactly."""
+def _block_plain(mask: Mask) -> tuple[Any, ...]:
+    """Write what is known of a mask function as constants; of a block mask, where it is (dynamo guards on that)."""
+    block = mask.block
+    if block is None or isinstance(block, MadeFor):
+        return ()
+    if isinstance(block, MaskFunction):
+        sizes = block.sizes
+        plain = tuple(None if size is None else _size(size) for size in (sizes[0], sizes[1], sizes[2]))
+        return (block.per_batch, block.per_head, plain)
+    return (id(block),)
+
+
+def _block_facts(plain: tuple[Any, ...]) -> MaskFacts:
+    if not plain:
+        return MaskFacts()
+    if len(plain) == 1:
+        return mask_facts(Mask(block=block_at(plain[0])), NOTHING)
+    return MaskFacts(None, None, None, *function_facts(*plain))
+
+
+def _is_large(query: Tensor, key: Tensor, axis: int, masked: bool) -> bool:
+    """Whether sizes are such that there are limits, so that they have to be known exactly."""
     if not query.dim() == key.dim() == 4:
         return False
+    # A dense mask may have to be made, of up to 8 bytes a position and the boolean's one.
+    if masked and query.shape[0] * query.shape[axis] * key.shape[axis] * 9 > MAX_LOWERED_MASK_BYTES:
+        return True
     heads = query.shape[0] * query.shape[3 - axis]
     scores = query.shape[axis] * key.shape[axis]
     return True if heads > 65535 or scores > 1 << 31 or query.numel() > 1 << 30 else False  # noqa: SIM210
@@ -136,6 +161,11 @@ def _mask_fits(mask: Mask, query: Tensor, key: Tensor, axis: int) -> bool:
             return False
         if mask.key.dim() > 1 and mask.key.shape[-1] != seqlen_kv:
             return False
+    if isinstance(mask.block, MaskFunction):
+        sizes = mask.block.sizes
+        for size, wanted in ((sizes[0], query.shape[0]), (sizes[1], query.shape[axis]), (sizes[2], seqlen_kv)):
+            if size is not None and size != wanted:
+                return False
     if mask.dense is not None:
         full = (query.shape[0], query.shape[3 - axis], query.shape[axis], seqlen_kv)
         dims = mask.dense.dim()
@@ -168,24 +198,31 @@ def _traced_storage(
         return (True, True, False, True)
     aligned, unit, expanded = True, True, False
     for tensor in (query, key, value):
-        if not _rows_aligned(tensor, tensor.shape[-1] * tensor.element_size() % 16 == 0):
+        padded = tensor.shape[-1] * tensor.element_size() % 16 != 0  # the kernel's wrapper pads head_dim, which copies
+        if not padded and not (_is_dense(tensor) and _rows_aligned(tensor)):
             aligned = False
         if tensor.stride(-1) != 1:
             unit = False
         if tensor is not query and tensor.shape[3 - axis] > 1 and tensor.stride(3 - axis) == 0:
             expanded = True
-    masked = dense is None or dense.dtype == torch.bool or (dense.stride(-1) == 1 and _rows_aligned(dense, True))
+    masked = dense is None or dense.dtype == torch.bool or (dense.stride(-1) == 1 and _rows_aligned(dense))
     return (aligned, unit, expanded, True if masked else False)  # noqa: SIM210
 
 
-def _rows_aligned(tensor: Tensor, rows: bool) -> bool:
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills its storage as far as strides tell: torch.compile can't read where a tensor starts.
+
+    A view that leaves gaps may start anywhere, and is copied. What is dense starts where it was allocated; an input of
+    the compiled code that doesn't is copied by inductor (`copy_misaligned_inputs`) if it was aligned when traced.
+    """
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.transpose(1, 2).is_contiguous())
+
+
+def _rows_aligned(tensor: Tensor) -> bool:
     size = tensor.element_size()
-    if tensor.storage_offset() * size % 16:
-        return False
-    if rows:
-        for dim in range(tensor.dim() - 1):
-            if tensor.shape[dim] > 1 and tensor.stride(dim) * size % 16:
-                return False
+    for dim in range(tensor.dim() - 1):  # noqa: SIM110 - traced: a plain loop
+        if tensor.shape[dim] > 1 and tensor.stride(dim) * size % 16:
+            return False
     return True
 
 
@@ -199,7 +236,7 @@ def _choose(
     options_plain: tuple[Any, ...],
     flags: tuple[bool, bool, bool, bool, bool],
     storage: tuple[bool, bool, bool, bool],
-    block_mask: Any,
+    block: tuple[Any, ...],
 ) -> Plan:
     options = Options(*options_plain)
     scope = policy.scope_of_token(token, entered)
@@ -213,7 +250,7 @@ def _choose(
         raise InvalidCallError(
             "The mask's sizes don't fit the call: each must be the call's own, or 1 in a dense mask."
         )
-    facts_of_block = mask_facts(None if block_mask is None else Mask(block=block_mask), NOTHING)
+    facts_of_block = _block_facts(block)
     parts = [None if fact is None else Facts(*fact) for fact in mask_plain[1:3]]
     spec = build_spec(
         query,

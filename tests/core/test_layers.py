@@ -12,7 +12,7 @@ import anyattn
 ROOT = Path(anyattn.__file__).parent
 
 LAYERS = {
-    0: ("errors", "reasons", "names", "masks", "spec", "environment", "version", "decision", "_runs"),
+    0: ("errors", "reasons", "names", "mask_functions", "masks", "spec", "environment", "version", "decision", "_runs"),
     1: ("policy", "patterns", "capabilities", "kernel_source", "_in_force"),
     2: (
         "key_layout",
@@ -29,7 +29,7 @@ LAYERS = {
     3: ("adapters",),
     4: ("registry",),
     5: ("selection", "checks"),
-    6: ("dispatch", "faults", "running", "traced", "api", "choosing", "seeing", "pins"),
+    6: ("dispatch", "faults", "running", "traced", "api", "choosing", "varlen", "seeing", "pins"),
     7: ("testing", "integrations", "demo"),
     8: ("cli",),
 }

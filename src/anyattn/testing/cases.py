@@ -222,5 +222,5 @@ class Inputs:
         """Give the same tensors without gradients, sharing their storage."""
         mask = self.mask
         if mask is not None and mask.dense is not None:
-            mask = Mask(pattern=mask.pattern, key=mask.key, dense=mask.dense.detach())
+            mask = Mask(pattern=mask.pattern, key=mask.key, dense=mask.dense.detach(), block=mask.block)
         return self.replace(query=self.query.detach(), key=self.key.detach(), value=self.value.detach(), mask=mask)

@@ -36,6 +36,18 @@ JOINED: tuple[str, ...] = (
     "window:3:3 & boolean:qk",
     "padding:scattered & boolean:hqk",
 )
+FUNCTIONS: tuple[str, ...] = (
+    "document",
+    "document & causal",
+    "document:shared & padding:left",
+    "prefix",
+    "prefix:int & window:9:9",
+    "frames:4",
+    "frames:3 & lengths",
+    "function:heads",
+    "function:dead",
+    "frames:4 & boolean:hqk",
+)
 
 Space = Mapping[str, tuple[Any, ...]]
 """For each field of a case, the values that it may take; one that stands twice is twice as likely."""
@@ -60,6 +72,8 @@ def space(caps: Capabilities | None, device: str = "cpu") -> Space:
         masks += [*BIASES_FLOAT32]
     if caps is None or caps.block:
         masks += ["block:causal", "block:heads"]
+    if caps is None or caps.block or caps.boolean:
+        masks += [*FUNCTIONS]
     if caps is not None and not caps.dead_rows:
         masks = [mask for mask in masks if "dead" not in mask]
     pairs = [(2, 2), (1, 1), (3, 3)] + ([(4, 2), (3, 1), (6, 3)] if every or caps.gqa else [])  # type: ignore[union-attr]
@@ -99,6 +113,8 @@ def fit(fields: Mapping[str, Any]) -> Case:
     if chosen["dtype"] == "float64" and chosen["data"] == "constant":
         # The errors of float64 are taken from float32's, and those of constants are nothing alike.
         chosen["data"] = "normal"
+    if "document" in chosen["mask"]:
+        chosen["seqlen_q"] = chosen["seqlen_kv"]
     if "bias" not in chosen["mask"]:
         chosen["grad"] = chosen["grad"].replace("m", "")
     return Case(heads=heads, kv_heads=kv_heads, **chosen)
@@ -185,6 +201,14 @@ ADVERSARIAL: tuple[Case, ...] = (
     Case(sinks=True, mask="padding:dead", lse=True),
     Case(mask="block:causal", seqlen_q=40, seqlen_kv=24),
     Case(mask="block:heads", heads=4, kv_heads=4, seqlen_q=13, seqlen_kv=29),
+    Case(mask="document", seqlen_q=37, seqlen_kv=37, grad="qkv"),
+    Case(mask="document & causal", seqlen_q=40, seqlen_kv=40, batch=3, lse=True, layout="BHSD"),
+    Case(mask="prefix", seqlen_q=29, seqlen_kv=29, grad="qkv"),
+    Case(mask="prefix & causal:lower_right", seqlen_q=13, seqlen_kv=29, lse=True),
+    Case(mask="frames:4", seqlen_q=26, seqlen_kv=26, lse=True),
+    Case(mask="frames:4 & bias:hqk:own:inf", seqlen_q=24, seqlen_kv=24, grad="qkv"),
+    Case(mask="function:heads", heads=4, kv_heads=2, seqlen_q=13, seqlen_kv=29),
+    Case(mask="function:dead", seqlen_q=19, seqlen_kv=19, lse=True),
 )
 """What has broken kernels before: odd lengths, dead rows, odd storage, scales not above 0, saturated softmax."""
 

@@ -8,7 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn.masks import Bias, Block, Boolean, Causal, KeyLengths, KeyPadding, Mask, SlidingWindow
+from anyattn.masks import (
+    Bias,
+    Block,
+    Boolean,
+    Causal,
+    KeyLengths,
+    KeyPadding,
+    Mask,
+    SlidingWindow,
+    document,
+    frame_causal,
+    from_function,
+    prefix_lm,
+)
 
 DATA: tuple[str, ...] = ("normal", "large", "unequal", "constant", "shifted", "zeros")
 """Kinds of values: iid normal; logits so large that the softmax saturates; one half of the keys holding nearly all the
@@ -100,8 +113,8 @@ def make_mask(recipe: str, sizes: Sizes, dtype: torch.dtype, device: str, genera
     """Make the mask of a recipe: parts joined with `&`, each a word and its options after colons.
 
     `causal[:align]` · `window:left:right[:align]` · `padding:left|right|scattered|dead` · `lengths[:dead]` ·
-    `boolean:dims[:dead]` · `bias:dims:own|float32[:inf|min|dead]` · `block:causal|heads`; dims are the letters
-    of b, h, q, k that are full, the others being 1. `dead` leaves rows without a key; `inf` forbids some positions
+    `boolean:dims[:dead]` · `bias:dims:own|float32[:inf|min|dead]` · `block:causal|heads` · `document[:shared]` ·
+    `prefix[:int]` · `frames:tokens` · `function:heads|dead`; dims are the letters of b, h, q, k that are full, the others being 1. `dead` leaves rows without a key; `inf` forbids some positions
     with -inf and `min` with finfo.min, in whole rows too.
     """
     found: Mask | None = None
@@ -133,6 +146,15 @@ def _part(
         return Bias(_bias(options[0], kind, options[2:], sizes, generator).to(device))
     if word == "block":
         return _block(options[0], sizes, device)
+    if word == "document":
+        return document(_document_ids("shared" in options, sizes, generator).to(device))
+    if word == "prefix":
+        lengths = _lengths(False, sizes, generator)
+        return prefix_lm(int(lengths[0]) if "int" in options else lengths.to(device))
+    if word == "frames":
+        return frame_causal(int(options[0]))
+    if word == "function":
+        return from_function(_by_head if options[0] == "heads" else _nothing_at_first)
     raise ValueError(f"There is no mask recipe {word!r}.")
 
 
@@ -186,17 +208,30 @@ def _bias(dims: str, dtype: torch.dtype, options: list[str], sizes: Sizes, gener
     return bias
 
 
+def _document_ids(shared: bool, sizes: Sizes, generator: torch.Generator) -> Tensor:
+    """Give each token the number of its document; some documents have one token."""
+    if sizes[2] != sizes[3]:
+        raise ValueError("A document mask's queries are its keys.")
+    starts = torch.rand(1 if shared else sizes[0], sizes[3], generator=generator) < 0.3
+    return starts.cumsum(-1)
+
+
+def _by_head(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    return kv <= q + h * 2
+
+
+def _nothing_at_first(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    return (kv < q) & ((b + kv) % 3 > 0)
+
+
 def _block(kind: str, sizes: Sizes, device: str) -> Mask:
     from torch.nn.attention.flex_attention import create_block_mask
 
     def causal(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return kv <= q
 
-    def heads(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return kv <= q + h * 2
-
     seqlen_q, seqlen_kv = sizes[2:]
     if kind == "heads":
         # Made with H=None though its function tells heads apart: its blocks speak for head 0 alone.
-        return Block(create_block_mask(heads, None, None, seqlen_q, seqlen_kv, device=device))
+        return Block(create_block_mask(_by_head, None, None, seqlen_q, seqlen_kv, device=device))
     return Block(create_block_mask(causal, None, None, seqlen_q, seqlen_kv, device=device))

@@ -21,6 +21,7 @@ from anyattn.adapters.native import NativeFlash, NativeMath
 from anyattn.adapters.native import kernels as native
 from anyattn.backend import Backend, Output, Parts, Plan, Run
 from anyattn.environment import Environment
+from anyattn.mask_functions import MaskFunction
 from anyattn.reasons import Reason
 from anyattn.spec import AttentionSpec
 from anyattn.testing.cases import Case
@@ -94,6 +95,18 @@ def _other_alignment(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, part
     other = "upper_left" if plan.spec.mask.pattern.align == "lower_right" else "lower_right"
     pattern = dataclasses.replace(plan.spec.mask.pattern, align=other)  # type: ignore[arg-type]
     return run(_with(plan, mask=dataclasses.replace(plan.spec.mask, pattern=pattern)), q, k, v, parts)
+
+
+def _first_entry_of_function(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    if isinstance(parts.block, MaskFunction):
+        first = parts.block
+        block = MaskFunction(lambda b, h, q, kv: first.mask_mod(b * 0, h * 0, q, kv), False, False)
+        parts = parts._replace(block=block)
+    return run(plan, q, k, v, parts)
+
+
+def _no_function(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    return run(plan, q, k, v, parts if not isinstance(parts.block, MaskFunction) else parts._replace(block=None))
 
 
 def _lse_off(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
@@ -268,6 +281,8 @@ def _of(base: type[Backend], wrap: Wrap) -> Callable[[], Backend]:
 SABOTAGED: Mapping[str, Sabotage] = {
     "ignores scale": Sabotage("right", _of(NativeMath, _no_scale)),
     "drops the key mask": Sabotage("right", _of(NativeMath, _no_mask)),
+    "drops mask functions": Sabotage("right", _of(NativeMath, _no_function)),
+    "takes a mask function's first entry for all": Sabotage("right", _of(Flex, _first_entry_of_function)),
     "lets the last key through": Sabotage("right", _of(NativeMath, _last_key)),
     "aligns causal to the other corner": Sabotage("right", _of(Flex, _other_alignment)),
     "adds 0.001 to lse": Sabotage("right", _of(NativeFlash, _lse_off)),

@@ -13,7 +13,7 @@ import torch
 
 from anyattn.adapters.flex import kernels
 from anyattn.backend import Backend, Lowering
-from anyattn.capabilities import BOTH, Capabilities
+from anyattn.capabilities import BOTH, Capabilities, lowered_mask_reasons
 from anyattn.environment import Environment
 from anyattn.known_bad import hits
 from anyattn.reasons import Conversion, Reason
@@ -71,19 +71,35 @@ class Flex(Backend):
             yield Reason("head_dim", "head_dim >= 16 on CUDA", str(min(spec.head_dim, spec.head_dim_v)))
         if spec.device_type == "cpu" and spec.compiled and (spec.return_lse or spec.sinks):
             yield Reason("lse", "no lse under torch.compile on a CPU (inductor has none)", "return_lse or sinks")
+        dense = spec.mask.dense
+        joined = spec.mask.pattern is not None or spec.mask.key is not None
+        if joined and dense is not None and dense.kind == "bias" and (spec.return_lse or spec.sinks):
+            # The lse of rows whose every bias is huge is mended from the whole mask.
+            yield from lowered_mask_reasons(spec)
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         compiled, why = _compiles(spec, env)
         entry = "flex_attention (compiled)" if compiled else "flex_attention (eager)"
         notes = [Conversion("compiled" if compiled else "eager", why)]
         rows = hits(("flex (compiled)",), spec, env) if compiled else ()
-        if rows:
-            text = f"keys padded to a multiple of 16 and masked: {rows[0].what} otherwise ({rows[0].link})"
+        found = {row.name: row for row in rows}
+        tail, strides = found.get("flex-cpu-tail"), found.get("flex-cpu-strides")
+        if tail is not None:
+            text = f"keys padded to a multiple of 16 and masked: {tail.what} otherwise ({tail.link})"
             notes.append(Conversion("pad_keys", text))
+        if strides is not None:
+            text = f"query, key and value made contiguous: {strides.what} otherwise ({strides.link})"
+            notes.append(Conversion("copy", text))
         if spec.mask.block is not None and spec.mask.block.is_partial:
             text = "block mask made again with every head and batch entry: its blocks were those of the first alone"
             notes.append(Conversion("rebuild_block_mask", text))
-        return Lowering(entry, compiled=compiled, pad_keys=bool(rows), conversions=tuple(notes))
+        return Lowering(
+            entry,
+            copy=strides is not None,
+            compiled=compiled,
+            pad_keys=tail is not None,
+            conversions=tuple(notes),
+        )
 
     def load(self) -> None:
         import torch.nn.attention.flex_attention  # noqa: F401

@@ -35,6 +35,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if not spec.needs_grad and spec.device_type == "cpu":
         # The CPU refuses inputs that require a gradient even under no_grad.
         query, key, value = (t.detach() if t.requires_grad else t for t in (query, key, value))
+    if plan.lowering.copy:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     seqlen_kv = key.shape[2]
     if plan.lowering.pad_keys:
         key, value = (F.pad(tensor, (0, 0, 0, -seqlen_kv % 16)) for tensor in (key, value))

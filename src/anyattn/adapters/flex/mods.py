@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.backend import Parts, Plan
+from anyattn.block_masks import make_block_mask
 from anyattn.lowering import HUGE, key_mask
+from anyattn.mask_functions import MaskFunction
 from anyattn.masks import serial_of
 from anyattn.spec import AttentionSpec, PatternSpec
-
-_LARGE = 1 << 26
-"""Positions (S_q * S_kv) from which a block mask is made by compiled code on CUDA."""
 
 Mod = Callable[..., Tensor]
 """A `mask_mod(b, h, q_idx, kv_idx)` or `score_mod(score, b, h, q_idx, kv_idx)`."""
@@ -54,6 +53,8 @@ def block_mask_of(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_k
     """Make the block mask of a pattern, a key mask and padding, joined with the caller's."""
     spec, given = plan.spec, parts.block
     block = spec.mask.block
+    if isinstance(given, MaskFunction):
+        return _function_block_mask(plan, parts, given, query, key, seqlen_kv)
     eager = parts.key is None and not plan.lowering.pad_keys and not torch.compiler.is_compiling()
     if eager and given is None and spec.mask.pattern is not None:
         return _pattern_block_mask(spec.mask.pattern, query.shape[2], seqlen_kv, query.device)
@@ -75,10 +76,29 @@ def block_mask_of(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_k
     per_batch = parts.key is not None or (block is not None and (block.per_batch or block.batch > 1))
     per_head = block is not None and (block.per_head or block.heads > 1)
     batch, heads = query.shape[0] if per_batch else None, query.shape[1] if per_head else None
-    made = _create(mask_mod, batch, heads, query.shape[2], key.shape[2], query.device)
+    made = make_block_mask(mask_mod, batch, heads, query.shape[2], key.shape[2], query.device)
     if name is not None and not torch.is_inference_mode_enabled():
         _keep(name, made, query.device)
     return made
+
+
+def _function_block_mask(
+    plan: Plan, parts: Parts, function: MaskFunction, query: Tensor, key: Tensor, seqlen_kv: int
+) -> Any:
+    """Make the block mask of a mask function and what is joined with it; kept with the function, key masks aside."""
+    batch = query.shape[0] if parts.key is not None or function.per_batch else None
+    heads = query.shape[1] if function.per_head else None
+    seqlen_q, padded = query.shape[2], plan.lowering.pad_keys
+
+    def make() -> Any:
+        first = _mask_mod(plan, parts, seqlen_q, seqlen_kv)
+        mask_mod = _both(first, function.mask_mod, seqlen_kv if padded else None)
+        return make_block_mask(mask_mod, batch, heads, seqlen_q, key.shape[2], query.device)
+
+    if parts.key is not None or torch.compiler.is_compiling():
+        return make()
+    name = ("block", plan.spec.mask.pattern, batch, heads, seqlen_q, seqlen_kv, key.shape[2])
+    return function.kept(name, query.device, make)
 
 
 _patterns: dict[Any, Any] = {}
@@ -92,7 +112,7 @@ def _pattern_block_mask(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int, dev
         return found
     # Tensors born in inference mode or inside a CUDA graph must not be met outside again.
     with torch.inference_mode(False), torch.no_grad():
-        made = _create(_pattern_mod(pattern, seqlen_q, seqlen_kv), None, None, seqlen_q, seqlen_kv, device)
+        made = make_block_mask(_pattern_mod(pattern, seqlen_q, seqlen_kv), None, None, seqlen_q, seqlen_kv, device)
     _keep(key, made, device)
     return made
 
@@ -105,17 +125,6 @@ def _keep(key: Any, made: Any, device: torch.device) -> None:
     if len(_patterns) >= 64:
         _patterns.clear()
     _patterns[key] = made
-
-
-def _create(
-    mask_mod: Mod, batch: int | None, heads: int | None, seqlen_q: int, seqlen_kv: int, device: torch.device
-) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    options: dict[str, Any] = {"device": device}
-    if device.type == "cuda" and not torch.compiler.is_compiling() and seqlen_q * seqlen_kv > _LARGE:
-        options["_compile"] = True  # otherwise every position is written out
-    return create_block_mask(mask_mod, batch, heads, seqlen_q, seqlen_kv, **options)
 
 
 def _with_blocks(block_mask: Any) -> Mod:

@@ -16,7 +16,7 @@ import torch
 from anyattn.adapters.native import kernels, short
 from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE
 from anyattn.backend import Backend, Lowering, MaskedRunner, Plan, Runner
-from anyattn.capabilities import Capabilities, needs_dense, pattern_is_native
+from anyattn.capabilities import Capabilities, lowered_mask_reasons, needs_dense, pattern_is_native
 from anyattn.environment import Environment
 from anyattn.known_bad import hits
 from anyattn.lowering import mask_conversions
@@ -31,6 +31,9 @@ class _Kernel(Backend):
     entries: ClassVar[Mapping[str, str]]
     avoids: ClassVar[frozenset[str]] = frozenset()
     run = staticmethod(kernels.run)
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        return _dense_causal(self.entries[spec.device_type], spec)
 
     def known_bad(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         return (row.reason() for row in hits((self.name,), spec, env) if row.name not in self.avoids)
@@ -55,11 +58,22 @@ def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec) -> Lowering:
         conversions.append(Conversion("pad_head_dim", f"head_dim {spec.head_dim} padded to a multiple of 8"))
     pattern = spec.mask.pattern
     is_causal = pattern is not None and not dense and pattern.is_causal and pattern_is_native(caps, spec)
-    if is_causal and spec.scale <= 0 and spec.device_type == "cpu" and entry in ("sdpa", "flash_cpu"):
-        # The CPU flash kernel fills with -inf before it scales: NaN (torch 2.13, run).
+    if is_causal and _loses_causal(entry, spec):
         is_causal, dense = False, True
         conversions.append(Conversion("dense_mask", "causal given as a dense mask: NaN otherwise where scale <= 0"))
     return Lowering(entry, is_causal, dense, copy, conversions=tuple(conversions))
+
+
+def _loses_causal(entry: str, spec: AttentionSpec) -> bool:
+    """Whether the kernel may fill with -inf before it scales, which gives NaN: the CPU flash kernel (torch 2.13)."""
+    return spec.scale <= 0 and spec.device_type == "cpu" and entry in ("sdpa", "flash_cpu")
+
+
+def _dense_causal(entry: str, spec: AttentionSpec) -> Iterator[Reason]:
+    """Refuse to write causal out, where that is called for and would take too much."""
+    pattern = spec.mask.pattern
+    if pattern is not None and pattern.is_causal and _loses_causal(entry, spec):
+        yield from lowered_mask_reasons(spec)
 
 
 class NativeFlash(_Kernel):
@@ -133,6 +147,7 @@ class Native(Backend):
     run = staticmethod(kernels.run)
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        yield from _dense_causal("sdpa", spec)
         if spec.return_lse or spec.sinks:
             options = _with_lse(spec, env)
             if not any(not sub.reasons(spec, env) for sub in options):

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.backend import Output, Parts, Plan
+from anyattn.key_layout import kept_padding
 from anyattn.lowering import (
     additive,
+    aligned_bias,
     joined_mask,
     normalise_lse,
     realigned,
@@ -98,25 +100,6 @@ def _flash(
     return result[0][..., : spec.head_dim_v], lse
 
 
-def aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Make the bias that the fused kernels take: full shape, its rows starting at multiples of 16 elements."""
-    # The logarithm of 1 and 0 is 0 and -inf, in fewer launches than a choice between the two.
-    bias = mask.to(query.dtype).log_() if mask.dtype == torch.bool else within_base_2(mask)
-    length = key.shape[2]
-    if bias.shape[-1] != length:
-        bias = bias.expand(*bias.shape[:-1], length)
-    if not _rows_are_aligned(bias):
-        bias = F.pad(bias, (0, -length % 16)) if length % 16 else realigned(bias)
-        bias = bias[..., :length]
-    return bias.expand(query.shape[0], query.shape[1], query.shape[2], length)
-
-
-def _rows_are_aligned(bias: Tensor) -> bool:
-    if bias.stride(-1) != 1 or bias.storage_offset() % 16:
-        return False
-    return all(bias.shape[axis] == 1 or bias.stride(axis) % 16 == 0 for axis in range(bias.dim() - 1))
-
-
 def _efficient(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -169,7 +152,10 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     dtype = query.dtype
     if lowering.upcast:
         query, key, value = query.float(), key.float(), value.float()
-    mask = joined_mask(spec, parts, query.shape[2], key.shape[2], query.device, pattern=not lowering.is_causal)
+    if parts.key is not None:
+        parts = parts._replace(key=kept_padding(parts.key, key.shape[2]))
+    lengths, pattern = (query.shape[2], key.shape[2]), not lowering.is_causal
+    mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0])
     if mask is not None and misread(spec):
         mask = mask.to(query.dtype)
     out, lse = _ENTRIES[lowering.entry](spec, query, key, value, mask, lowering.is_causal)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyattn.adapters.native.kernels import aligned_bias, misread
+from anyattn.adapters.native.kernels import misread
 from anyattn.backend import MaskedRunner, Plan, Runner
-from anyattn.lowering import wide, within_base_2
+from anyattn.lowering import aligned_bias, wide, within_base_2
 from anyattn.spec import AttentionSpec
 
 
@@ -42,7 +42,7 @@ def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
     spec, lowering = plan.spec, plan.lowering
     if lowering.entry not in ("sdpa", "sdpa_additive") or lowering.copy:
         return None
-    if spec.sinks or spec.mask.key == "lengths" or misread(spec):
+    if spec.sinks or spec.mask.key == "lengths" or spec.mask.block is not None or misread(spec):
         return None
     if (spec.mask.key is not None) + (spec.mask.dense is not None) > 1:
         return None

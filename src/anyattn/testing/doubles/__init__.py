@@ -21,6 +21,10 @@ __all__ = ["DOUBLES", "Double", "double_of", "installed"]
 
 DOUBLES: dict[str, str] = {
     "flash2": "anyattn.testing.doubles.flash2:DOUBLE",
+    "flash3": "anyattn.testing.doubles.flash3:DOUBLE",
+    "flash3_fp8": "anyattn.testing.doubles.flash3:FP8",
+    "flash4": "anyattn.testing.doubles.flash4:DOUBLE",
+    "xformers": "anyattn.testing.doubles.xformers:DOUBLE",
 }
 """The double of each backend that has one: one line adds one."""
 

@@ -6,6 +6,7 @@ import importlib.machinery
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,8 @@ def attend(
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
-        scores = scores + bias.double()
+        # What the fill covers gets no gradient, of a row without a key neither.
+        scores = (scores + bias.double()).masked_fill(torch.isneginf(bias), float("-inf"))
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     logits = scores
@@ -86,11 +88,15 @@ def attend(
         extra = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         logits = torch.cat((scores, extra), -1)
     if logits.shape[-1] == 0:
-        lse = scores.new_full(scores.shape[:3], float("-inf"))
+        lse = top = scores.new_full(scores.shape[:3], float("-inf"))
     else:
-        lse = torch.logsumexp(logits, -1)
+        # Beside biases near finfo.min the logarithm of a sum is lost, so that the largest logit is taken off first.
+        top = logits.detach().amax(-1).nan_to_num(neginf=0.0)
+        lse = torch.logsumexp(logits - top.unsqueeze(-1), -1)
     alive = ~torch.isneginf(lse).unsqueeze(-1)
-    weights = torch.where(alive, torch.exp(scores - torch.where(alive, lse.unsqueeze(-1), 0.0)), 0.0)
+    shifted = scores - top.unsqueeze(-1) - torch.where(alive, lse.unsqueeze(-1), 0.0)
+    weights = torch.where(alive, torch.exp(shifted), 0.0)
+    lse = lse + top
     if dropout_p:
         kept = torch.rand_like(weights) >= dropout_p
         weights = weights * kept / (1.0 - dropout_p) if dropout_p < 1 else weights * 0.0
@@ -131,3 +137,38 @@ def packed_band(
     distance = (columns - starts_k[of_column])[None, :] - place[:, None]
     same = (of_row[:, None] == of_column[None, :]) & (of_column < count)[None, :]
     return same & (distance <= right) & (distance >= -left)
+
+
+def used_band(
+    lengths: Tensor, seqlen_q: int, seqlen_kv: int, left: float, right: float, *, lower_right: bool = True
+) -> Tensor:
+    """Say which positions a window allows where each entry uses its first keys alone: boolean `(B, 1, S_q, S_kv)`.
+
+    Flash kernels align to the lower right of the used keys, not of all.
+    """
+    used = lengths.long().view(-1, 1, 1, 1)
+    place = torch.arange(seqlen_q)[:, None] + (used - seqlen_q if lower_right else 0)
+    column = torch.arange(seqlen_kv)[None, :]
+    distance = column - place
+    return (column < used) & (distance <= right) & (distance >= -left)
+
+
+class _Uninitialised(torch.autograd.Function):
+    """A tensor whose gradient holds rubbish in the rows that a kernel doesn't use."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, lengths: Tensor) -> Tensor:
+        ctx.save_for_backward(lengths)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (lengths,) = ctx.saved_tensors
+        unused = torch.arange(grad.shape[1])[None, :] >= lengths[:, None]
+        return grad.masked_fill(unused[:, :, None, None], float("nan")), None
+
+
+def uninitialised_gradient(tensor: Tensor, lengths: Tensor) -> Tensor:
+    """Give a tensor `(B, S_kv, H, D)` whose gradient is rubbish beyond each entry's length."""
+    found: Tensor = _Uninitialised.apply(tensor, lengths)  # type: ignore[no-untyped-call]
+    return found

@@ -121,8 +121,8 @@ def _change_mask(inputs: Inputs) -> Inputs:
     if mask.dense is not None:
         dense = mask.dense.clone()
         dense[..., -1] = False if dense.dtype == torch.bool else -3.0
-        return inputs.replace(mask=Mask(pattern=mask.pattern, key=mask.key, dense=dense))
-    return inputs.replace(mask=Mask(pattern=(0, 0, "upper_left"), key=mask.key))
+        return inputs.replace(mask=Mask(pattern=mask.pattern, key=mask.key, dense=dense, block=mask.block))
+    return inputs.replace(mask=Mask(pattern=(0, 0, "upper_left"), key=mask.key, block=mask.block))
 
 
 def _changes(case: Case) -> dict[str, Change]:

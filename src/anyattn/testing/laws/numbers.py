@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anyattn import reference
 from anyattn.lowering import key_mask
+from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Mask
 from anyattn.testing.cases import Case, Inputs
 from anyattn.testing.laws.base import (
@@ -66,7 +67,7 @@ def permutation(backend: str, case: Case) -> LawResult:
     against = reasons_against(backend, inputs)
     if against:
         return refused("permutation", backend, case, against)
-    if inputs.mask is not None and inputs.mask.block is not None:
+    if _has_blocks(inputs):
         return inapplicable("permutation", backend, case, "a block mask, which can't be permuted")
     batch = torch.arange(case.batch).roll(1)
     kv = torch.arange(case.kv_heads).roll(1)
@@ -105,6 +106,20 @@ def _permute(tensor: Tensor, name: str, batch: Tensor, heads: Tensor, kv: Tensor
     return tensor
 
 
+def _has_blocks(inputs: Inputs) -> bool:
+    """Whether the mask has a block mask, which is more than a function."""
+    return inputs.mask is not None and not isinstance(inputs.mask.block, MaskFunction | None)
+
+
+def _permuted_function(function: MaskFunction, batch: Tensor, heads: Tensor) -> MaskFunction:
+    entries, each, mask_mod = batch.to(function.device), heads.to(function.device), function.mask_mod
+
+    def permuted(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return mask_mod(entries[b] if function.per_batch else b, each[h] if function.per_head else h, q, kv)
+
+    return MaskFunction(permuted, function.per_batch, function.per_head, function.sizes, function.captured)
+
+
 def _permuted(inputs: Inputs, batch: Tensor, heads: Tensor, kv: Tensor) -> Inputs:
     def moved(tensor: Tensor, order: Tensor) -> Tensor:
         axis = 2 if inputs.case.layout == "BSHD" else 1
@@ -119,7 +134,10 @@ def _permuted(inputs: Inputs, batch: Tensor, heads: Tensor, kv: Tensor) -> Input
         key = mask.key
         if key is not None and key.shape[0] > 1:
             key = key.index_select(0, batch.to(key.device))
-        mask = Mask(pattern=mask.pattern, key=key, dense=dense)
+        block = mask.block
+        if isinstance(block, MaskFunction):
+            block = _permuted_function(block, batch, heads)
+        mask = Mask(pattern=mask.pattern, key=key, dense=dense, block=block)
     sinks = None if inputs.sinks is None else inputs.sinks.index_select(0, heads.to(inputs.sinks.device))
     return inputs.replace(
         query=moved(inputs.query, heads),
@@ -187,7 +205,7 @@ def dead_rows(backend: str, case: Case) -> LawResult:
 def halves(backend: str, case: Case) -> LawResult:
     """Law 10: attention over two halves of the keys, merged by their lse, is attention over all of them."""
     inputs = case.build().detached()
-    if case.seqlen_kv < 2 or (inputs.mask is not None and inputs.mask.block is not None) or case.sinks:
+    if case.seqlen_kv < 2 or _has_blocks(inputs) or case.sinks:
         return inapplicable("halves", backend, case, "keys that can't be halved: one key, a block mask, or sinks")
     middle = case.seqlen_kv // 2
     whole, parts = inputs, [_keys(inputs, 0, middle), _keys(inputs, middle, case.seqlen_kv)]
@@ -242,7 +260,7 @@ def _keys(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Keep some keys, with the mask as it was for those."""
     axis = 1 if inputs.case.layout == "BSHD" else 2
     case, mask = inputs.case, inputs.mask
-    if mask is not None and mask.key is not None and mask.pattern is None and mask.dense is None:
+    if mask is not None and mask.key is not None and mask.pattern is mask.dense is mask.block is None:
         mask = Mask(key=key_mask(mask.key, case.seqlen_kv)[:, 0, 0, start:stop].contiguous())
     elif mask is not None:
         sizes = (case.batch, case.heads, case.seqlen_q, case.seqlen_kv)

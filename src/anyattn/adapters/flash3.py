@@ -1,0 +1,229 @@
+"""FlashAttention-3: a build of `hopper/` (flash_attn_interface, flash_attn_3), or the package fa3-fwd.
+
+Sources: `hopper/flash_attn_interface.py` and `hopper/flash_api.cpp` of flash-attention; fa3-fwd 0.0.3 on an H100.
+Causal and windows are aligned to the lower right. What a function returns changed twice under one version number, so it
+is told from its signature and from what comes back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from anyattn import flash_like
+from anyattn.backend import Backend, Lowering, Output, Parts, Plan
+from anyattn.capabilities import Capabilities
+from anyattn.environment import Environment
+from anyattn.flash_like import KernelCall
+from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
+from anyattn.reasons import Conversion, Reason
+from anyattn.spec import AttentionSpec
+
+_NAMES = ("flash_attn_func", "flash_attn_varlen_func")
+_BUILD = "build hopper/ of github.com/Dao-AILab/flash-attention"
+
+FORWARD_ONLY = Package("fa3-fwd", "fa3_fwd_interface", _NAMES, ">=0.0.3", "pip install fa3-fwd (forward only)")
+
+PACKAGES = (
+    Package("", "flash_attn_interface", _NAMES, install=_BUILD, found_by="flash_attn_interface"),
+    # The package itself holds the functions since July 2026, and the extension alone before.
+    Package("flash-attn-3", "flash_attn_3", _NAMES, install=_BUILD, found_by="flash_attn_3"),
+    FORWARD_ONLY,
+)
+
+_CUDA = Capabilities(
+    dtypes=frozenset((torch.float16, torch.bfloat16)),
+    arch_min=(9, 0),
+    arch_max=(9, 0),
+    head_dim_max=512,
+    head_dim_v=True,
+    causal=frozenset(("lower_right",)),
+    window=frozenset(("lower_right",)),
+    realigns=True,
+    key_mask=True,
+    dead_rows=True,
+    gqa=True,
+    softcap=True,
+    lse=True,
+    backward=True,
+    deterministic=True,
+    exact=True,
+    unit_stride=False,
+    batch_max=65535,
+    varlen=True,
+    device_guard=True,
+    compile=True,
+    cuda_graph=True,
+)
+
+
+class Flash3(Backend):
+    """FlashAttention-3 in the inputs' precision; forward only where fa3-fwd is the source."""
+
+    name = "flash3"
+    family = "flash3"
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
+    packages: ClassVar[tuple[Package, ...]] = PACKAGES
+
+    def availability(self, env: Environment) -> Iterator[Reason]:
+        yield from super().availability(env)
+        yield from package_reasons(self.packages, env)
+
+    def origin(self, env: Environment) -> str:
+        package = first_that_serves(self.packages, env)
+        if package is None:
+            return ""
+        version = env.packages.get(package.distribution or "flash-attn-3", "")
+        return f"{package.module} {version}".strip()
+
+    def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
+        caps = super().capabilities(spec, env)
+        if caps is not None and first_that_serves(self.packages, env) is FORWARD_ONLY:
+            # fa3-fwd is built without backward, local windows and fp16 (its fa3_fwd_config.py).
+            dtypes = caps.dtypes - {torch.float16}
+            return caps.replace(backward=False, deterministic=False, window=frozenset(), dtypes=dtypes)
+        return caps
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        yield from _head_dims(spec)
+        if spec.deterministic and spec.needs_grad and spec.head_dim > 192:
+            yield Reason("deterministic", "head_dim <= 192 for deterministic gradients", str(spec.head_dim))
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        caps = self.capabilities(spec, env)
+        assert caps is not None
+        # Lengths beside unpacked keys are shown for the forward alone; the backward takes packed keys.
+        packs = spec.needs_grad
+        entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
+        return flash_like.lower(entry, caps, spec, packs=packs)
+
+    def load(self) -> None:
+        from anyattn.environment import detect
+
+        package = first_that_serves(self.packages, detect())
+        assert package is not None
+        functions = package.load()
+        # True where lse is asked for, False where it comes unasked or not at all.
+        functions.asks_for_lse = "return_attn_probs" in inspect.signature(functions.flash_attn_func).parameters
+        FUNCTIONS[self.name] = functions
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        return flash_like.attend(plan, query, key, value, parts, _call)
+
+
+def _head_dims(spec: AttentionSpec) -> Iterator[Reason]:
+    """Refuse head dims without a kernel (`hopper/flash_api.cpp`)."""
+    dim, dim_v = spec.head_dim, spec.head_dim_v
+    pair = (128 < dim <= 192 and 96 < dim_v <= 128) or (dim <= 64 and dim_v <= 512)
+    if dim > 256:
+        yield Reason("head_dim", "head_dim <= 256", str(dim))
+    if dim != dim_v and not pair:
+        need = "head_dim_v == head_dim, or head_dim <= 64, or head_dim in (128, 192] with head_dim_v in (96, 128]"
+        yield Reason("head_dim_v", need, f"{dim} and {dim_v}")
+    elif dim != dim_v and spec.needs_grad:
+        yield Reason("head_dim_v", "head_dim_v == head_dim with gradients", f"{dim} and {dim_v}")
+
+
+def _call(plan: Plan, call: KernelCall, **descale: Tensor) -> tuple[Tensor, Tensor | None]:
+    spec = plan.spec
+    functions = FUNCTIONS[plan.backend]
+    with_lse = spec.return_lse or plan.rescale
+    causal = call.left == -1 and call.right == 0
+    options: dict[str, Any] = {
+        "softmax_scale": spec.scale,
+        "causal": causal,
+        "window_size": (-1, -1) if causal else (call.left, call.right),
+        "softcap": 0.0 if spec.softcap is None else spec.softcap,
+        "deterministic": spec.deterministic,
+    }
+    options.update(descale)
+    if functions.asks_for_lse:
+        options["return_attn_probs"] = with_lse
+    if call.lengths is None and call.cu_seqlens_kv is None:
+        result = functions.flash_attn_func(call.query, call.key, call.value, **options)
+    else:
+        result = functions.flash_attn_varlen_func(
+            call.query,
+            call.key,
+            call.value,
+            cu_seqlens_q=call.cu_seqlens_q,
+            cu_seqlens_k=call.cu_seqlens_kv,
+            max_seqlen_q=call.max_seqlen_q,
+            max_seqlen_k=call.max_seqlen_kv,
+            seqused_k=call.lengths,
+            **options,
+        )
+    if not isinstance(result, tuple):
+        if with_lse:
+            raise RuntimeError(
+                "this build of FlashAttention-3 has no way to give the log-sum-exp (builds of July and August 2025 "
+                "have none); install a newer one"
+            )
+        return result, None
+    return result[0], result[1] if with_lse else None
+
+
+_FP8 = _CUDA.replace(
+    dtypes=frozenset((torch.float16, torch.bfloat16)),
+    head_dim_max=256,
+    head_dim_v=False,
+    window=frozenset(),
+    backward=False,
+    deterministic=False,
+    softcap=False,
+    exact=False,
+    quantised="fp8",
+)
+
+_LARGEST_E4M3 = 448.0
+
+
+class Flash3Fp8(Flash3):
+    """FlashAttention-3 in fp8 (e4m3): half-precision inputs are quantised with a scale per batch entry and head."""
+
+    name = "flash3_fp8"
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _FP8}
+
+    def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
+        return self.declarations.get(spec.device_type)
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
+        lowering = flash_like.lower(entry, _FP8, spec, head_dim_multiple=16)
+        note = Conversion("quantised", "query, key and value as e4m3, with a scale per batch entry and head")
+        return Lowering(
+            lowering.entry,
+            copy=lowering.copy,
+            pattern=lowering.pattern,
+            keys=lowering.keys,
+            conversions=(note, *lowering.conversions),
+        )
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        return flash_like.attend(plan, query, key, value, parts, _call_fp8, head_dim_multiple=16)
+
+
+def _call_fp8(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
+    dtype, kv_heads = call.query.dtype, call.key.shape[2]
+    query, q_descale = _quantised(call.query, kv_heads)
+    key, k_descale = _quantised(call.key, kv_heads)
+    value, v_descale = _quantised(call.value, kv_heads)
+    call = call._replace(query=query, key=key, value=value)
+    out, lse = _call(plan, call, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    return out.to(dtype), lse
+
+
+def _quantised(tensor: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Give a tensor as e4m3, and what it is to be multiplied by: float32 `(B, H_kv)`."""
+    grouped = tensor.unflatten(2, (kv_heads, -1))  # type: ignore[no-untyped-call]
+    # Not smaller: the kernel multiplies its scale by those of query and key, and gives NaN for a scale of 0.
+    largest = grouped.abs().amax((1, 3, 4)).float().clamp_min(2.0**-40)
+    descale = largest / _LARGEST_E4M3
+    scaled = grouped * (1.0 / descale)[:, None, :, None, None].to(torch.float32)
+    return scaled.flatten(2, 3).to(torch.float8_e4m3fn), descale

@@ -1,0 +1,128 @@
+"""FlashAttention-4: the package flash-attn-4 (`flash_attn.cute`), compiled by its CUTLASS DSL at a kernel's first call.
+
+Sources: `flash_attn/cute/interface.py` of flash-attention, betas 0 to 36; 4.0.0b36 on an H100. Its checks are assert
+statements, which `python -O` drops, so none is relied on. A window's unbounded side is None: -1 would be an offset.
+The first call of each kind (dtype, head_dim, pattern, with or without lengths, lse, gradients) compiles for seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from anyattn import flash_like
+from anyattn.adapters.flash4 import kernels
+from anyattn.backend import Backend, Lowering, Output, Parts, Plan
+from anyattn.capabilities import Capabilities
+from anyattn.environment import Environment
+from anyattn.flash_like import KernelCall
+from anyattn.kernel_source import FUNCTIONS, Package, package_reasons
+from anyattn.reasons import Conversion, Reason
+from anyattn.spec import AttentionSpec
+
+PACKAGES = (
+    Package(
+        "flash-attn-4",
+        "flash_attn.cute",
+        ("flash_attn_func", "flash_attn_varlen_func"),
+        install="pip install --pre flash-attn-4",
+        note="flash-attn 2.8.0 to 2.8.3.post1 bring an old flash_attn.cute that shadows it",
+    ),
+)
+
+_CUDA = Capabilities(
+    dtypes=frozenset((torch.float16, torch.bfloat16)),
+    arch_min=(9, 0),
+    head_dim_max=512,
+    head_dim_v=True,
+    causal=frozenset(("lower_right",)),
+    window=frozenset(("lower_right",)),
+    realigns=True,
+    key_mask=True,
+    dead_rows=True,
+    gqa=True,
+    softcap=True,
+    sinks=True,
+    lse=True,
+    backward=True,
+    deterministic=True,
+    exact=True,
+    unit_stride=False,
+    batch_max=65535,
+    varlen=True,
+    device_guard=True,
+    # Through operators of ours: the package's own call is a function that torch.compile skips.
+    compile=True,
+    cuda_graph=True,
+)
+
+
+class Flash4(Backend):
+    """FlashAttention-4, dense and varlen, with learnable sinks."""
+
+    name = "flash4"
+    family = "flash4"
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
+    packages: ClassVar[tuple[Package, ...]] = PACKAGES
+
+    def availability(self, env: Environment) -> Iterator[Reason]:
+        yield from super().availability(env)
+        yield from package_reasons(self.packages, env)
+
+    def origin(self, env: Environment) -> str:
+        return f"flash-attn-4 {env.packages.get('flash-attn-4', '')}".strip()
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        device = env.device(spec.device_type, spec.device_index)
+        arch = device.arch if device is not None else None
+        yield from _head_dims(spec, (9, 0) if arch is None else arch)
+        if spec.needs_grad and spec.is_gqa and spec.head_dim != spec.head_dim_v:
+            got = f"{spec.head_dim} and {spec.head_dim_v} with {spec.num_heads} heads on {spec.num_kv_heads}"
+            yield Reason("head_dim_v", "head_dim_v == head_dim for gradients of shared heads", got)
+        if arch is not None and arch[0] == 12 and spec.deterministic and spec.needs_grad:
+            yield Reason("deterministic", "an arch below sm120 for deterministic gradients", f"sm{arch[0]}{arch[1]}")
+        if "sinks" in spec.requires_grad:
+            yield Reason(
+                "backward", "sinks that need no gradient", "sinks that require one", "detach them, or use flex"
+            )
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
+        lowering = flash_like.lower(entry, self.declarations[spec.device_type], spec)
+        note = Conversion("compiles_first", "the first call of a kind compiles its kernel, which takes seconds")
+        return Lowering(
+            entry,
+            copy=lowering.copy,
+            pattern=lowering.pattern,
+            keys=lowering.keys,
+            conversions=(*lowering.conversions, note),
+        )
+
+    def load(self) -> None:
+        FUNCTIONS[self.name] = self.packages[0].load()
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        def kernel(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
+            return kernels.attend(plan, call, parts.sinks)
+
+        return flash_like.attend(plan, query, key, value, parts, kernel)
+
+
+def _head_dims(spec: AttentionSpec, arch: tuple[int, int]) -> Iterator[Reason]:
+    """Refuse head dims that the kernels for an architecture don't have (`_validate_head_dims`)."""
+    pair = (spec.head_dim, spec.head_dim_v)
+    if arch[0] in (10, 11):
+        if max(pair) <= 128 or pair == (192, 128):
+            return
+        if pair == (256, 256) and spec.softcap is None and not spec.sinks and spec.mask.key is None:
+            return
+        need = "head_dim <= 128, or (192, 128), or (256, 256) without softcap, sinks and key masks"
+    elif max(pair) <= (256 if arch[0] == 9 else 128):
+        return
+    else:
+        need = f"head_dim <= {256 if arch[0] == 9 else 128}"
+    yield Reason("head_dim", f"{need} on sm{arch[0]}{arch[1]}", f"{pair[0]} and {pair[1]}")

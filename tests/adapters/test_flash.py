@@ -1,0 +1,210 @@
+"""What the adapters of FlashAttention 2, 3 and 4 decide on supposed machines, and what laws can't see of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import anyattn
+from anyattn import masks
+from anyattn.environment import Environment, preset
+from anyattn.spec import AttentionSpec, MaskSpec, PatternSpec, Storage
+from anyattn.testing import doubles
+from anyattn.testing.doubles import flash3
+
+FLASH2 = {"flash-attn": "2.8.3"}
+FLASH4 = {"flash-attn-4": "4.0.0b36"}
+
+
+def _machine(name: str, packages: dict[str, str], modules: tuple[str, ...] = ()) -> Environment:
+    return dataclasses.replace(preset(name, packages=packages), modules=frozenset(modules))
+
+
+def _spec(**changes: object) -> AttentionSpec:
+    spec = AttentionSpec(2, 64, 64, 4, 4, 64, 64, torch.bfloat16, "cuda", 0.125, 0)
+    return spec.replace(**changes)
+
+
+def _codes(backend: str, spec: AttentionSpec, env: Environment) -> set[str]:
+    return {reason.code for reason in anyattn.explain(spec, env=env, backend=backend).reasons(backend)}
+
+
+@pytest.mark.parametrize(
+    ("backend", "packages", "modules"),
+    [
+        ("flash2", FLASH2, ()),
+        ("flash3", {}, ("flash_attn_interface",)),
+        ("flash3", {"fa3-fwd": "0.0.3"}, ()),
+        ("flash4", FLASH4, ()),
+    ],
+)
+def test_installed_kernel_takes_the_call_on_an_h100(
+    backend: str, packages: dict[str, str], modules: tuple[str, ...]
+) -> None:
+    assert anyattn.explain(_spec(), env=_machine("h100", packages, modules), backend=backend).chosen == backend
+
+
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
+def test_absent_kernel_is_refused_with_the_command_that_installs_it(backend: str) -> None:
+    reasons = anyattn.explain(_spec(), env=_machine("h100", {}), backend=backend).reasons(backend)
+    assert reasons[0].code == "not_installed"
+    assert any("pip install" in reason.hint for reason in reasons)
+
+
+def test_namespace_left_by_flash4_is_not_taken_for_flash2() -> None:
+    reasons = anyattn.explain(_spec(), env=_machine("h100", FLASH4), backend="flash2").reasons("flash2")
+    assert "flash-attn-4" in reasons[0].hint
+
+
+@pytest.mark.parametrize("version", ["2.5.9", "2.0.0", "1.0.9", "3.0.0"])
+def test_version_outside_the_range_is_refused(version: str) -> None:
+    assert _codes("flash2", _spec(), _machine("h100", {"flash-attn": version})) == {"wrong_version"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "machine", "packages", "modules"),
+    [
+        ("flash2", "t4", FLASH2, ()),
+        ("flash3", "a100", {}, ("flash_attn_interface",)),
+        ("flash3", "b200", {}, ("flash_attn_interface",)),
+        ("flash4", "a100", FLASH4, ()),
+        ("flash2", "mi300", FLASH2, ()),
+    ],
+)
+def test_arch_without_a_kernel_is_refused(
+    backend: str, machine: str, packages: dict[str, str], modules: tuple[str, ...]
+) -> None:
+    assert _codes(backend, _spec(), _machine(machine, packages, modules)) == {"arch"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "code"),
+    [
+        ("flash2", {"dtype": torch.float32}, "dtype"),
+        ("flash2", {"scale": 0.0}, "scale"),
+        ("flash3", {"scale": -0.5}, "scale"),
+        ("flash4", {"scale": 0.0}, "scale"),
+        ("flash2", {"head_dim": 264, "head_dim_v": 264}, "head_dim"),
+        ("flash2", {"head_dim_v": 32}, "head_dim_v"),
+        ("flash3", {"head_dim": 264, "head_dim_v": 264}, "head_dim"),
+        ("flash3", {"head_dim": 128, "head_dim_v": 64}, "head_dim_v"),
+        ("flash4", {"head_dim": 512, "head_dim_v": 512}, "head_dim"),
+        ("flash3", {"dropout_p": 0.1}, "dropout"),
+        ("flash4", {"dropout_p": 0.1}, "dropout"),
+        ("flash2", {"softcap": 5.0, "dropout_p": 0.1}, "softcap"),
+        ("flash2", {"batch": 70000}, "size"),
+        ("flash4", {"sinks": True, "requires_grad": ("sinks",)}, "backward"),
+    ],
+)
+def test_call_without_a_kernel_is_refused(backend: str, changes: dict[str, object], code: str) -> None:
+    env = _machine("h100", FLASH2 | FLASH4, ("flash_attn_interface",))
+    assert code in _codes(backend, _spec(**changes), env)
+
+
+def test_fa3_fwd_refuses_what_its_build_lacks() -> None:
+    env = _machine("h100", {"fa3-fwd": "0.0.3"})
+    window = MaskSpec(pattern=PatternSpec(4, 0, "upper_left"))
+    assert _codes("flash3", _spec(requires_grad=("query",)), env) == {"backward"}
+    assert _codes("flash3", _spec(dtype=torch.float16), env) == {"dtype"}
+    assert _codes("flash3", _spec(mask=window), env) == {"mask"}
+    whole = _machine("h100", {}, ("flash_attn_interface",))
+    for changes in ({"requires_grad": ("query",)}, {"dtype": torch.float16}, {"mask": window}):
+        assert not _codes("flash3", _spec(**changes), whole)
+
+
+def test_a_whole_build_comes_before_fa3_fwd() -> None:
+    from anyattn.adapters.flash3 import Flash3
+
+    both = _machine("h100", {"fa3-fwd": "0.0.3"}, ("flash_attn_interface",))
+    assert Flash3().origin(both).startswith("flash_attn_interface")
+
+
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
+@pytest.mark.parametrize("storage", [Storage(aligned=False), Storage(unit_stride=False)])
+def test_misaligned_storage_is_copied_before_it_costs_the_context(backend: str, storage: Storage) -> None:
+    env = _machine("h100", FLASH2 | FLASH4, ("flash_attn_interface",))
+    decision = anyattn.explain(_spec(storage=storage), env=env, backend=backend)
+    assert decision.chosen == backend
+    assert "copy" in {conversion.code for conversion in decision.conversions}
+
+
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
+def test_pattern_with_a_key_mask_is_refused_since_it_would_be_aligned_by_the_used_keys(backend: str) -> None:
+    env = _machine("h100", FLASH2 | FLASH4, ("flash_attn_interface",))
+    mask = MaskSpec(pattern=PatternSpec(-1, 0, "upper_left"), key="padding", dead_rows=True)
+    assert _codes(backend, _spec(mask=mask), env) == {"mask"}
+
+
+def test_right_window_that_flash2_would_drop_is_refused() -> None:
+    env = _machine("h100", FLASH2)
+    corner = MaskSpec(pattern=PatternSpec(-1, 20, "lower_right"))
+    spec = _spec(seqlen_q=64, seqlen_kv=16, same_lengths=False, mask=corner)
+    assert _codes("flash2", spec, env) == {"mask"}
+    inside = MaskSpec(pattern=PatternSpec(-1, 10, "lower_right"))
+    assert not _codes("flash2", spec.replace(mask=inside), env)
+
+
+def test_key_masks_move_only_where_they_must() -> None:
+    env = _machine("h100", FLASH2 | FLASH4, ("flash_attn_interface",))
+    for backend, prefix, code in (
+        ("flash4", True, "keys_lengths"),
+        ("flash4", False, "keys_front"),
+        ("flash3", True, "keys_lengths"),
+        ("flash2", True, "keys_packed"),
+    ):
+        spec = _spec(mask=MaskSpec(key="padding", dead_rows=True, prefix=prefix))
+        decision = anyattn.explain(spec, env=env, backend=backend)
+        assert code in {conversion.code for conversion in decision.conversions}
+
+
+@pytest.mark.parametrize("double", [flash3.DOUBLE, flash3.FORWARD, flash3.ALWAYS_LSE])
+def test_every_build_of_flash3_gives_lse(double: doubles.Double) -> None:
+    q, k, v = torch.randn(3, 1, 8, 2, 16, dtype=torch.bfloat16).unbind(0)
+    with doubles.installed("flash3", double):
+        out, lse = anyattn.attention(q, k, v, return_lse=True, backend="flash3")
+    want, true_lse = anyattn.reference.attention(q, k, v)
+    assert torch.allclose(out.double(), want, atol=2e-2)
+    assert torch.allclose(lse.double(), true_lse, atol=1e-5)
+
+
+def test_build_of_flash3_without_lse_says_so() -> None:
+    q, k, v = torch.randn(3, 1, 8, 2, 16, dtype=torch.bfloat16).unbind(0)
+    with doubles.installed("flash3", flash3.NEVER_LSE):
+        anyattn.attention(q, k, v, backend="flash3")
+        with pytest.raises(anyattn.KernelError, match="install a newer one"):
+            anyattn.attention(q, k, v, return_lse=True, backend="flash3")
+
+
+def test_fp8_is_only_taken_where_that_precision_is_allowed() -> None:
+    env = _machine("h100", {"fa3-fwd": "0.0.3"})
+    spec = _spec()
+    refused = anyattn.explain(spec, env=env, backend=["flash3_fp8", "native"])
+    assert refused.chosen == "native"
+    assert {reason.code for reason in refused.reasons("flash3_fp8")} == {"precision"}
+    with anyattn.attention_backend(["flash3_fp8", "native"], precision="fp8"):
+        assert anyattn.explain(spec, env=env).chosen == "flash3_fp8"
+    with anyattn.attention_backend(["flash3_fp8", "native"], precision="int8"):
+        assert anyattn.explain(spec, env=env).chosen == "native"
+
+
+def test_fp8_is_near_the_truth_and_refuses_gradients() -> None:
+    q, k, v = torch.randn(3, 2, 24, 4, 32, dtype=torch.bfloat16).unbind(0)
+    with doubles.installed("flash3_fp8"):
+        out = anyattn.attention(q, k, v, backend="flash3_fp8")
+        truth = anyattn.reference.attention(q, k, v)[0]
+        assert float((out.double() - truth).norm() / truth.norm()) < 0.08
+        with pytest.raises(anyattn.UnsupportedCallError, match="gradients"):
+            anyattn.attention(q.requires_grad_(), k, v, backend="flash3_fp8")
+
+
+def test_gradients_of_masked_keys_are_zero_whatever_flash4_leaves_there() -> None:
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 2, 8, 2, 16, dtype=torch.bfloat16).unbind(0))
+    keep = torch.rand(2, 8) > 0.4
+    with doubles.installed("flash4"):
+        anyattn.attention(q, k, v, masks.KeyPadding(keep), backend="flash4").sum().backward()
+    assert k.grad is not None
+    assert v.grad is not None
+    assert not k.grad[~keep].any()
+    assert not v.grad[~keep].any()
