@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from anyattn import reference, tolerance
+from anyattn import reference, registry, tolerance
 from anyattn.backend import Output, Parts, Plan
 from anyattn.errors import AnyattnWarning, InvalidCallError, KernelError
 from anyattn.lowering import key_mask, live_rows
@@ -52,6 +52,12 @@ def _warn_of_dead_rows(spec: AttentionSpec, parts: Parts) -> None:
         warnings.warn("The mask leaves a query row without any key; its output is zeros.", AnyattnWarning, stacklevel=5)
 
 
+def _is_exact(plan: Plan) -> bool:
+    backend = registry.get(plan.backend)
+    caps = None if backend is None else backend.declarations.get(plan.spec.device_type)
+    return caps is None or caps.exact
+
+
 def check_output(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, result: Output) -> None:
     """Compare sampled rows of a result with the reference.
 
@@ -73,7 +79,9 @@ def check_output(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: P
         plain, plain_lse = (tolerance.refined(*pair, query.dtype) for pair in ((truth, plain), (true_lse, plain_lse)))
         allowed = tolerance.budget(truth, plain, query.dtype, over=(1, 3))
         worst = tolerance.excess(out.detach()[:, rows], truth, SLACK * allowed)
-        if lse is not None:
+        if not _is_exact(plan):
+            worst = tolerance.excess_of_quantised(out.detach()[:, rows], truth)
+        elif lse is not None:
             allowed = tolerance.lse_budget(true_lse, plain_lse, query.dtype, over=(2,))
             worst = max(worst, tolerance.excess(lse[:, :, rows], true_lse.float().double(), SLACK * allowed))
     if worst > 1:

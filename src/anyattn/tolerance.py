@@ -87,3 +87,14 @@ def excess(result: Tensor, truth: Tensor, allowed: Tensor) -> float:
     tiny = torch.finfo(torch.float64).tiny
     ratio = torch.where(error == 0, 0.0, error / allowed.clamp_min(tiny))
     return float(torch.nan_to_num(ratio, nan=float("inf"), posinf=float("inf")).amax())
+
+
+ALLOWED_OF_QUANTISED = 0.1
+"""The relative error (of the whole output, in the 2-norm) from which a quantised kernel counts as wrong."""
+
+
+def excess_of_quantised(result: Tensor, truth: Tensor) -> float:
+    """Give a quantised kernel's error in multiples of what is allowed; NaN counts as infinite."""
+    norm = float(truth.double().norm())
+    error = float((result.double() - truth.double()).norm()) / (norm or 1.0) / ALLOWED_OF_QUANTISED
+    return float("inf") if error != error else error
