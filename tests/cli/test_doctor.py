@@ -336,3 +336,20 @@ def test_double_is_never_shown_as_a_kernel_nor_tried(monkeypatch, capsys):
     render.report(found, show, False)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("flash2 "))
     assert "contract double of flash-attn 2.8.3" in line
+
+
+def test_kernel_that_raises_is_told_once_with_a_cure(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    machine = environment.preset("h100", packages={"flash-attn": "2.8.3"})
+    (row,) = (row for row in listed(machine) if row.name == "flash2")
+    said = "RuntimeError: no kernel image is available"
+    trials = tuple(trial.Trial("flash2", "cuda", step, "raised", detail=said) for step in trial.STEPS)
+    report = command._backend(row, probe.Probe("flash2", None, trials), machine)
+    assert report.state == "fails"
+    assert "pip install 'flash-attn" in report.cure
+    default = command.DefaultReport(("native",), "built-in", "cuda", True, False)
+    render.report(command.DoctorReport(machine, (), default, (report,), ()), show, False)
+    text = capsys.readouterr().out
+    assert text.count(said) == 1
+    assert f"forward, padding, backward on cuda: raised; {said}" in text
+    assert text.count("pip install 'flash-attn") == 1

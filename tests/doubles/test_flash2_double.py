@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,3 +121,17 @@ def test_gradients_flow() -> None:
     assert q.grad is not None
     assert v.grad is not None
     assert v.grad.any()
+
+
+def test_other_libraries_can_look_the_package_up() -> None:
+    code = (
+        "import importlib.util; from anyattn.testing import doubles\n"
+        "with doubles.installed('flash2'):\n"
+        "    assert importlib.util.find_spec('flash_attn') is not None\n"
+        "    import transformers, diffusers; diffusers.FluxTransformer2DModel\n"
+        "from transformers.utils import is_flash_attn_2_available\n"
+        "assert not is_flash_attn_2_available()\n"
+    )
+    pytest.importorskip("diffusers", reason="it looks flash-attn up when its models are imported")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

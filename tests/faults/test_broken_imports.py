@@ -22,7 +22,8 @@ from anyattn.testing import doubles
 def _one_broken_import(reasons: tuple[Reason, ...], error: Exception) -> None:
     (reason,) = reasons
     assert reason.code == "broken_import"
-    assert reason.got == told(error)
+    # An adapter may add what it knows of the cause.
+    assert reason.got.startswith(told(error))
     assert "\n" not in str(reason)
     assert reason.hint
 
@@ -38,8 +39,10 @@ def test_explicit_name_raises_with_the_reason_and_the_cure_and_never_imports_aga
                 call(*inputs, backend=name)
             _one_broken_import(caught.value.reasons, error)
             assert str(caught.value).count(told(error)) == 1
-            assert caught.value.__cause__ is not None
-            causes.add(caught.value.__cause__)
+            cause: BaseException = caught.value
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            causes.add(cause)
         assert causes == {error}
         # Imported once more, an extension may say something else: that its operators are there already.
         assert finder.tried == 1

@@ -1,4 +1,4 @@
-"""Write docs/backends.md from the declarations and the known-bad table; a test compares.
+"""Write docs/backends.md from the declarations, the known-bad table and verified/; a test compares.
 
 python tools/docs/backends.py [--check]
 """
@@ -6,122 +6,253 @@ python tools/docs/backends.py [--check]
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from anyattn import known_bad, registry
 from anyattn.backend import Backend
 from anyattn.capabilities import Capabilities
-from anyattn.names import KNOWN
+from anyattn.names import BY_NAME, KNOWN
+from anyattn.testing.doubles import DOUBLES
 
+sys.path.append(str(Path(__file__).parent))
+
+from verified import Run
+from verified import runs as read_runs
+
+VERIFIED = Path(__file__).parents[2] / "verified"
 PAGE = Path(__file__).parents[2] / "docs" / "backends.md"
 
 HEAD = """# Backends
 
-Made from the declarations by `python tools/docs/backends.py`; a test fails where they differ. A declaration is what
-selection goes by: a call outside it is refused with the reason, and `anyattn explain` says which.
-
-The CPU columns are run by the tests (torch 2.13, all laws). The CUDA columns are written from torch's sources and from
-measurements on an H100 with torch 2.11; **no run on a GPU has verified them yet** (`tools/gpu/run.py` does that).
+Made from the declarations and from the files under `verified/` by `python tools/docs/backends.py`; a test fails where
+they differ. A declaration is what selection goes by: a call outside it is refused with the reason, and `anyattn
+explain` says which.
 
 "turned dense" means that the kernel has no such mask of its own: it is given a dense mask with exactly that meaning,
-and the decision says so.
+and the decision says so. "padded" means that packed sequences are padded for it.
+
+"verified" is what the files under `verified/` show, each of which names its device, versions and counts. A "contract
+double" is a fake of the kernel's package with its conventions, which the tests run on a CPU: it proves the adapter, and
+says nothing of the kernel.
 """
+
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend on the types of device for which it declares the same."""
+
+    backend: Backend
+    devices: tuple[str, ...]
+    caps: Capabilities
+
+
+def built_rows() -> list[Row]:
+    """Give a row for each backend and distinct declaration, in the order in which tables list them."""
+    made = []
+    for name in (known.name for known in KNOWN if known.name in registry.BUILTIN):
+        backend = registry.get(name)
+        assert backend is not None
+        by_caps: dict[Capabilities, list[str]] = {}
+        for device, caps in backend.declarations.items():
+            if device == "meta":  # shapes alone
+                continue
+            by_caps.setdefault(caps, []).append(device)
+        made += [Row(backend, tuple(devices), caps) for caps, devices in by_caps.items()]
+    return made
 
 
 def _yes(flag: bool) -> str:
     return "yes" if flag else "no"
 
 
-def _mask(native: bool, caps: Capabilities) -> str:
-    return "yes" if native else "turned dense" if caps.boolean else "no"
+def _name(row: Row) -> str:
+    return f"`{row.backend.name}`"
 
 
-def _aligned(aligns: frozenset[str], caps: Capabilities) -> str:
-    if len(aligns) == 2:
-        return "where as many queries as keys are left" if caps.causal_square else "yes"
-    if aligns:
-        own = next(iter(aligns)).replace("_", " ")
-        return f"{own}; other {'turned dense' if caps.boolean else 'where lengths agree'}"
-    return "turned dense" if caps.boolean else "no"
+def _kernel(row: Row) -> str:
+    known = BY_NAME[row.backend.name]
+    floors = [
+        f"{package.distribution or package.module} {package.versions}".strip()
+        for package in getattr(row.backend, "packages", ())
+    ]
+    return known.needs + (f" (`{'`, `'.join(floors)}`)" if floors else "")
 
 
-def _dims(caps: Capabilities) -> str:
+def _device(row: Row) -> str:
+    found = []
+    low, high = row.caps.arch_min, row.caps.arch_max
+    for device in row.devices:
+        text = device
+        if device == "cuda" and low is not None:
+            upto = "+" if high is None else "" if high == low else f" to sm{high[0]}{high[1]}"
+            text += f" sm{low[0]}{low[1]}{upto}"
+        if device == "cuda" and row.caps.rocm:
+            text += " (AMD too)"
+        found.append(text)
+    return ", ".join(found)
+
+
+def _dtypes(row: Row) -> str:
+    names = sorted(str(dtype).removeprefix("torch.") for dtype in row.caps.dtypes)
+    inputs = ", ".join(_DTYPES.get(name, name) for name in names)
+    return inputs if row.caps.exact else f"{inputs}, computed in {row.caps.quantised or 'less'}"
+
+
+def _dims(row: Row) -> str:
+    caps = row.caps
     limit = "any" if caps.head_dim_max >= 1 << 16 else f"<= {caps.head_dim_max}"
     step = "" if caps.head_dim_multiple == 1 else f", multiples of {caps.head_dim_multiple}"
     return limit + step + (", D_v free" if caps.head_dim_v else "")
 
 
-def _arch(device: str, caps: Capabilities) -> str:
-    if device != "cuda" or caps.arch_min is None:
-        return device
-    low, high = (f"sm{arch[0]}{arch[1]}" if arch else "" for arch in (caps.arch_min, caps.arch_max))
-    return f"{device}, {low} to {high}" if high else f"{device}, {low}+"
+def _masks(row: Row) -> str:
+    caps = row.caps
+    own = {
+        "causal": bool(caps.causal),
+        "window": bool(caps.window),
+        "keys": caps.key_mask,
+        "boolean": caps.boolean,
+        "additive": caps.bias,
+        "block": caps.block,
+    }
+    said = ", ".join(name for name, has in own.items() if has) or "none"
+    rest = [name for name in ("causal", "window", "keys") if not own[name]]
+    return said + (f"; {', '.join(rest)} turned dense" if rest and caps.boolean else "")
 
 
-def rows() -> list[tuple[str, list[str]]]:
-    """Give the table by rows: what is asked, and each backend's answer per device."""
-    columns: list[tuple[Backend, str, Capabilities]] = []
-    for name in registry.BUILTIN:
-        backend = registry.get(name)
-        assert backend is not None
-        columns += [
-            (backend, device, caps) for device, caps in backend.declarations.items() if device in ("cpu", "cuda")
-        ]
-    table: list[tuple[str, list[str]]] = []
-
-    def add(what: str, answers: list[str]) -> None:
-        table.append((what, answers))
-
-    every = [caps for _, _, caps in columns]
-    add("backend", [f"`{backend.name}`" for backend, _, _ in columns])
-    add("device", [_arch(device, caps) for _, device, caps in columns])
-    add("dtypes", [", ".join(sorted(str(d).removeprefix("torch.") for d in caps.dtypes)) for caps in every])
-    add("head_dim", [_dims(caps) for caps in every])
-    add("causal", [_aligned(frozenset(caps.causal), caps) for caps in every])
-    add("window", [_aligned(frozenset(caps.window), caps) for caps in every])
-    add("key padding, lengths", [_mask(caps.key_mask, caps) for caps in every])
-    add("dense boolean", [_yes(caps.boolean) for caps in every])
-    add("additive", [_yes(caps.bias) + (", float32 too" if caps.bias_float32 else "") for caps in every])
-    add("block mask", [_yes(caps.block) for caps in every])
-    add("GQA", [_yes(caps.gqa) for caps in every])
-    add("dropout", [_yes(caps.dropout) for caps in every])
-    add("softcap", [_yes(caps.softcap) for caps in every])
-    add("sinks", ["yes" if caps.sinks else "without gradients" if caps.lse else "no" for caps in every])
-    add("scale <= 0", [_yes(caps.scale_any) for caps in every])
-    add("lse", [_yes(caps.lse) for caps in every])
-    add("gradients", [_yes(caps.backward) + (", of the mask too" if caps.mask_grad else "") for caps in every])
-    add("torch.compile", [_yes(caps.compile) for caps in every])
-    return table
+def _aligned(aligns: frozenset[str], caps: Capabilities) -> str:
+    if len(aligns) == 2:
+        return "where as many queries as keys are left" if caps.causal_square else "yes"
+    if not aligns:
+        return "turned dense" if caps.boolean else "no"
+    own = next(iter(aligns)).replace("_", " ")
+    if caps.realigns:
+        other = "said so where that is exact" + (", else turned dense" if caps.boolean else "")
+    else:
+        other = "turned dense" if caps.boolean else "where lengths agree"
+    return f"{own}; other {other}"
 
 
-def page() -> str:
-    """Give the whole page."""
-    table = rows()
-    lines = [HEAD]
-    names = table[0][1]
-    for first in range(0, len(names), 5):
-        part = [(what, answers[first : first + 5]) for what, answers in table]
-        for index, (what, answers) in enumerate(part):
-            lines.append(f"| {what} | " + " | ".join(answers) + " |")
-            if index == 0:
-                lines.append("|---" * (len(answers) + 1) + "|")
-        lines.append("")
-    lines += ["## Known, not built yet", "", "| backend | needs | aliases |", "|---|---|---|"]
-    for known in KNOWN:
-        if known.name not in registry.BUILTIN:
-            aliases = ", ".join(f"`{alias}`" for alias in known.aliases)
-            lines.append(f"| `{known.name}` | {known.needs} | {aliases} |")
-    lines += ["", "## Kernels known to be wrong or fatal", ""]
-    lines += [
-        "| kernel | what happens | when | torch | instead | where it is documented |",
-        "|---|---|---|---|---|---|",
+def _keys(row: Row) -> str:
+    return "yes" if row.caps.key_mask else "turned dense" if row.caps.boolean else "no"
+
+
+def _sinks(caps: Capabilities) -> str:
+    return "yes" if caps.sinks else "without gradients" if caps.lse else "no"
+
+
+def _gradients(row: Row) -> str:
+    return _yes(row.caps.backward) + (", of the mask too" if row.caps.mask_grad else "")
+
+
+def _verified(row: Row, runs: Sequence[Run]) -> str:
+    kernels = [
+        run
+        for run in runs
+        if run.backend == row.backend.name and run.device_type in row.devices and run.executed and not run.double
     ]
-    for row in known_bad.TABLE:
-        kernels = ", ".join(f"`{name}`" for name in row.backends)
-        device = f" ({row.device_type})"
-        cells = [kernels + device, row.what, row.when, row.torch or "all", row.instead, row.link]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    if kernels:
+        said = (f"{run.device}, torch {run.torch}: {run.outcome}" for run in kernels)
+        return "; ".join(said) + (" (see below)" if any(run.broken or run.died for run in kernels) else "")
+    return "contract double in CI alone" if row.backend.name in DOUBLES else "never run"
+
+
+MAIN: Mapping[str, Callable[[Row], str]] = {
+    "backend": _name,
+    "kernel": _kernel,
+    "device": _device,
+    "dtypes": _dtypes,
+    "head_dim": _dims,
+    "masks of its own": _masks,
+    "gradients": _gradients,
+    "lse": lambda row: _yes(row.caps.lse),
+    "varlen": lambda row: "native entry" if row.caps.varlen else "padded",
+    "GQA": lambda row: _yes(row.caps.gqa),
+    "compile": lambda row: _yes(row.caps.compile),
+    "CUDA graph": lambda row: _yes(row.caps.cuda_graph) if "cuda" in row.devices else "-",
+}
+
+DETAILS: Mapping[str, Callable[[Row], str]] = {
+    "backend": _name,
+    "device": lambda row: ", ".join(row.devices),
+    "causal": lambda row: _aligned(frozenset(row.caps.causal), row.caps),
+    "window": lambda row: _aligned(frozenset(row.caps.window), row.caps),
+    "key padding, lengths": _keys,
+    "additive": lambda row: _yes(row.caps.bias) + (", float32 too" if row.caps.bias_float32 else ""),
+    "rows without a key": lambda row: _yes(row.caps.dead_rows),
+    "dropout": lambda row: _yes(row.caps.dropout),
+    "softcap": lambda row: _yes(row.caps.softcap),
+    "sinks": lambda row: _sinks(row.caps),
+    "scale <= 0": lambda row: _yes(row.caps.scale_any),
+    "deterministic": lambda row: _yes(row.caps.deterministic),
+}
+
+
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """Write a table of Markdown."""
+    made = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    made += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return [*made, ""]
+
+
+def page(rows: Sequence[Row] | None = None, runs: Sequence[Run] | None = None) -> str:
+    """Give the whole page."""
+    rows = built_rows() if rows is None else rows
+    runs = read_runs(VERIFIED) if runs is None else runs
+    main = [[*(cell(row) for cell in MAIN.values()), _verified(row, runs)] for row in rows]
+    lines = [HEAD, *table((*MAIN, "verified"), main)]
+    lines += ["## What else each takes", ""]
+    lines += table(tuple(DETAILS), ([cell(row) for cell in DETAILS.values()] for row in rows))
+    lines += ["## What was run", "", "Errors are multiples of what is allowed: 1 is the limit.", ""]
+    lines += table(
+        ("backend", "what ran", "on", "torch", "laws", "worst error", "file"),
+        (
+            (
+                f"`{run.backend}`",
+                "contract double" if run.double else "kernel",
+                run.device,
+                run.torch,
+                run.outcome,
+                f"{run.worst:.2f}",
+                f"`verified/{run.source}`" + (f" (commit {run.note})" if run.note else ""),
+            )
+            for run in sorted(runs, key=lambda run: _place(run.backend))
+            if run.executed
+        ),
+    )
+    unbuilt = [known for known in KNOWN if known.name not in registry.BUILTIN]
+    if unbuilt:
+        lines += ["## Known, not built yet", ""]
+        aliases = [", ".join(f"`{alias}`" for alias in known.aliases) for known in unbuilt]
+        lines += table(
+            ("backend", "needs", "aliases"),
+            ((f"`{known.name}`", known.needs, said) for known, said in zip(unbuilt, aliases, strict=True)),
+        )
+    lines += ["## Kernels known to be wrong or fatal", ""]
+    lines += table(
+        ("kernel", "what happens", "when", "torch", "instead", "where it is documented"),
+        (
+            (
+                ", ".join(f"`{name}`" for name in row.backends) + f" ({row.device_type})",
+                row.what,
+                row.when,
+                row.torch or "all",
+                row.instead,
+                row.link,
+            )
+            for row in known_bad.TABLE
+        ),
+    )
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _place(name: str) -> int:
+    names = [known.name for known in KNOWN]
+    return names.index(name) if name in names else len(names)
 
 
 def main() -> int:

@@ -234,10 +234,11 @@ def _backend(row: Listed, probe: Probe | None, env: Environment) -> BackendRepor
             replace(reason, hint=_uninstall(row)) if reason.code == "broken_import" else reason for reason in reasons
         )
     trials = () if probe is None else probe.trials
+    state = _state(reasons, trials)
     return BackendReport(
         name=row.name,
         family=family,
-        state=_state(reasons, trials),
+        state=state,
         installed=bool(row.found),
         package=row.package,
         found=row.found,
@@ -245,7 +246,7 @@ def _backend(row: Listed, probe: Probe | None, env: Environment) -> BackendRepor
         install=row.install,
         exact=exact,
         reasons=reasons,
-        cure=cure(reasons, row.install, env),
+        cure=_cure_of_failing(row) if state == "fails" else cure(reasons, row.install, env),
         trials=trials,
         ended="" if probe is None else probe.ended,
         output=() if probe is None else probe.output,
@@ -253,6 +254,11 @@ def _backend(row: Listed, probe: Probe | None, env: Environment) -> BackendRepor
         downloads=row.downloads,
         origin=row.origin,
     )
+
+
+def _cure_of_failing(row: Listed) -> str:
+    fits = f", or get a build that fits this torch and device: {row.install}" if row.install else ""
+    return f"choose another backend (auto and lists go past it where it raises){fits}"
 
 
 def _uninstall(row: Listed) -> str:

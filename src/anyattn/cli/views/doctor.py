@@ -121,14 +121,19 @@ def _cell(trial: Trial | None, row: BackendReport) -> Text:
 
 
 def _complaints(row: BackendReport) -> list[RenderableType]:
+    troubled = [trial for trial in row.trials if trial.outcome != "passed"]
+    # Every step of a kernel that was built for another GPU ends alike: that is said once.
+    alike = grouped(troubled, lambda trial: (trial.device, trial.outcome, trial.detail))
     lines: list[RenderableType] = [
-        f"{trial.step} on {trial.device}: {trial.outcome}; {trial.detail}"
-        for trial in row.trials
-        if trial.outcome != "passed"
+        f"{', '.join(trial.step for trial in group)} on {group[0].device}: {group[0].outcome}; {group[0].detail}"
+        for group in alike
     ]
     if row.ended and not row.trials:
         lines.append(row.ended)
-    return [*lines, *_output(row)]
+    lines += _output(row)
+    if row.state == "fails" and row.cure:
+        lines.append(Text.assemble(("cure: ", PALE), row.cure))
+    return lines
 
 
 def _output(row: BackendReport) -> list[RenderableType]:

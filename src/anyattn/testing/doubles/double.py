@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ def module(name: str, **attributes: object) -> types.ModuleType:
     """Make a module; a name with children has to be told apart by `__path__`."""
     made = types.ModuleType(name, "A contract double of anyattn.testing.")
     made.__path__ = []
+    # Other libraries look packages up with importlib.util.find_spec, which raises where a module has no spec.
+    made.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
     made.__file__ = f"<contract double of {name}>"
     for attribute, value in attributes.items():
         setattr(made, attribute, value)
