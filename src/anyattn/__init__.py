@@ -21,6 +21,7 @@ from anyattn.prepare import prepare_mask
 from anyattn.reasons import Conversion, Reason
 from anyattn.seeing import BackendRow, backends, explain, plan, record
 from anyattn.spec import AttentionSpec, MaskSpec
+from anyattn.varlen import attention_varlen
 from anyattn.version import __version__
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_backend",
+    "attention_varlen",
     "backends",
     "explain",
     "masks",

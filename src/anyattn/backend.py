@@ -35,12 +35,16 @@ class Parts(NamedTuple):
         dense: Boolean or floating, with four dimensions, each full or 1.
         block: A FlexAttention BlockMask.
         sinks: `(H,)`.
+        cu_seqlens_q: Of packed sequences, int32 `(B + 1,)`: where each one's queries begin.
+        cu_seqlens_k: The same of keys.
     """
 
     key: Tensor | None = None
     dense: Tensor | None = None
     block: Any | None = None
     sinks: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +107,14 @@ class Backend:
         family: The group that shares a kernel source.
         declarations: What it accepts, per type of device.
         is_double: Whether it stands for a kernel that isn't there: a contract double, of `anyattn.testing.doubles`.
+        quantises: Whether it is the adapter that quantises, so that results are coarse whatever computes them.
     """
 
     name: ClassVar[str] = ""
     family: ClassVar[str] = ""
     declarations: ClassVar[Mapping[str, Capabilities]] = {}
     is_double: ClassVar[bool] = False
+    quantises: ClassVar[bool] = False
 
     def origin(self, env: Environment) -> str:
         """Say where the kernel's code comes from: a distribution with its version, or a Hub revision. Law: pure."""

@@ -13,7 +13,7 @@ from anyattn.environment import Arch, Device
 from anyattn.masks import Align
 from anyattn.patterns import KernelPattern, in_alignment
 from anyattn.reasons import Reason
-from anyattn.spec import UNKNOWN, AttentionSpec, describe_mask
+from anyattn.spec import UNKNOWN, AttentionSpec, DenseSpec, MaskSpec, Storage, describe_mask
 
 BOTH: frozenset[Align] = frozenset(("upper_left", "lower_right"))
 
@@ -38,6 +38,7 @@ class Capabilities:
         head_dim_multiple: What head_dim and head_dim_v must be multiples of.
         head_dim_v: Whether value's head_dim may differ from query's.
         causal: The alignments in which the kernel itself does causal attention.
+        causal_square: Whether it does so only where there are as many queries as keys.
         window: The alignments in which the kernel itself does sliding windows.
         realigns: Whether the backend says a pattern in its kernel's own alignment where that can be done exactly (it
             then calls `kernel_pattern`); otherwise alignments must agree, or the lengths.
@@ -59,6 +60,7 @@ class Capabilities:
         deterministic: Whether its gradients are deterministic when asked.
         exact: Whether it computes in the inputs' precision; False for quantised kernels.
         quantised: What a quantised kernel computes in: `"int8"` or `"fp8"` (its loosest part).
+        value_max: The largest magnitude in value that the kernel can hold, or None where the dtype's own is.
         unit_stride: Whether head_dim must be contiguous.
         aligned: Whether storage must be 16-byte aligned (it is copied where it isn't).
         batch_heads_max: The largest batch * num_heads, or None.
@@ -78,6 +80,7 @@ class Capabilities:
     head_dim_multiple: int = 1
     head_dim_v: bool = False
     causal: frozenset[Align] = frozenset()
+    causal_square: bool = False
     window: frozenset[Align] = frozenset()
     realigns: bool = False
     key_mask: bool = False
@@ -98,6 +101,7 @@ class Capabilities:
     deterministic: bool = False
     exact: bool = False
     quantised: str = ""
+    value_max: float | None = None
     unit_stride: bool = True
     aligned: bool = True
     batch_heads_max: int | None = None
@@ -134,12 +138,37 @@ def kernel_pattern(caps: Capabilities, spec: AttentionSpec) -> KernelPattern | N
     for align in (first, second):
         if align not in caps.causal and align not in caps.window:
             continue
-        found = in_alignment(pattern, spec.seqlen_q, spec.seqlen_kv, align, same_lengths=spec.same_lengths)
+        # Packed sequences each have lengths of their own, which aren't known.
+        sizes = (UNKNOWN, UNKNOWN) if spec.packed else (spec.seqlen_q, spec.seqlen_kv)
+        found = in_alignment(pattern, *sizes, align, same_lengths=spec.same_lengths)
         if found is None:
             continue
-        if found.is_full or align in caps.window or (found.is_causal and align in caps.causal):
+        causal = found.is_causal and align in caps.causal and (not caps.causal_square or _is_square(found, spec))
+        if found.is_full or align in caps.window or causal:
             return found
     return None
+
+
+def as_run(caps: Capabilities | None, spec: AttentionSpec) -> AttentionSpec:
+    """Give the call as a backend runs it: packed sequences are padded for a kernel that doesn't take them."""
+    if not spec.packed or (caps is not None and caps.varlen):
+        return spec
+    pattern = spec.mask.pattern
+    if pattern is None or pattern.align == "upper_left":
+        mask = MaskSpec(pattern, "lengths", dead_rows=True, prefix=True)
+        return spec.replace(packed=False, mask=mask, storage=Storage())
+    shape = (spec.batch, 1, spec.seqlen_q, spec.seqlen_kv)
+    mask = MaskSpec(dense=DenseSpec("boolean", torch.bool, shape), dead_rows=True)
+    return spec.replace(packed=False, mask=mask, storage=Storage(), packed_pattern=pattern)
+
+
+def _is_square(pattern: KernelPattern, spec: AttentionSpec) -> bool:
+    """Whether as many rows as keys are left; sizes that aren't known yet are not."""
+    if spec.same_lengths:
+        return True
+    rows = spec.seqlen_q if pattern.rows is None else pattern.rows[1] - pattern.rows[0]
+    keys = spec.seqlen_kv if pattern.keys is None else pattern.keys[1] - pattern.keys[0]
+    return rows == keys != UNKNOWN
 
 
 def needs_dense(caps: Capabilities, spec: AttentionSpec) -> bool:
@@ -210,6 +239,12 @@ def _shape(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
 def _mask(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     mask = spec.mask
     dense = needs_dense(caps, spec)
+    if spec.packed_pattern is not None and spec.batch * spec.seqlen_q * spec.seqlen_kv > MAX_LOWERED_MASK_BYTES:
+        size = spec.batch * spec.seqlen_q * spec.seqlen_kv >> 20
+        need = f"a mask of at most {MAX_LOWERED_MASK_BYTES >> 20} MiB made of the packed sequences' lengths"
+        yield Reason(
+            "memory", need, f"{size} MiB", "choose a backend with packed sequences of its own (flash2, flash4)"
+        )
     if dense and not caps.boolean:
         hint = "choose flex" if mask.block is not None else "flex takes every mask"
         yield Reason("mask", "no mask that its kernel can't express", _unsupported(caps, spec), hint)
@@ -303,6 +338,9 @@ def _features(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
         yield Reason("lse", "return_lse=False", "return_lse=True")
     if spec.return_lse and spec.dropout_p:
         yield Reason("lse", "return_lse without dropout", f"dropout_p {spec.dropout_p}")
+    if spec.compiled and not caps.compile:
+        hint = "leave it out of torch.compile (torch.compiler.disable around the call), or choose another backend"
+        yield Reason("compile", "a call outside torch.compile", "one that is being traced", hint)
 
 
 def _gradients(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:

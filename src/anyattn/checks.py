@@ -22,18 +22,26 @@ SLACK = 4.0
 person's work, while a kernel that lies is off by far more."""
 
 
-def check_inputs(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> None:
+def check_inputs(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, parts: Parts, value_max: float | None = None
+) -> None:
     """Look for values that make a result meaningless.
 
     Raises:
         InvalidCallError: For NaN or infinity in query, key or value (masked positions too: a kernel may
-            multiply them by a zero weight), NaN or +inf in a mask, and key lengths outside [0, S_kv].
+            multiply them by a zero weight), magnitudes in value above what the kernel holds, NaN or +inf in a mask,
+            and key lengths outside [0, S_kv].
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not bool(torch.isfinite(tensor).all()):
             raise InvalidCallError(
                 f"{name} holds NaN or infinity. Masked positions must be finite too: fill padding with zeros."
             )
+    if value_max is not None and value.numel() and float(value.detach().abs().max()) > value_max:
+        raise InvalidCallError(
+            f"value holds magnitudes above {value_max:g}, which the kernel chosen can't hold, whatever value's dtype: "
+            "scale value down and the output up, or choose another backend."
+        )
     if parts.dense is not None and parts.dense.is_floating_point():
         meaningless = torch.isnan(parts.dense) | (parts.dense == float("inf"))
         if bool(meaningless.any()):
@@ -52,11 +60,13 @@ def _warn_of_dead_rows(spec: AttentionSpec, parts: Parts) -> None:
         warnings.warn("The mask leaves a query row without any key; its output is zeros.", AnyattnWarning, stacklevel=5)
 
 
-def check_output(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, result: Output) -> None:
+def check_output(
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, result: Output, *, quantised: bool = False
+) -> None:
     """Compare sampled rows of a result with the reference.
 
     Raises:
-        KernelError: If they leave the error budget of `anyattn.tolerance`.
+        KernelError: If they leave the error budget of `anyattn.tolerance`, which is looser where `quantised` is set.
     """
     spec = plan.spec
     if spec.dropout_p or spec.is_empty:
@@ -69,6 +79,10 @@ def check_output(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: P
     inputs = (query[:, rows].detach(), key.detach(), value.detach())
     with torch.no_grad():
         truth, true_lse = _refer(spec, inputs, mask, parts.sinks, torch.float64)
+        if quantised:
+            worst = _quantised_excess(truth, true_lse, out.detach()[:, rows], None if lse is None else lse[:, :, rows])
+            _judge(plan, worst, len(rows))
+            return
         plain, plain_lse = _refer(spec, inputs, mask, parts.sinks, tolerance.plain_dtype(query.dtype))
         plain, plain_lse = (tolerance.refined(*pair, query.dtype) for pair in ((truth, plain), (true_lse, plain_lse)))
         allowed = tolerance.budget(truth, plain, query.dtype, over=(1, 3))
@@ -76,13 +90,26 @@ def check_output(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: P
         if lse is not None:
             allowed = tolerance.lse_budget(true_lse, plain_lse, query.dtype, over=(2,))
             worst = max(worst, tolerance.excess(lse[:, :, rows], true_lse.float().double(), SLACK * allowed))
+    _judge(plan, worst, len(rows))
+
+
+def _judge(plan: Plan, worst: float, rows: int) -> None:
     if worst > 1:
         raise KernelError(
             f"The attention backend {plan.backend} ({plan.lowering.entry}) disagrees with the reference: its error "
-            f"is {worst:.3g} times what is allowed, on {len(rows)} sampled rows of {spec}. Choose another backend and "
+            f"is {worst:.3g} times what is allowed, on {rows} sampled rows of {plan.spec}. Choose another backend and "
             "run `anyattn verify` on this one.",
             backend=plan.backend,
         )
+
+
+def _quantised_excess(truth: Tensor, true_lse: Tensor, out: Tensor, lse: Tensor | None) -> float:
+    allowed = SLACK * tolerance.quantised_budget(truth, over=(1, 3))
+    worst = tolerance.norm_excess(out, truth, allowed, over=(1, 3))
+    if lse is not None:
+        allowed = SLACK * tolerance.quantised_budget(true_lse, over=(2,), is_lse=True)
+        worst = max(worst, tolerance.norm_excess(lse, true_lse.float().double(), allowed, over=(2,)))
+    return worst
 
 
 def _refer(

@@ -201,7 +201,7 @@ def _storage(query: Tensor, key: Tensor, value: Tensor, layout: Layout, mask: Ma
     heads = 2 if layout == "BSHD" else 1
     seen = [tensor.transpose(1, 2) if layout == "BSHD" else tensor for tensor in tensors if tensor.dim() == 4]
     return Storage(
-        aligned=all(_is_aligned(tensor, padded=True) for tensor in tensors if tensor.dim()),
+        aligned=all(is_aligned(tensor, padded=True) for tensor in tensors if tensor.dim()),
         unit_stride=all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in tensors if tensor.dim()),
         expanded_kv=any(t.dim() == 4 and t.shape[heads] > 1 and t.stride(heads) == 0 for t in (key, value)),
         bhsd_contiguous=all(tensor.is_contiguous() for tensor in seen),
@@ -211,10 +211,11 @@ def _storage(query: Tensor, key: Tensor, value: Tensor, layout: Layout, mask: Ma
 
 def bias_is_aligned(dense: Tensor) -> bool:
     """Whether a dense mask is boolean (and will be copied), or its rows lie where kernels may read them."""
-    return dense.dtype == torch.bool or (dense.stride(-1) == 1 and _is_aligned(dense))
+    return dense.dtype == torch.bool or (dense.stride(-1) == 1 and is_aligned(dense))
 
 
-def _is_aligned(tensor: Tensor, *, padded: bool = False) -> bool:
+def is_aligned(tensor: Tensor, *, padded: bool = False) -> bool:
+    """Whether a tensor, and each of its rows, starts at a multiple of 16 bytes."""
     size = tensor.element_size()
     try:
         start = tensor.data_ptr()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.machinery
 import platform
 import shutil
@@ -19,6 +20,7 @@ from packaging.version import InvalidVersion, Version
 Arch = tuple[int, int]
 
 DISTRIBUTIONS: tuple[str, ...] = (
+    "aiter",
     "amd-aiter",
     "diffusers",
     "fa3-fwd",
@@ -202,7 +204,29 @@ def _devices() -> tuple[Device, ...]:
         module = getattr(torch, kind, None)
         if module is not None and module.is_available():
             found.extend(Device(kind, kind, None, index) for index in range(module.device_count()))
+    xla = _xla_type()
+    if xla:
+        found.append(Device("xla", xla))
     return tuple(found)
+
+
+def _xla_type() -> str:
+    """Say what torch_xla runs on (`"TPU"`, `"CPU"`, ...), or why that can't be known; empty where it isn't installed.
+
+    Asking for the type starts no XLA runtime, which processes that are still to be spawned couldn't bear; counting
+    devices would. Source: `torch_xla/runtime.py` of torch_xla 2.9.
+    """
+    import importlib.metadata
+
+    try:
+        importlib.metadata.version("torch-xla")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    try:
+        runtime = importlib.import_module("torch_xla.runtime")
+        return str(runtime.device_type() or "unknown")
+    except Exception as error:  # noqa: BLE001 - a broken build fails in whatever way it likes, and is told of by name
+        return f"unknown: torch_xla can't be imported ({type(error).__name__}: {error})"
 
 
 def _packages() -> dict[str, str]:

@@ -97,8 +97,20 @@ def keys_left(spec: AttentionSpec, pattern: KernelPattern) -> int:
 
 
 def misreads_right_side(spec: AttentionSpec, pattern: KernelPattern) -> bool:
-    """Whether FlashAttention-2 takes a right side for unbounded that isn't (`flash_api.cpp`: right >= S_kv)."""
-    return pattern.right > 0 and not spec.same_lengths and pattern.right >= keys_left(spec, pattern)
+    """Whether FlashAttention-2 is wrong about a window's right side where there are more rows than keys.
+
+    `flash_api.cpp`: one of S_kv or more is taken for unbounded though it may still cut, and an unbounded one beside a
+    bounded left one is told the kernel as S_kv, which then cuts (seen on an H100 with 2.8.3).
+    """
+    if spec.same_lengths:
+        return False
+    if spec.packed:
+        return pattern.right > 0 or (pattern.right == -1 and pattern.left >= 0)
+    keys = keys_left(spec, pattern)
+    if pattern.right > 0:
+        return pattern.right >= keys
+    rows = spec.seqlen_q if pattern.rows is None else pattern.rows[1] - pattern.rows[0]
+    return pattern.right == -1 and pattern.left >= 0 and rows - 1 > keys
 
 
 def attend(
@@ -112,6 +124,8 @@ def attend(
         query, key, value = realigned(query), realigned(key), realigned(value)
     head_dim_v = value.shape[-1]
     query, key, value = (_padded(tensor, head_dim_multiple) for tensor in (query, key, value))
+    if spec.packed:
+        return _attend_packed(plan, query, key, value, parts, kernel, head_dim_v)
     pattern = lowering.pattern
     seqlen_q = query.shape[1]
     if pattern is not None and pattern.rows is not None:
@@ -131,13 +145,29 @@ def attend(
         lse = None if lse is None else F.pad(lse, (before, after), value=float("-inf"))
     if spec.layout == "BHSD":
         out = out.transpose(1, 2)
-    if not (spec.return_lse or plan.rescale):
+    return _with_lse(plan, out, lse)
+
+
+def _with_lse(plan: Plan, out: Tensor, lse: Tensor | None) -> Output:
+    if not (plan.spec.return_lse or plan.rescale):
         return out
     if lse is None:
         raise AssertionError(f"{plan.backend} gave no lse")
     lse = lse.detach().float()
     # Kernels write +inf or -inf for a row without a key.
     return out, torch.where(lse == float("inf"), float("-inf"), lse)
+
+
+def _attend_packed(
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, kernel: Kernel, head_dim_v: int
+) -> Output:
+    spec, pattern = plan.spec, plan.lowering.pattern
+    left, right = (-1, -1) if pattern is None else (pattern.left, pattern.right)
+    starts_q, starts_k = parts.cu_seqlens_q, parts.cu_seqlens_k
+    call = KernelCall(query, key, value, left, right, None, starts_q, starts_k, spec.seqlen_q, spec.seqlen_kv)
+    out, lse = kernel(plan, call)
+    out = out[..., :head_dim_v] if out.shape[-1] != head_dim_v else out
+    return _with_lse(plan, out, lse)
 
 
 def _call(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, left: int, right: int) -> KernelCall:
@@ -152,7 +182,7 @@ def _call(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, l
         starts = torch.arange(batch + 1, device=query.device, dtype=torch.int32) * seqlen_q
         flat = query.flatten(0, 1)
         return KernelCall(flat, key, value, left, right, None, starts, packed.cu_seqlens, seqlen_q, seqlen_kv)
-    layout = key_layout(parts.key, batch, seqlen_kv, prefix=mode == "lengths")
+    layout = key_layout(parts.key, batch, seqlen_kv, prefix=mode == "lengths", grad=grad)
     key, value = to_front(layout, key, value, grad=grad)
     return KernelCall(query, key, value, left, right, layout.lengths, None, None, seqlen_q, seqlen_kv)
 

@@ -26,13 +26,13 @@ class KeyLayout(NamedTuple):
 
     Attributes:
         lengths: int32 `(B,)`: how many keys each entry has.
-        allowed: Boolean `(B, S_kv)`, in the caller's order of keys.
+        allowed: Boolean `(B, S_kv)`, in the caller's order of keys; None where no gradient is to be kept from the rest.
         order: int64 `(B, S_kv)`: which key comes at each place; None where they stay where they are.
         back: int64 `(B, S_kv)`: at which place each key comes.
     """
 
     lengths: Tensor
-    allowed: Tensor
+    allowed: Tensor | None
     order: Tensor | None
     back: Tensor | None
 
@@ -53,7 +53,7 @@ class PackedKeys(NamedTuple):
     back: Tensor
 
 
-def key_layout(key: Tensor, batch: int, seqlen_kv: int, *, prefix: bool) -> KeyLayout:
+def key_layout(key: Tensor, batch: int, seqlen_kv: int, *, prefix: bool, grad: bool = True) -> KeyLayout:
     """Work out a mask's layout, or give the one that is kept.
 
     Args:
@@ -61,8 +61,12 @@ def key_layout(key: Tensor, batch: int, seqlen_kv: int, *, prefix: bool) -> KeyL
         batch: B.
         seqlen_kv: S_kv.
         prefix: Whether the allowed keys are known to be the first ones.
+        grad: Whether gradients flow back to key or value.
     """
-    return _kept(key, ("front", batch, seqlen_kv, prefix), lambda: _front(key, batch, seqlen_kv, prefix))  # type: ignore[no-any-return]
+    if not grad and key.dtype == torch.int32 and key.is_contiguous():
+        return KeyLayout(key, None, None, None)  # as the kernel takes them: nothing to work out
+    what = ("front", batch, seqlen_kv, prefix, grad)
+    return _kept(key, what, lambda: _front(key, batch, seqlen_kv, prefix, grad))  # type: ignore[no-any-return]
 
 
 def packed_keys(key: Tensor, batch: int, seqlen_kv: int) -> PackedKeys:
@@ -70,10 +74,21 @@ def packed_keys(key: Tensor, batch: int, seqlen_kv: int) -> PackedKeys:
     return _kept(key, ("packed", batch, seqlen_kv), lambda: _packed(key, batch, seqlen_kv))  # type: ignore[no-any-return]
 
 
-def _front(key: Tensor, batch: int, seqlen_kv: int, prefix: bool) -> KeyLayout:
-    allowed = _allowed(key, batch, seqlen_kv)
+def kept_padding(key: Tensor, seqlen_kv: int) -> Tensor:
+    """Give a key mask as boolean `(B or 1, 1, 1, S_kv)`: a view of padding, and of lengths what was worked out once."""
+    if key.dtype == torch.bool:
+        return key_mask(key, seqlen_kv)
+    return _kept(key, ("padding", seqlen_kv), lambda: key_mask(key, seqlen_kv))  # type: ignore[no-any-return]
+
+
+def _front(key: Tensor, batch: int, seqlen_kv: int, prefix: bool, grad: bool) -> KeyLayout:
     if key.dtype != torch.bool:
+        allowed = _allowed(key, batch, seqlen_kv) if grad else None
         return KeyLayout(key.to(torch.int32, copy=True), allowed, None, None)
+    if prefix and not grad:
+        lengths = key_mask(key, seqlen_kv)[:, 0, 0].sum(-1, dtype=torch.int32)
+        return KeyLayout(lengths.expand(batch).contiguous(), None, None, None)
+    allowed = _allowed(key, batch, seqlen_kv)
     lengths = allowed.sum(-1, dtype=torch.int32)
     if prefix:
         return KeyLayout(lengths, allowed, None, None)
@@ -233,7 +248,7 @@ def to_front(layout: KeyLayout, key: Tensor, value: Tensor, *, grad: bool) -> tu
     """
     if layout.order is None or layout.back is None:
         guarded: tuple[Tensor, Tensor] = (key, value)
-        if grad:
+        if grad and layout.allowed is not None:
             guarded = _Guarded.apply(key, value, layout.allowed)  # type: ignore[no-untyped-call]
         return guarded
     if not grad:

@@ -119,3 +119,26 @@ def _without_idle_sides(pattern: KernelPattern, rows: int, keys: int) -> KernelP
     if right != -1 and shift + right >= keys - 1:
         right = -1
     return KernelPattern(left, right, pattern.align, pattern.rows, pattern.keys)
+
+
+def trimmed(pattern: KernelPattern, seqlen_q: int, seqlen_kv: int) -> KernelPattern:
+    """Leave out what a right side cuts off whole: first rows (lower right) or last keys (upper left). Exact.
+
+    For kernels whose answer for a row without a key is unspecified, or that skip a block wrongly.
+    """
+    if UNKNOWN in (seqlen_q, seqlen_kv) or pattern.right == -1:
+        return pattern
+    first_row, end_row = pattern.rows or (0, seqlen_q)
+    first_key, end_key = pattern.keys or (0, seqlen_kv)
+    rows, keys = end_row - first_row, end_key - first_key
+    if pattern.align == "lower_right":
+        first_row += max(0, rows - keys - pattern.right)
+    else:
+        end_key = first_key + min(keys, rows + pattern.right)
+    return KernelPattern(
+        pattern.left,
+        pattern.right,
+        pattern.align,
+        None if (first_row, end_row) == (0, seqlen_q) else (first_row, end_row),
+        None if (first_key, end_key) == (0, seqlen_kv) else (first_key, end_key),
+    )

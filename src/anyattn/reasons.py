@@ -30,6 +30,7 @@ ReasonCode = Literal[
     "lse",
     "backward",
     "deterministic",
+    "compile",
     "memory",
     "precision",
     "known_bad",

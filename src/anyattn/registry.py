@@ -34,6 +34,14 @@ BUILTIN: dict[str, str] = {
     "flash3_fp8": "anyattn.adapters.flash3:Flash3Fp8",
     "flash4": "anyattn.adapters.flash4:Flash4",
     "xformers": "anyattn.adapters.xformers:XFormers",
+    "sage": "anyattn.adapters.sage:Sage",
+    "sage_int8_fp16": "anyattn.adapters.sage:SageInt8Fp16",
+    "sage_int8_fp16_triton": "anyattn.adapters.sage:SageInt8Fp16Triton",
+    "sage_int8_fp8": "anyattn.adapters.sage:SageInt8Fp8",
+    "sage_int8_fp8_sm90": "anyattn.adapters.sage:SageInt8Fp8Sm90",
+    "aiter": "anyattn.adapters.aiter:Aiter",
+    "xla": "anyattn.adapters.xla:Xla",
+    "npu": "anyattn.adapters.npu:Npu",
 }
 """Each built backend and the class that implements it: one line adds one."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anyattn import policy, registry
 from anyattn.backend import Backend, Lowering, MaskedRunner, Output, Parts, Plan, Run, Runner
+from anyattn.capabilities import as_run
 from anyattn.checks import check_inputs, check_output
 from anyattn.decision import Decision
 from anyattn.environment import detect
@@ -91,16 +92,17 @@ def make_plan(decision: Decision) -> tuple[Plan, Run]:
     if decision.spec.is_empty:
         return Plan(backend.name, decision.spec, Lowering("empty")), run_empty
     load(backend)
-    lowering = backend.lower(decision.spec, detect())
     caps = backend.capabilities(decision.spec, detect())
+    spec = as_run(caps, decision.spec)
+    lowering = backend.lower(spec, detect())
     rescale = decision.spec.sinks and caps is not None and not caps.sinks
     run: Run = backend.run
-    if caps is not None and caps.device_guard and decision.spec.device_type == "cuda":
+    if caps is not None and caps.device_guard and spec.device_type == "cuda":
         run = _on_its_device(run)
-    if caps is not None and caps.unit_stride and decision.spec.device_type == "cpu":
+    if caps is not None and caps.unit_stride and spec.device_type == "cpu":
         # Strides aren't part of what a CPU call is decided by, so that they are seen to at each call.
         run = _with_unit_stride(run)
-    return Plan(backend.name, decision.spec, lowering, rescale), run
+    return Plan(backend.name, spec, lowering, rescale), run
 
 
 def _on_its_device(run: Run) -> Run:
@@ -136,7 +138,12 @@ def execute(run: Run, plan: Plan, query: Tensor, key: Tensor, value: Tensor, par
             f"The backend {plan.backend} gave a tensor for a call with sinks; one that declares lse and not sinks has "
             "to give (out, lse) there, as it does for return_lse."
         )
-    out, lse = apply_sinks(result[0], result[1], parts.sinks, plan.spec.layout)
+    out, lse = result
+    if plan.spec.packed:
+        out, lse = apply_sinks(out[None], lse[None], parts.sinks, "BSHD")
+        out, lse = out[0], lse[0]
+    else:
+        out, lse = apply_sinks(out, lse, parts.sinks, plan.spec.layout)
     return (out, lse) if plan.spec.return_lse else out
 
 
@@ -210,13 +217,17 @@ def _autocast(call: Any, call_masked: Any, dtype: torch.dtype, device_type: str)
 def _checked(call_masked: Any, plan: Plan) -> tuple[Any, Any]:
     """Add the value checks: inputs at every call, the output against the reference at the first."""
     first = [True]
+    backend = registry.get(plan.backend)
+    caps = None if backend is None else backend.capabilities(plan.spec, detect())
+    value_max = None if caps is None else caps.value_max
+    quantised = caps is not None and not caps.exact and bool(caps.quantised)
 
     def checked(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, sinks: Tensor | None = None) -> Output:
         parts = _kept(plan.spec, parts_of(as_mask(mask), sinks))
-        check_inputs(plan.spec, query, key, value, parts)
+        check_inputs(plan.spec, query, key, value, parts, value_max)
         result: Output = call_masked(query, key, value, mask, sinks)
         if first[0]:
-            check_output(plan, query, key, value, parts, result)
+            check_output(plan, query, key, value, parts, result, quantised=quantised)
             first[0] = False
         return result
 

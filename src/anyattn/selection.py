@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from anyattn.backend import Backend
+from anyattn.capabilities import as_run
 from anyattn.decision import Candidate, Decision, Preference
 from anyattn.environment import Environment
 from anyattn.names import AUTO, BY_NAME
@@ -115,8 +116,12 @@ def resolve(
         if spec.is_empty:
             kernel = "none: there is nothing to attend to"
         else:
-            lowering = backend.lower(spec, env)
+            run_as = as_run(backend.capabilities(spec, env), spec)
+            lowering = backend.lower(run_as, env)
             kernel, conversions = lowering.entry, lowering.conversions
+            if run_as is not spec:
+                text = "packed sequences padded to the longest, with key lengths for a mask, and packed again"
+                conversions = (Conversion("unpacked", text), *conversions)
     return Decision(spec, chosen, kernel, conversions, preference, basis, (*judged, *others), overruled)
 
 
@@ -146,8 +151,8 @@ def _judge(
 ) -> Candidate:
     if backend is None:
         return Candidate(name, (not_built(name),))
-    reasons = backend.reasons(spec, env)
     caps = backend.capabilities(spec, env)
+    reasons = backend.reasons(as_run(caps, spec), env)
     if limits is not None and caps is not None and not caps.exact and caps.quantised not in _LOOSER[limits.precision]:
         hint = f"allow it with precision={caps.quantised or 'int8'!r}, or ask for {name} alone"
         reasons = (*reasons, Reason("precision", "an exact kernel", f"one quantised to {caps.quantised}", hint))

@@ -148,6 +148,9 @@ class AttentionSpec:
         storage: How the tensors lie in memory.
         deterministic: Whether deterministic algorithms are asked for.
         compiled: Whether the call is being traced by torch.compile or torch.export.
+        packed: Whether sequences of several lengths stand one after the other, `(T, H, D)`; batch is how many there
+            are, and the lengths are those of the longest.
+        packed_pattern: Of packed sequences that were padded, a pattern that became a dense mask.
         is_gqa: Whether several query heads share one key/value head.
         needs_grad: Whether any input needs a gradient.
         is_empty: Whether there is no batch entry, no query, or no key.
@@ -175,6 +178,8 @@ class AttentionSpec:
     storage: Storage = Storage()
     deterministic: bool = False
     compiled: bool = False
+    packed: bool = False
+    packed_pattern: PatternSpec | None = None
     # Fields and not properties: torch.compile reads the fields of a frozen dataclass, and nothing else of it.
     is_gqa: bool = field(init=False, compare=False, repr=False)
     needs_grad: bool = field(init=False, compare=False, repr=False)

@@ -198,24 +198,31 @@ def _traced_storage(
         return (True, True, False, True)
     aligned, unit, expanded = True, True, False
     for tensor in (query, key, value):
-        if not _rows_aligned(tensor, tensor.shape[-1] * tensor.element_size() % 16 == 0):
+        padded = tensor.shape[-1] * tensor.element_size() % 16 != 0  # the kernel's wrapper pads head_dim, which copies
+        if not padded and not (_is_dense(tensor) and _rows_aligned(tensor)):
             aligned = False
         if tensor.stride(-1) != 1:
             unit = False
         if tensor is not query and tensor.shape[3 - axis] > 1 and tensor.stride(3 - axis) == 0:
             expanded = True
-    masked = dense is None or dense.dtype == torch.bool or (dense.stride(-1) == 1 and _rows_aligned(dense, True))
+    masked = dense is None or dense.dtype == torch.bool or (dense.stride(-1) == 1 and _rows_aligned(dense))
     return (aligned, unit, expanded, True if masked else False)  # noqa: SIM210
 
 
-def _rows_aligned(tensor: Tensor, rows: bool) -> bool:
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills its storage as far as strides tell: torch.compile can't read where a tensor starts.
+
+    A view that leaves gaps may start anywhere, and is copied. What is dense starts where it was allocated; an input of
+    the compiled code that doesn't is copied by inductor (`copy_misaligned_inputs`) if it was aligned when traced.
+    """
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.transpose(1, 2).is_contiguous())
+
+
+def _rows_aligned(tensor: Tensor) -> bool:
     size = tensor.element_size()
-    if tensor.storage_offset() * size % 16:
-        return False
-    if rows:
-        for dim in range(tensor.dim() - 1):
-            if tensor.shape[dim] > 1 and tensor.stride(dim) * size % 16:
-                return False
+    for dim in range(tensor.dim() - 1):  # noqa: SIM110 - traced: a plain loop
+        if tensor.shape[dim] > 1 and tensor.stride(dim) * size % 16:
+            return False
     return True
 
 

@@ -22,6 +22,7 @@ LAYERS = {
         "tolerance",
         "lowering",
         "flash_like",
+        "dense_like",
         "describe",
         "prepare",
         "block_masks",
@@ -29,7 +30,7 @@ LAYERS = {
     3: ("adapters",),
     4: ("registry",),
     5: ("selection", "checks"),
-    6: ("dispatch", "faults", "running", "traced", "api", "choosing", "seeing", "pins"),
+    6: ("dispatch", "faults", "running", "traced", "api", "choosing", "varlen", "seeing", "pins"),
     7: ("testing", "integrations", "demo"),
     8: ("cli",),
 }

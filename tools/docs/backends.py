@@ -38,7 +38,7 @@ def _mask(native: bool, caps: Capabilities) -> str:
 
 def _aligned(aligns: frozenset[str], caps: Capabilities) -> str:
     if len(aligns) == 2:
-        return "yes"
+        return "where as many queries as keys are left" if caps.causal_square else "yes"
     if aligns:
         own = next(iter(aligns)).replace("_", " ")
         return f"{own}; other {'turned dense' if caps.boolean else 'where lengths agree'}"
@@ -54,7 +54,8 @@ def _dims(caps: Capabilities) -> str:
 def _arch(device: str, caps: Capabilities) -> str:
     if device != "cuda" or caps.arch_min is None:
         return device
-    return f"{device}, sm{caps.arch_min[0]}{caps.arch_min[1]}+"
+    low, high = (f"sm{arch[0]}{arch[1]}" if arch else "" for arch in (caps.arch_min, caps.arch_max))
+    return f"{device}, {low} to {high}" if high else f"{device}, {low}+"
 
 
 def rows() -> list[tuple[str, list[str]]]:

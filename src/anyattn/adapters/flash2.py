@@ -78,6 +78,8 @@ class Flash2(Backend):
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         if spec.scale <= 0:
             return  # refused by the declaration; nothing more to say
+        if spec.dropout_p == 1:
+            yield Reason("dropout", "dropout_p < 1", "1.0", "native_math drops everything")
         if spec.softcap is not None and spec.dropout_p:
             yield Reason("softcap", "softcap without dropout", f"dropout_p {spec.dropout_p}")
         version = env.version("flash-attn")
@@ -90,7 +92,7 @@ class Flash2(Backend):
         yield from _right_window(spec, kernel_pattern(self.declarations[spec.device_type], spec))
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
-        entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
+        entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
         return flash_like.lower(entry, self.declarations[spec.device_type], spec, packs=True)
 
     def load(self) -> None:
@@ -102,13 +104,12 @@ class Flash2(Backend):
 
 
 def _right_window(spec: AttentionSpec, pattern: KernelPattern | None) -> Iterator[Reason]:
-    """Refuse a right side that the kernel takes for unbounded though it isn't (`flash_api.cpp`: right >= S_kv)."""
+    """Refuse a window whose right side the kernel gets wrong."""
     if pattern is not None and flash_like.misreads_right_side(spec, pattern):
-        keys = flash_like.keys_left(spec, pattern)
+        side = "an unbounded right side" if pattern.right == -1 else f"{pattern.right} on the right"
+        got = f"{side} with {flash_like.keys_left(spec, pattern)} keys, in lower-right alignment"
         need = "a right side below seqlen_kv where there are more queries than keys"
-        yield Reason(
-            "mask", need, f"{pattern.right} with {keys} keys in lower-right alignment", "flex takes every mask"
-        )
+        yield Reason("mask", need, got, "flex takes every mask")
 
 
 def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:

@@ -98,7 +98,7 @@ class Flash3(Backend):
         assert caps is not None
         # Lengths beside unpacked keys are shown for the forward alone; the backward takes packed keys.
         packs = spec.needs_grad
-        entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
+        entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
         return flash_like.lower(entry, caps, spec, packs=packs)
 
     def load(self) -> None:
@@ -187,6 +187,7 @@ class Flash3Fp8(Flash3):
     """FlashAttention-3 in fp8 (e4m3): half-precision inputs are quantised with a scale per batch entry and head."""
 
     name = "flash3_fp8"
+    quantises = True
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _FP8}
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
@@ -222,7 +223,8 @@ def _call_fp8(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
 def _quantised(tensor: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     """Give a tensor as e4m3, and what it is to be multiplied by: float32 `(B, H_kv)`."""
     grouped = tensor.unflatten(2, (kv_heads, -1))  # type: ignore[no-untyped-call]
-    largest = grouped.abs().amax((1, 3, 4)).float().clamp_min(2.0**-100)
+    # Not smaller: the kernel multiplies its scale by those of query and key, and gives NaN for a scale of 0.
+    largest = grouped.abs().amax((1, 3, 4)).float().clamp_min(2.0**-40)
     descale = largest / _LARGEST_E4M3
     scaled = grouped * (1.0 / descale)[:, None, :, None, None].to(torch.float32)
     return scaled.flatten(2, 3).to(torch.float8_e4m3fn), descale

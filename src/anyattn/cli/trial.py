@@ -37,9 +37,6 @@ Outcome = Literal["passed", "wrong", "raised", "refused", "died", "hung"]
 STEPS = ("forward", "padding", "backward")
 """What is tried: a plain call, one with a key padding mask, and one with gradients."""
 
-ALLOWED_OF_QUANTISED = 0.1
-"""The relative error (of the whole output, in the 2-norm) from which a quantised kernel counts as wrong."""
-
 _BATCH, _SEQLEN_Q, _SEQLEN_KV, _HEADS = 2, 64, 96, 2
 # Every kernel is made for heads of 64 or of 128. Lengths keep clear of the known-bad table.
 _HEAD_DIMS = (64, 128)
@@ -265,6 +262,6 @@ def _worst(call: _Call, results: tuple[Tensor, ...], exact: bool) -> float:
             allowed = tolerance.budget(truth, plain, dtype, over=(1, 3))
             error = tolerance.excess(result, truth, allowed)
         else:
-            error = float((result.double() - truth).norm() / truth.norm()) / ALLOWED_OF_QUANTISED
+            error = float((result.double() - truth).norm() / truth.norm()) / tolerance.QUANTISED
         worst = max(worst, float("inf") if error != error else error)
     return worst

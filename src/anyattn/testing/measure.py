@@ -78,6 +78,13 @@ def bounds(inputs: Inputs, *, gradients: bool = False, orders: int = ORDERS) -> 
     return {name: Bound(truth, allowed[name]) for name, truth in truths.items()}
 
 
+def truths(inputs: Inputs, gradients: bool) -> dict[str, Tensor]:
+    """Compute the output, lse, and the gradients where they are asked for, in float64; lse as float32 can hold it."""
+    found = _results(inputs, torch.float64, gradients)
+    found["lse"] = found["lse"].float().double()
+    return found
+
+
 def _stored(inputs: Inputs, name: str) -> torch.dtype:
     """Give the coarsest dtype that a result goes through: a bias's gradient has the bias's dtype."""
     dtype = inputs.case.torch_dtype

@@ -25,6 +25,7 @@ from anyattn.mask_functions import MaskFunction
 from anyattn.reasons import Reason
 from anyattn.spec import AttentionSpec
 from anyattn.testing.cases import Case
+from anyattn.testing.quantised import as_int8
 
 NAME = "sabotaged"
 """The name under which a sabotaged backend is registered."""
@@ -259,6 +260,30 @@ class Forgetful(NativeMath):
             yield Reason("value", "to be asked twice", "once")
 
 
+class Coarse(NativeFlash):
+    """A right kernel of its kind: scores in int8, which no exact kernel's budget lets pass."""
+
+    name = NAME
+    declarations = {
+        "cpu": NativeFlash.declarations["cpu"].replace(
+            exact=False, quantised="int8", dtypes=frozenset((torch.float32,)), backward=False, mask_grad=False
+        )
+    }
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        """Run with query and key rounded, keys less their mean."""
+        heads, axis = (2, 1) if plan.spec.layout == "BSHD" else (1, 2)
+        mean = key.mean(axis, keepdim=True)
+        coarse, near = (as_int8(tensor.transpose(1, axis)).transpose(1, axis) for tensor in (query, key - mean))
+        result = native.run(plan, coarse, near + mean, value, parts)
+        if not isinstance(result, tuple):
+            return result
+        moved = mean.repeat_interleave(plan.spec.num_heads // plan.spec.num_kv_heads, heads)
+        lost = plan.spec.scale * ((query - coarse) * moved).sum(-1)
+        return result[0], result[1] + (lost.transpose(1, 2) if axis == 1 else lost)
+
+
 @dataclass(frozen=True)
 class Sabotage:
     """A wrong backend, and the law that must catch it.
@@ -310,6 +335,16 @@ SABOTAGED: Mapping[str, Sabotage] = {
     "wrong when compiled": Sabotage("compiled", _of(NativeMath, _compiled_wrong)),
     "breaks the graph": Sabotage("compiled", _of(NativeMath, _graph_break)),
     "halves that don't merge": Sabotage("halves", _of(NativeFlash, _lse_base_2)),
+    "quantised, and ignores scale": Sabotage("right", _of(Coarse, _no_scale)),
+    "quantised, and drops the key mask": Sabotage("right", _of(Coarse, _no_mask)),
+    "quantised, and lets the last key through": Sabotage("right", _of(Coarse, _last_key)),
+    "quantised, and aligns causal to the other corner": Sabotage("right", _of(Coarse, _other_alignment)),
+    "quantised, and gives lse in base 2": Sabotage("right", _of(Coarse, _lse_base_2)),
+    "quantised, and maps heads by remainder": Sabotage("right", _of(Coarse, _wrong_heads)),
+    "quantised, and ignores a new scale": Sabotage("liveness", _of(Coarse, _no_scale)),
+    "quantised, and mixes batch entries": Sabotage("permutation", _of(Coarse, _first_batch)),
+    "quantised, and ignores strides": Sabotage("strides", _of(Coarse, _ignores_strides)),
+    "quantised halves that don't merge": Sabotage("halves", _of(Coarse, _lse_base_2)),
     "drops nothing": Sabotage("dropout", _of(NativeMath, _no_dropout)),
     "drops half as often": Sabotage("dropout", _of(NativeMath, _half_dropout)),
     "doesn't rescale": Sabotage("dropout", _of(NativeMath, _unscaled_dropout)),

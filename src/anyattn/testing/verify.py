@@ -12,7 +12,6 @@ import torch
 from anyattn import registry
 from anyattn.capabilities import Capabilities
 from anyattn.environment import detect
-from anyattn.errors import AnyattnError
 from anyattn.reasons import Reason
 from anyattn.testing.cases import Case
 from anyattn.testing.drawing import always, drawn, space
@@ -274,7 +273,7 @@ def _law(law: Law, backend: str, caps: Capabilities, cases: Iterator[Case]) -> L
         except LawBroken as broken:
             run += 1
             failures.append(Failure(broken.what, broken.reproduction, broken.worst))
-        except (AnyattnError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - a kernel raises whatever it likes, in its backward too
             # A kernel that raises for a call it admits breaks the law that it was asked about.
             run += 1
             raised = LawBroken(law.name, backend, case, f"raises {type(error).__name__}: {error}")

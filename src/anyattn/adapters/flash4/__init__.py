@@ -79,13 +79,18 @@ class Flash4(Backend):
         device = env.device(spec.device_type, spec.device_index)
         arch = device.arch if device is not None else None
         yield from _head_dims(spec, (9, 0) if arch is None else arch)
+        if spec.needs_grad and spec.is_gqa and spec.head_dim != spec.head_dim_v:
+            got = f"{spec.head_dim} and {spec.head_dim_v} with {spec.num_heads} heads on {spec.num_kv_heads}"
+            yield Reason("head_dim_v", "head_dim_v == head_dim for gradients of shared heads", got)
+        if arch is not None and arch[0] == 12 and spec.deterministic and spec.needs_grad:
+            yield Reason("deterministic", "an arch below sm120 for deterministic gradients", f"sm{arch[0]}{arch[1]}")
         if "sinks" in spec.requires_grad:
             yield Reason(
                 "backward", "sinks that need no gradient", "sinks that require one", "detach them, or use flex"
             )
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
-        entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
+        entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
         lowering = flash_like.lower(entry, self.declarations[spec.device_type], spec)
         note = Conversion("compiles_first", "the first call of a kind compiles its kernel, which takes seconds")
         return Lowering(

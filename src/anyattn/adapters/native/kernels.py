@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.backend import Output, Parts, Plan
+from anyattn.key_layout import kept_padding
 from anyattn.lowering import (
     additive,
     aligned_bias,
@@ -151,6 +152,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     dtype = query.dtype
     if lowering.upcast:
         query, key, value = query.float(), key.float(), value.float()
+    if parts.key is not None:
+        parts = parts._replace(key=kept_padding(parts.key, key.shape[2]))
     lengths, pattern = (query.shape[2], key.shape[2]), not lowering.is_causal
     mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0])
     if mask is not None and misread(spec):

@@ -25,6 +25,14 @@ DOUBLES: dict[str, str] = {
     "flash3_fp8": "anyattn.testing.doubles.flash3:FP8",
     "flash4": "anyattn.testing.doubles.flash4:DOUBLE",
     "xformers": "anyattn.testing.doubles.xformers:DOUBLE",
+    "sage": "anyattn.testing.doubles.sage:PICK",
+    "sage_int8_fp16": "anyattn.testing.doubles.sage:INT8_FP16",
+    "sage_int8_fp16_triton": "anyattn.testing.doubles.sage:INT8_FP16_TRITON",
+    "sage_int8_fp8": "anyattn.testing.doubles.sage:INT8_FP8",
+    "sage_int8_fp8_sm90": "anyattn.testing.doubles.sage:INT8_FP8_SM90",
+    "aiter": "anyattn.testing.doubles.aiter:DOUBLE",
+    "xla": "anyattn.testing.doubles.xla:DOUBLE",
+    "npu": "anyattn.testing.doubles.npu:DOUBLE",
 }
 """The double of each backend that has one: one line adds one."""
 

@@ -75,6 +75,8 @@ def flash_attn_varlen_func(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softcap: float, alibi_slopes: Tensor | None) -> None:
+    if dropout_p >= 1:
+        raise RuntimeError("Expected p_dropout < 1.f to be true, but got false.")
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
     if not q.dtype == k.dtype == v.dtype:
@@ -95,6 +97,8 @@ def _sides(window_size: tuple[int, int], causal: bool, seqlen_k: int) -> list[fl
     left, right = window_size
     # Either side that is not below S_kv is taken for unbounded, which is wrong on the right where S_q > S_kv.
     left, right = (-1 if side >= seqlen_k else side for side in (left, right))
+    if left >= 0 and right < 0 and not causal:
+        right = seqlen_k  # what an unbounded right side beside a bounded left one is told the kernel as
     return [_INFINITE if side < 0 else side for side in (left, 0 if causal else right)]
 
 

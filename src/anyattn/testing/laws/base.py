@@ -15,6 +15,7 @@ from anyattn.reasons import Reason
 from anyattn.registry import get
 from anyattn.testing.cases import Case, Inputs
 from anyattn.testing.measure import MORE_ORDERS, ORDERS, Bound
+from anyattn.testing.quantised import format_of, holds
 
 Status = Literal["passed", "refused"]
 
@@ -95,6 +96,15 @@ def refused(law: str, backend: str, case: Case, reasons: tuple[Reason, ...]) -> 
 def inapplicable(law: str, backend: str, case: Case, why: str) -> LawResult:
     """Say that a law has nothing to say about a case."""
     return refused(law, backend, case, (Reason("value", "a case that the law is about", why),))
+
+
+TOO_COARSE = "values that the kernel's number format can't hold"
+
+
+def too_coarse(backend: str, inputs: Inputs) -> bool:
+    """Whether a quantised backend's number format can't hold a case's values, so that its results mean nothing."""
+    kind = format_of(backend)
+    return bool(kind) and not holds(inputs, kind)
 
 
 def reasons_against(backend: str, inputs: Inputs, **changes: object) -> tuple[Reason, ...]:

@@ -17,6 +17,7 @@ from anyattn.errors import AnyattnError, BackendUnavailableError, InvalidCallErr
 from anyattn.masks import Mask
 from anyattn.testing.cases import Case, Inputs
 from anyattn.testing.laws.base import (
+    TOO_COARSE,
     LawBroken,
     LawResult,
     apart,
@@ -27,8 +28,11 @@ from anyattn.testing.laws.base import (
     reasons_of,
     refused,
     require,
+    too_coarse,
 )
 from anyattn.testing.measure import bounds, results
+from anyattn.testing.quantised import bounds_for, format_of
+from anyattn.tolerance import QUANTISED
 
 
 @contextlib.contextmanager
@@ -149,8 +153,12 @@ def liveness(backend: str, case: Case) -> LawResult:
     against = reasons_against(backend, inputs)
     if against:
         return refused("liveness", backend, case, against)
+    if too_coarse(backend, inputs):
+        return inapplicable("liveness", backend, case, TOO_COARSE)
     before, _ = inputs.attend(backend)
     truth = inputs.refer()[0]
+    # What is seen to change has to stand out from the kernel's own error.
+    least = 5 * QUANTISED if format_of(backend) else 64 * torch.finfo(case.torch_dtype).eps
     lively = 0
     for name, change in _changes(case).items():
         changed = change(inputs)
@@ -160,8 +168,7 @@ def liveness(backend: str, case: Case) -> LawResult:
         except (UnsupportedCallError, InvalidCallError):
             continue
         does = float((after.double() - before.double()).abs().max())
-        size = float(truth.abs().max()) * torch.finfo(case.torch_dtype).eps
-        if should > 64 * size:
+        if should > least * float(truth.abs().max()):
             lively += 1
             if not does >= should / 2:
                 what = f"{name} has no effect: the result changes by {does:.3g} and should by {should:.3g}"
@@ -260,6 +267,8 @@ def compiled(backend: str, case: Case, *, compiler: str | None = None) -> LawRes
     against = reasons_against(backend, inputs) or reasons_against(backend, inputs, compiled=True)
     if against:
         return refused("compiled", backend, case, against)
+    if too_coarse(backend, inputs):
+        return inapplicable("compiled", backend, case, TOO_COARSE)
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Any:
         return inputs.replace(query=query, key=key, value=value).attend(backend)
@@ -278,8 +287,10 @@ def compiled(backend: str, case: Case, *, compiler: str | None = None) -> LawRes
     out, lse = answer
     after = {"out": out.detach()} | ({} if lse is None else {"lse": lse})
     before = {name: result for name, result in results(inputs, backend).items() if name in after}
-    judged("compiled", backend, case, lambda orders: excesses(bounds(inputs, orders=orders), after))
-    worst = judged("compiled", backend, case, lambda orders: apart(bounds(inputs, orders=orders), after, before))
+    judged("compiled", backend, case, lambda orders: excesses(bounds_for(backend, inputs, orders=orders), after))
+    worst = judged(
+        "compiled", backend, case, lambda orders: apart(bounds_for(backend, inputs, orders=orders), after, before)
+    )
     return LawResult("compiled", backend, case, "passed", worst)
 
 

@@ -1,0 +1,189 @@
+"""AITER, AMD's attention for ROCm: the distribution amd-aiter (PyPI's `aiter` is another package).
+
+Sources: `aiter/ops/mha.py` of amd-aiter 0.1.7 and of ROCm/aiter e4048607. No AMD GPU has run this adapter: a contract
+double stands in for the kernel. Causal and windows are aligned to the lower right.
+
+What needs care: a window whose sides are both <= 0 counts as none on its fast paths, so that causality is told by the
+flag alone and such windows are refused; a call that needs gradients must ask for lse, or an assertion fails; the
+backward of causal attention with unequal lengths is aligned otherwise than its forward; `return_attn_probs` puts other
+things where lse is. Softcap is known to the packed entry alone, and not to its backward; sinks have no gradient: both
+are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from anyattn import flash_like
+from anyattn.backend import Backend, Lowering, Output, Parts, Plan
+from anyattn.capabilities import Capabilities, kernel_pattern
+from anyattn.environment import Environment
+from anyattn.flash_like import KernelCall
+from anyattn.kernel_source import FUNCTIONS, Package
+from anyattn.patterns import KernelPattern, trimmed
+from anyattn.reasons import Conversion, Reason
+from anyattn.spec import UNKNOWN, AttentionSpec
+
+_INSTALL = "pip install 'amd-aiter>=0.1.5'"
+_MODULE = "aiter.ops.mha"
+_FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
+
+AMD_AITER = Package("amd-aiter", _MODULE, _FUNCTIONS, ">=0.1.5", _INSTALL)
+AITER = Package("aiter", _MODULE, _FUNCTIONS, ">=0.1.5", _INSTALL)
+"""AMD's own wheels were called that up to 0.1.7; so is PyPI's, which lacks the module."""
+
+UNNAMED = Package("", _MODULE, _FUNCTIONS, install=_INSTALL, found_by=_MODULE)
+"""A build without metadata."""
+
+_ROCM = Capabilities(
+    dtypes=frozenset((torch.float16, torch.bfloat16)),
+    rocm=True,
+    head_dim_max=256,
+    head_dim_v=True,
+    causal=frozenset(("lower_right",)),
+    window=frozenset(("lower_right",)),
+    realigns=True,
+    key_mask=True,
+    dead_rows=True,
+    gqa=True,
+    dropout=True,
+    lse=True,
+    backward=True,
+    deterministic=True,
+    exact=True,
+    unit_stride=False,
+    # Its grids are laid out as flash-attn's are.
+    batch_max=65535,
+    varlen=True,
+    device_guard=True,
+)
+
+
+def package_on(env: Environment) -> Package:
+    """Give the package that brings the kernel on a machine, or the one to ask for."""
+    if "amd-aiter" in env.packages:
+        return AMD_AITER
+    if _MODULE in env.modules:
+        return AITER if "aiter" in env.packages else UNNAMED
+    return AMD_AITER
+
+
+class Aiter(Backend):
+    """AITER, dense and varlen."""
+
+    name = "aiter"
+    family = "aiter"
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _ROCM}
+
+    def availability(self, env: Environment) -> Iterator[Reason]:
+        yield from super().availability(env)
+        devices = [device for device in env.devices if device.type in self.declarations]
+        # A compute capability is NVIDIA's.
+        if devices and all(device.arch is not None and not device.rocm for device in devices):
+            names = ", ".join(dict.fromkeys(device.name for device in devices))
+            yield Reason("arch", "an AMD GPU (ROCm)", f"NVIDIA ({names})", "flash2 is the like of it for NVIDIA")
+        package = package_on(env)
+        if package is AMD_AITER and "amd-aiter" not in env.packages and "aiter" in env.packages:
+            got = f"aiter {env.packages['aiter']}, another package that only shares the name"
+            yield Reason("not_installed", "amd-aiter >=0.1.5", got, f"pip uninstall aiter; {_INSTALL}")
+        else:
+            yield from package.reasons(env)
+
+    def origin(self, env: Environment) -> str:
+        package = package_on(env)
+        version = env.packages.get(package.distribution, "")
+        return f"{package.distribution or _MODULE} {version}".strip() if not any(package.reasons(env)) else ""
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        pattern = self._pattern(spec)
+        if pattern is None:
+            return
+        rows, keys = _left_over(pattern, spec)
+        sides = f"({pattern.left}, {pattern.right}) on {rows} queries and {keys} keys"
+        left, right = _sides(pattern.left, pattern.right, keys)
+        if right > 0 and keys <= right < rows - 1:
+            need = "a right side below seqlen_kv where there are more queries than keys (taken for unbounded)"
+            yield Reason("mask", need, sides, "flex takes every mask")
+        if left == 0 and not 0 < right < keys:
+            need = "a window with a side above 0 (the kernel takes others for no window)"
+            yield Reason("mask", need, sides, "flex takes every mask")
+        unequal = not spec.same_lengths and (rows != keys or rows == UNKNOWN)
+        if (left, right) == (-1, 0) and spec.needs_grad and unequal:
+            need = "equal lengths where causal attention needs gradients (its backward is aligned otherwise)"
+            yield Reason("mask", need, sides, "flex takes every mask")
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
+        lowering = flash_like.lower(entry, self.declarations[spec.device_type], spec, packs=True)
+        pattern, notes = self._pattern(spec), lowering.conversions
+        if pattern is not None and pattern != lowering.pattern:
+            notes = (*notes, Conversion("trimmed", f"rows {pattern.rows} alone: the others see no key"))
+        return dataclasses.replace(lowering, pattern=pattern, conversions=notes)
+
+    def _pattern(self, spec: AttentionSpec) -> KernelPattern | None:
+        pattern = kernel_pattern(self.declarations[spec.device_type], spec)
+        return None if pattern is None else trimmed(pattern, spec.seqlen_q, spec.seqlen_kv)
+
+    def load(self) -> None:
+        found = AMD_AITER.load()
+        default = inspect.signature(found.flash_attn_func).parameters["window_size"].default
+        # (left, right) up to 0.1.7, (left, right, sink size) since.
+        found.window_rest = (0,) if isinstance(default, tuple) and len(default) == 3 else ()
+        FUNCTIONS[self.name] = found
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        return flash_like.attend(plan, query, key, value, parts, _call)
+
+
+def _left_over(pattern: KernelPattern, spec: AttentionSpec) -> tuple[int, int]:
+    rows = spec.seqlen_q if pattern.rows is None else pattern.rows[1] - pattern.rows[0]
+    keys = spec.seqlen_kv if pattern.keys is None else pattern.keys[1] - pattern.keys[0]
+    return rows, keys
+
+
+def _sides(left: int, right: int, keys: int) -> tuple[int, int]:
+    """Write a left side that reaches the first key from the last row as unbounded, so that causal is said as such.
+
+    The kernel does so by itself from S_kv on, and then doesn't see that what is left is causal.
+    """
+    return (-1 if 0 < keys <= left + 1 else left), right
+
+
+def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
+    spec, functions = plan.spec, FUNCTIONS[plan.backend]
+    left, right = _sides(call.left, call.right, call.max_seqlen_kv)
+    causal = left == -1 and right == 0
+    # Whatever needs a gradient makes it assert that lse is asked for.
+    with_lse = spec.return_lse or plan.rescale or spec.needs_grad
+    options: dict[str, Any] = {
+        "dropout_p": spec.dropout_p,
+        "softmax_scale": spec.scale,
+        "causal": causal,
+        "window_size": (-1, -1, *functions.window_rest) if causal else (left, right, *functions.window_rest),
+        "deterministic": spec.deterministic,
+        "return_lse": with_lse,
+    }
+    if call.cu_seqlens_kv is None:
+        result = functions.flash_attn_func(call.query, call.key, call.value, **options)
+        return (result[0], result[1]) if with_lse else (result, None)
+    # What it writes for an entry without keys isn't known, in its backward neither: chosen, not trusted.
+    alive = (call.cu_seqlens_kv.diff() > 0).repeat_interleave(call.max_seqlen_q)
+    result = functions.flash_attn_varlen_func(
+        torch.where(alive[:, None, None], call.query, 0),
+        call.key,
+        call.value,
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_k=call.cu_seqlens_kv,
+        max_seqlen_q=call.max_seqlen_q,
+        max_seqlen_k=call.max_seqlen_kv,
+        **options,
+    )
+    out, lse = (result[0], result[1]) if with_lse else (result, None)
+    return torch.where(alive[:, None, None], out, 0), None if lse is None else lse.masked_fill(~alive, float("-inf"))

@@ -1,0 +1,137 @@
+"""Ascend's fused attention: `torch_npu.npu_fusion_attention`.
+
+Sources: `op_plugin/config/op_plugin_functions.yaml` and the API document of Ascend's op-plugin 517f2e7d, and the
+document in torch_npu 2.14. No NPU has run this adapter: a contract double stands in for the kernel.
+
+Its mask says True for what is *not* seen, its scale defaults to 1, and without a mask tensor its causal modes are full
+attention without a word: the compressed 2048 x 2048 mask goes with them always. Its additive input (`pse`) isn't used:
+document and example disagree on whether it is scaled. Packed sequences (cumulative lengths as host integers) aren't
+either.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from anyattn import dense_like
+from anyattn.backend import Backend, Lowering, Output, Parts, Plan
+from anyattn.capabilities import Capabilities
+from anyattn.dense_like import KernelCall
+from anyattn.environment import Environment
+from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
+from anyattn.reasons import Reason
+from anyattn.spec import AttentionSpec
+
+PACKAGES = (
+    Package(
+        "torch-npu",
+        "torch_npu",
+        ("npu_fusion_attention",),
+        install="pip install torch_npu (of torch's own minor version)",
+    ),
+)
+
+_NPU = Capabilities(
+    dtypes=frozenset((torch.float16, torch.bfloat16, torch.float32)),
+    head_dim_max=768,
+    causal=frozenset(("upper_left", "lower_right")),
+    realigns=True,
+    boolean=True,
+    dead_rows=True,
+    gqa=True,
+    dropout=True,
+    lse=True,
+    backward=True,
+    exact=True,
+    unit_stride=False,
+)
+
+_MOST = {"batch": 2 << 20, "num_heads": 256, "seqlen_q": 1 << 20, "seqlen_kv": 1 << 20}
+"""The document's limits of sizes."""
+
+_COMPRESSED = 2048
+_UPPER_LEFT, _LOWER_RIGHT = 2, 3
+_INVALID_ROWS = 2
+
+
+class Npu(Backend):
+    """torch_npu's fused attention."""
+
+    name = "npu"
+    family = "npu"
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"npu": _NPU}
+    packages: ClassVar[tuple[Package, ...]] = PACKAGES
+
+    def availability(self, env: Environment) -> Iterator[Reason]:
+        yield from super().availability(env)
+        yield from package_reasons(self.packages, env)
+
+    def origin(self, env: Environment) -> str:
+        package = first_that_serves(self.packages, env)
+        return "" if package is None else f"{package.distribution} {env.packages[package.distribution]}"
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        for name, most in _MOST.items():
+            size = getattr(spec, name)
+            if size > most:
+                yield Reason("size", f"{name} <= {most}", str(size), "split the call")
+        if spec.dropout_p == 1:
+            yield Reason("dropout", "dropout_p < 1 (keep_prob is in (0, 1])", "1.0", "the result is zeros")
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        return dense_like.lower("npu_fusion_attention", self.declarations[spec.device_type], spec)
+
+    def load(self) -> None:
+        FUNCTIONS[self.name] = self.packages[0].load()
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        return dense_like.attend(plan, query, key, value, parts, _call)
+
+
+def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
+    spec, pattern = plan.spec, plan.lowering.pattern
+    options: dict[str, Any] = {"scale": spec.scale, "keep_prob": 1.0 - spec.dropout_p}
+    if plan.lowering.is_causal and pattern is not None:
+        options["sparse_mode"] = _UPPER_LEFT if pattern.align == "upper_left" else _LOWER_RIGHT
+        options["atten_mask"] = _compressed(call.query.device)
+    elif call.mask is not None:
+        options["atten_mask"] = _hidden(spec, call)
+    if call.live is not None:
+        options["inner_precise"] = _INVALID_ROWS
+    layout = "BSND" if spec.layout == "BSHD" else "BNSD"
+    function = FUNCTIONS[plan.backend].npu_fusion_attention
+    result = function(call.query, call.key, call.value, spec.num_heads, layout, **options)
+    if not (spec.return_lse or plan.rescale):
+        return result[0], None
+    # Two float32 tensors (B, N, S_q, 8), the eight of a row alike.
+    largest, total = result[1][..., 0], result[2][..., 0]
+    return result[0], largest + total.log()
+
+
+@functools.lru_cache(maxsize=16)
+def _compressed(device: torch.device) -> Tensor:
+    """Give the mask that the causal modes expect whatever the lengths are, made once per device."""
+    with torch.inference_mode(False):
+        return torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool, device=device).triu(1)
+
+
+def _hidden(spec: AttentionSpec, call: KernelCall) -> Tensor:
+    """Turn the mask into the kernel's: True is hidden, heads and batch 1 only where it takes that, the rest in full."""
+    mask = call.mask
+    assert mask is not None
+    hidden = ~mask
+    if call.live is not None:
+        # A row that sees nothing is let see everything: what the kernel gives there is unspecified, in its backward
+        # too. `attend` sets the row to zero.
+        hidden = hidden & call.live.unsqueeze(-1)
+    axis = 1 if spec.layout == "BSHD" else 2
+    lengths = (call.query.shape[axis], call.key.shape[axis])
+    heads = hidden.shape[1]
+    batch = call.query.shape[0] if heads > 1 else hidden.shape[0]
+    return hidden.expand(batch, heads, *lengths).contiguous()

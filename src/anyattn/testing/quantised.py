@@ -1,0 +1,105 @@
+"""How wrong a quantised kernel may be: a stated error of the whole, where its number format can hold the values at all.
+
+A kernel that declares `quantised` is judged by the 2-norm per batch entry and head (`anyattn.tolerance.QUANTISED`), and
+not by a plain computation's error, which it leaves by design. Scores that are large lose all meaning in int8, whatever
+the kernel; so a law is asked only where a plain computation with inputs rounded alike keeps to `SHARE` of the budget.
+Contract doubles compute exactly, and are judged exactly, unless it is the adapter that quantises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyattn import registry, tolerance
+from anyattn.testing.cases import Inputs
+from anyattn.testing.measure import ORDERS, OVER, Bound, bounds, truths
+
+INT8_MAX = 127.0
+FP8_MAX = 448.0
+"""The largest number of float8_e4m3fn."""
+
+SHARE = 0.75
+"""The rest of the budget is for what a kernel rounds besides: the weights."""
+
+
+def format_of(backend: str) -> str:
+    """Say what a backend's kernel computes in where that is coarser than its inputs: `"int8"`, `"fp8"`, or nothing."""
+    found = registry.get(backend)
+    if found is None or (found.is_double and not found.quantises):
+        return ""
+    loose = {caps.quantised for caps in found.declarations.values() if not caps.exact and caps.quantised}
+    return "fp8" if "fp8" in loose else next(iter(loose), "")
+
+
+@dataclass(frozen=True)
+class NormBound(Bound):
+    """A true value in float64, and what the 2-norm of a quantised result's error may be.
+
+    Attributes:
+        over: The dimensions that the norm is taken over.
+    """
+
+    over: tuple[int, ...] = ()
+
+    def excess(self, result: Tensor, slack: float = 1.0) -> float:
+        """Give the worst norm of a result's error in multiples of what is allowed."""
+        return tolerance.norm_excess(result.detach(), self.truth, self.allowed * slack, over=self.over)
+
+    def apart(self, one: Tensor, other: Tensor) -> float:
+        """Give how far two results that should be the same are apart: each may be one budget off the truth."""
+        return tolerance.norm_excess(one.detach(), other.detach(), self.allowed * 2, over=self.over)
+
+
+def bounds_for(backend: str, inputs: Inputs, *, gradients: bool = False, orders: int = ORDERS) -> dict[str, Bound]:
+    """Give what a backend's results may be: as exact as a plain computation's, or as its number format allows."""
+    if not format_of(backend):
+        return bounds(inputs, gradients=gradients, orders=orders)
+    return norm_bounds(inputs, gradients=gradients)
+
+
+def norm_bounds(inputs: Inputs, *, gradients: bool = False) -> dict[str, Bound]:
+    """Give the truth and the budget of a quantised kernel's results."""
+    found: dict[str, Bound] = {}
+    for name, truth in truths(inputs, gradients).items():
+        over = OVER[name]
+        found[name] = NormBound(truth, tolerance.quantised_budget(truth, over=over, is_lse=name == "lse"), over)
+    return found
+
+
+def holds(inputs: Inputs, kind: str) -> bool:
+    """Say whether a number format can hold a case's values: rounding them alone keeps to `SHARE` of the budget."""
+    out, lse = plain(inputs, kind)
+    known = norm_bounds(inputs)
+    return known["out"].excess(out, slack=SHARE) <= 1 and known["lse"].excess(lse, slack=SHARE) <= 1
+
+
+def plain(inputs: Inputs, kind: str) -> tuple[Tensor, Tensor]:
+    """Compute in float64 with rounded inputs, in the coarsest way that there is for the kind.
+
+    For `"fp8"` all three are rounded to that. For `"int8"` query and key are, with one step for each batch entry and
+    head, keys less their mean: that moves a row's scores together (SageAttention, Zhang et al., arXiv:2410.02367).
+    """
+    case = inputs.case
+    query, key, value = (inputs.bshd(t).detach().double() for t in (inputs.query, inputs.key, inputs.value))
+    mine = inputs.detached().replace(case=case.replace(layout="BSHD"))
+    if kind == "fp8":
+        return mine.replace(query=as_fp8(query), key=as_fp8(key), value=as_fp8(value)).refer()
+    mean = torch.zeros_like(key[:, :1]) if case.softcap is not None else key.mean(1, keepdim=True)
+    out, lse = mine.replace(query=as_int8(query), key=as_int8(key - mean), value=value).refer()
+    moved = mean.repeat_interleave(case.heads // case.kv_heads, 2)
+    return out, lse + case.factor * (query * moved).sum(-1).transpose(1, 2)
+
+
+def as_int8(tensor: Tensor) -> Tensor:
+    """Round (B, S, H, D) to 255 steps, for each batch entry and head."""
+    step = (tensor.abs().amax((1, 3), keepdim=True) / INT8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    return (tensor / step).round() * step
+
+
+def as_fp8(tensor: Tensor) -> Tensor:
+    """Round (B, S, H, D) to float8_e4m3fn, scaled for each batch entry and head."""
+    step = (tensor.abs().amax((1, 3), keepdim=True) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    return (tensor / step).to(torch.float8_e4m3fn).to(tensor.dtype) * step

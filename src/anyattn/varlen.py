@@ -1,0 +1,328 @@
+"""Packed sequences: attention over `(T, H, D)`, each sequence by itself, on every backend.
+
+A backend whose kernel takes packed sequences gets them as they are. For every other they are padded on the device, with
+key lengths for a mask, and the result is packed again: exact, and without reading a length.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn import policy
+from anyattn.backend import Output, Parts, Plan, Run
+from anyattn.decision import Decision
+from anyattn.describe import Facts, MaskFacts, Options, build_spec
+from anyattn.dispatch import Backends, autocast_dtype, is_aligned, make_first, scope_of_call
+from anyattn.errors import InvalidCallError
+from anyattn.faults import is_kernels, passes_over
+from anyattn.masks import Mask
+from anyattn.pins import live_scope
+from anyattn.running import execute, make_plan, raise_kernel_error
+from anyattn.spec import AttentionSpec, Storage
+
+_current = policy.current.get
+_Lengths = tuple[Tensor, Tensor, int, int]
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    attn_mask: Mask | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: Backends | None = None,
+) -> Any:
+    """Compute attention over packed sequences, each of which sees itself alone.
+
+    Args:
+        query: `(T_q, H, D)`, all sequences one after the other.
+        key: `(T_k, H_kv, D)`, of query's dtype and device.
+        value: `(T_k, H_kv, D_v)`, of query's dtype and device.
+        cu_seqlens_q: int32 `(B + 1,)` on query's device: where each sequence's queries begin, from 0, and where the
+            last one's end. Sequences may be empty.
+        cu_seqlens_k: The same of keys. Give the same tensor object where the lengths are the same: then both
+            alignments are one.
+        max_seqlen_q: The largest number of queries of a sequence, or more.
+        max_seqlen_k: The largest number of keys of a sequence, or more.
+        attn_mask: `masks.Causal` or `masks.SlidingWindow`, applied to each sequence; None is none.
+        dropout_p: As for `attention`.
+        is_causal: As for `attention`, upper-left in each sequence.
+        scale: As for `attention`.
+        enable_gqa: As for `attention`.
+        window: As for `attention`.
+        softcap: As for `attention`.
+        sinks: As for `attention`.
+        return_lse: As for `attention`.
+        backend: As for `attention`.
+
+    Returns:
+        `(T_q, H, D_v)` in query's dtype; with `return_lse=True` a pair of it and the log-sum-exp, float32 `(H, T_q)`.
+
+    Raises:
+        InvalidCallError: If the call is wrong for any backend. The values of cumulative lengths are checked where that
+            needs no synchronisation (on a CPU), and with the value checks elsewhere.
+        AnyattnError: As for `attention`.
+
+    Under torch.compile this call is made outside the compiled graph.
+
+    Example:
+        >>> import torch, anyattn
+        >>> q = k = v = torch.randn(7, 2, 16)
+        >>> starts = torch.tensor([0, 3, 7], dtype=torch.int32)
+        >>> anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, is_causal=True).shape
+        torch.Size([7, 2, 16])
+    """
+    options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _outside_compiled_code()(query, key, value, lengths, attn_mask, sinks, options, backend)
+
+
+# The frame itself is left out of compiled code by this attribute, which torch.compiler.disable sets; what it calls is
+# disabled when torch._dynamo, whose import takes over a second, is there at all.
+attention_varlen._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+_disabled: list[Any] = []
+
+
+def _outside_compiled_code() -> Any:
+    if not _disabled and "torch._dynamo" in sys.modules:
+        _disabled.append(torch.compiler.disable(_attend))  # type: ignore[no-untyped-call]
+    return _disabled[0] if _disabled else _attend
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: _Lengths,
+    attn_mask: Mask | None,
+    sinks: Tensor | None,
+    options: Options,
+    backend: Backends | None,
+) -> Output:
+    _check(query, key, value, *lengths)
+    scope = live_scope(_current())
+    if backend is not None:
+        scope = scope_of_call(scope, backend)
+    cast = autocast_dtype(query.device.type)
+    if cast is not None and query.dtype != torch.float64:
+        query, key, value = query.to(cast), key.to(cast), value.to(cast)
+    while True:
+        plan, run, decision = _planned(scope, query, key, value, lengths, attn_mask, sinks, options)
+        if scope.recorder is not None:
+            scope.recorder(decision)
+        try:
+            with torch.autocast(query.device.type, enabled=False):
+                return _run(plan, run, query, key, value, lengths, sinks)
+        except Exception as error:
+            if not is_kernels(error):
+                raise
+            if not passes_over(error, decision):
+                raise_kernel_error(error, decision)
+
+
+def _check(query: object, key: object, value: object, cu_q: object, cu_k: object, max_q: object, max_k: object) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+            given = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InvalidCallError(f"{name} must be a tensor (tokens, heads, head_dim); {given} was given.")
+    assert isinstance(query, Tensor)
+    assert isinstance(key, Tensor)
+    assert isinstance(value, Tensor)
+    if key.shape[0] != value.shape[0]:
+        raise InvalidCallError(f"key and value need as many tokens; given {key.shape[0]} and {value.shape[0]}.")
+    for name, starts, most in (("q", cu_q, max_q), ("k", cu_k, max_k)):
+        if isinstance(most, bool) or not isinstance(most, int) or most < 0:
+            raise InvalidCallError(f"max_seqlen_{name} must be an int >= 0; {most!r} was given.")
+        if not isinstance(starts, Tensor) or starts.dim() != 1 or starts.dtype != torch.int32 or not len(starts):
+            given = f"{starts.dtype} {tuple(starts.shape)}" if isinstance(starts, Tensor) else type(starts).__name__
+            raise InvalidCallError(
+                f"cu_seqlens_{name} must be an int32 tensor (batch + 1,) that begins with 0; {given} was given."
+            )
+        if starts.device != query.device:
+            raise InvalidCallError(
+                f"cu_seqlens_{name} is on {starts.device}, query on {query.device}; move it there once."
+            )
+    assert isinstance(cu_q, Tensor)
+    assert isinstance(cu_k, Tensor)
+    assert isinstance(max_q, int)
+    assert isinstance(max_k, int)
+    if cu_q.shape != cu_k.shape:
+        raise InvalidCallError(
+            f"cu_seqlens_q and cu_seqlens_k need one length, batch + 1; given {len(cu_q)} and {len(cu_k)}."
+        )
+    if query.is_cpu or policy.checks_enabled():
+        _check_values("q", cu_q, max_q, query.shape[0])
+        _check_values("k", cu_k, max_k, key.shape[0])
+
+
+def _check_values(name: str, starts: Tensor, most: int, total: int) -> None:
+    found: list[int] = starts.tolist()
+    longest = max((end - start for start, end in itertools.pairwise(found)), default=0)
+    if found[0] != 0 or found[-1] != total or sorted(found) != found:
+        raise InvalidCallError(
+            f"cu_seqlens_{name} must begin with 0, never decrease, and end with the number of tokens, {total}; "
+            f"{found[:8]}{'...' if len(found) > 8 else ''} ending with {found[-1]} was given."
+        )
+    if longest > most:
+        raise InvalidCallError(f"max_seqlen_{name} is {most}, but a sequence has {longest} tokens.")
+
+
+def describe_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: _Lengths,
+    attn_mask: Mask | None,
+    sinks: Tensor | None,
+    options: Options,
+) -> AttentionSpec:
+    """Describe a packed call: the sizes are those of its largest sequence.
+
+    Raises:
+        InvalidCallError: If it is wrong for any backend.
+    """
+    cu_q, cu_k, max_q, max_k = lengths
+    pattern = None
+    if attn_mask is not None:
+        if not isinstance(attn_mask, Mask) or attn_mask.pattern is None or _holds_tensors(attn_mask):
+            raise InvalidCallError(
+                "attention_varlen takes masks.Causal or masks.SlidingWindow as attn_mask: keys that aren't to be seen "
+                f"are left out of the packed tensors. {attn_mask!r} was given."
+            )
+        pattern = attn_mask.pattern
+    batch = len(cu_q) - 1
+    facts = [
+        Facts((batch, most, *tensor.shape[1:]), tensor.dtype, tensor.device, tensor.requires_grad)
+        for tensor, most in ((query, max_q), (key, max_k), (value, max_k))
+    ]
+    seen = None if sinks is None else Facts(tuple(sinks.shape), sinks.dtype, sinks.device, sinks.requires_grad)
+    same = cu_q is cu_k and max_q == max_k
+    storage = Storage()
+    if not query.is_cpu:
+        tensors = (query, key, value)
+        storage = Storage(
+            aligned=all(is_aligned(tensor) for tensor in tensors),
+            unit_stride=all(tensor.stride(-1) == 1 for tensor in tensors),
+        )
+    spec = build_spec(
+        facts[0],
+        facts[1],
+        facts[2],
+        MaskFacts(pattern),
+        options,
+        seen,
+        grad=torch.is_grad_enabled(),
+        same_lengths=same,
+        storage=storage,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return spec.replace(packed=True)
+
+
+def _holds_tensors(mask: Mask) -> bool:
+    return any(part is not None for part in (mask.key, mask.dense, mask.block))
+
+
+def _planned(
+    scope: policy.Scope,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: _Lengths,
+    attn_mask: Mask | None,
+    sinks: Tensor | None,
+    options: Options,
+) -> tuple[Plan, Run, Decision]:
+    """Find the call in the scope's table, or decide it."""
+    base = scope if scope.recorder is None else policy.scope_for(scope.settings)
+    spec = describe_packed(query, key, value, lengths, attn_mask, sinks, options)
+    table_key = ("varlen", spec)
+    found: tuple[Plan, Run, Decision] | None = base.table.get(table_key)
+    if found is None:
+        generation = policy.generation()
+
+        def make(decision: Decision) -> tuple[Plan, Run, Decision]:
+            return (*make_plan(decision), decision)
+
+        found = make_first(spec, base, make)
+        if generation == policy.generation():
+            base.remember(table_key, found)
+    return found
+
+
+def _run(
+    plan: Plan, run: Run, query: Tensor, key: Tensor, value: Tensor, lengths: _Lengths, sinks: Tensor | None
+) -> Output:
+    cu_q, cu_k, max_q, max_k = lengths
+    if 0 in (query.shape[0], key.shape[0]) or plan.lowering.entry == "empty":
+        return _nothing_to_see(plan.spec, query, key, value, sinks)
+    if plan.spec.packed:
+        return execute(run, plan, query, key, value, Parts(sinks=sinks, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k))
+    starts_q, starts_k = cu_q.long(), cu_k.long()
+    lengths_k = starts_k.diff()
+    parts = Parts(key=lengths_k, sinks=sinks)
+    if plan.spec.mask.dense is not None:
+        parts = Parts(dense=_positions(plan.spec, starts_q.diff(), lengths_k, max_q, max_k), sinks=sinks)
+    padded = [
+        _unpacked(tensor, starts, most)
+        for tensor, starts, most in ((query, starts_q, max_q), (key, starts_k, max_k), (value, starts_k, max_k))
+    ]
+    result = execute(run, plan, padded[0], padded[1], padded[2], parts)
+    tokens = torch.arange(query.shape[0], device=query.device)
+    sequence = torch.searchsorted(starts_q, tokens, right=True) - 1
+    place = tokens - starts_q[sequence]
+    if not isinstance(result, tuple):
+        return result[sequence, place]
+    out, lse = result
+    return out[sequence, place], lse[sequence, :, place].t().contiguous()
+
+
+def _unpacked(tensor: Tensor, starts: Tensor, most: int) -> Tensor:
+    """Pad packed sequences to `(B, S, H, D)`; what is beyond a sequence's end is another's, and masked."""
+    index = starts[:-1, None] + torch.arange(most, device=tensor.device)
+    return tensor[index.clamp(max=tensor.shape[0] - 1)]
+
+
+def _positions(spec: AttentionSpec, lengths_q: Tensor, lengths_k: Tensor, max_q: int, max_k: int) -> Tensor:
+    """Write a lower-right pattern of sequences of different lengths out: boolean `(B, 1, S_q, S_kv)`."""
+    pattern = spec.packed_pattern
+    assert pattern is not None
+    row = torch.arange(max_q, device=lengths_q.device)[:, None] + (lengths_k - lengths_q)[:, None, None]
+    column = torch.arange(max_k, device=lengths_q.device)
+    allowed = column < lengths_k[:, None, None]
+    if pattern.right != -1:
+        allowed = allowed & (column <= row + pattern.right)
+    if pattern.left != -1:
+        allowed = allowed & (column >= row - pattern.left)
+    return allowed[:, None]
+
+
+def _nothing_to_see(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Output:
+    """Answer a call without queries or without keys: zeros, lse -inf (or the sinks); the graph is kept."""
+    group = spec.num_heads // spec.num_kv_heads
+    scores = torch.einsum("thd,shd->hts", query, key[:0].repeat_interleave(group, 1))
+    out = torch.einsum("hts,shd->thd", scores, value[:0].repeat_interleave(group, 1))
+    if not spec.return_lse:
+        return out
+    lse = query.new_full((spec.num_heads, query.shape[0]), float("-inf"), dtype=torch.float32)
+    if sinks is not None:
+        lse = sinks.detach().float()[:, None].expand_as(lse).contiguous()
+    return out, lse

@@ -1,0 +1,172 @@
+"""What the adapter of torch_npu decides on supposed machines, and what laws can't see of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import anyattn
+from anyattn import masks, reference
+from anyattn.adapters import npu
+from anyattn.environment import Environment, preset
+from anyattn.kernel_source import FUNCTIONS
+from anyattn.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
+from anyattn.testing import doubles
+
+NPU = preset("npu", packages={"torch-npu": "2.9.0"})
+
+
+def _spec(**changes: Any) -> AttentionSpec:
+    return AttentionSpec(2, 64, 64, 4, 4, 64, 64, torch.bfloat16, "npu", 0.125, 0).replace(**changes)
+
+
+def _codes(spec: AttentionSpec, env: Environment = NPU) -> list[str]:
+    return [reason.code for reason in anyattn.explain(spec, env=env, backend="npu").reasons("npu")]
+
+
+def test_npu_with_torch_npu_takes_the_call() -> None:
+    assert anyattn.explain(_spec(), env=NPU, backend="npu").chosen == "npu"
+    assert npu.Npu().origin(NPU) == "torch-npu 2.9.0"
+
+
+def test_absent_package_is_refused_with_the_command_that_installs_it() -> None:
+    (reason,) = anyattn.explain(_spec(), env=preset("npu"), backend="npu").reasons("npu")
+    assert reason.code == "not_installed"
+    assert "pip install torch_npu" in reason.hint
+
+
+def test_other_device_is_refused() -> None:
+    assert "device_type" in _codes(_spec(device_type="cuda"), preset("h100", packages={"torch-npu": "2.9.0"}))
+
+
+BIAS = MaskSpec(dense=DenseSpec("bias", torch.bfloat16, (1, 1, 64, 64)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"mask": BIAS}, "mask"),
+        ({"dtype": torch.float64}, "dtype"),
+        ({"head_dim": 776, "head_dim_v": 776}, "head_dim"),
+        ({"head_dim_v": 32}, "head_dim_v"),
+        ({"num_heads": 257, "num_kv_heads": 257}, "size"),
+        ({"seqlen_kv": (1 << 20) + 1, "same_lengths": False}, "size"),
+        ({"dropout_p": 1.0}, "dropout"),
+        ({"softcap": 3.0}, "softcap"),
+        ({"scale": 0.0}, "scale"),
+        ({"deterministic": True, "requires_grad": ("query",)}, "deterministic"),
+    ],
+)
+def test_what_the_kernel_lacks_is_refused(changes: dict[str, Any], code: str) -> None:
+    assert code in _codes(_spec(**changes))
+
+
+def test_256_heads_and_768_dims_are_taken() -> None:
+    assert _codes(_spec(num_heads=256, num_kv_heads=64, head_dim=768, head_dim_v=768, dropout_p=0.5)) == []
+
+
+def test_window_becomes_a_dense_mask_and_is_told() -> None:
+    call = _spec(mask=MaskSpec(PatternSpec(3, 3, "upper_left")))
+    lowering = npu.Npu().lower(call, NPU)
+    assert lowering.dense
+    assert [conversion.code for conversion in lowering.conversions] == ["dense_mask"]
+
+
+def test_odd_storage_is_copied() -> None:
+    assert npu.Npu().lower(_spec(storage=Storage(unit_stride=False)), NPU).copy
+    assert not npu.Npu().lower(_spec(), NPU).copy
+
+
+class _Told:
+    """Stands for the kernel, and keeps what it was told."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.options = function, {}
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        self.given, self.options = given, options
+        return self.function(*given, **options)
+
+
+def _told(monkeypatch: pytest.MonkeyPatch, rows: int, keys: int, mask: Any = None, **options: Any) -> _Told:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, length, 2, 16) for length in (rows, keys, keys))
+    with doubles.installed("npu"):
+        anyattn.attention(q, k, v, backend="npu")
+        kernel = _Told(FUNCTIONS["npu"].npu_fusion_attention)
+        monkeypatch.setattr(FUNCTIONS["npu"], "npu_fusion_attention", kernel)
+        out = anyattn.attention(q, k, v, mask, backend="npu", **options)
+    if not options.get("dropout_p"):
+        truth, _ = reference.attention(q, k, v, mask, scale=options.get("scale"))
+        assert torch.allclose(out.double(), truth, atol=1e-5)
+    return kernel
+
+
+@pytest.mark.parametrize(("align", "mode"), [("upper_left", 2), ("lower_right", 3)])
+def test_causal_modes_go_with_the_compressed_mask(monkeypatch: pytest.MonkeyPatch, align: Any, mode: int) -> None:
+    told = _told(monkeypatch, 4, 6, masks.Causal(align)).options
+    assert told["sparse_mode"] == mode
+    assert torch.equal(told["atten_mask"], torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+
+
+def test_rows_that_causal_leaves_without_a_key_never_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = _told(monkeypatch, 9, 4, masks.Causal("lower_right"))
+    assert kernel.given[0].shape[1] == kernel.given[1].shape[1] == 4
+
+
+def test_scale_and_keep_probability_are_always_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = _told(monkeypatch, 4, 4, dropout_p=0.25).options
+    assert (told["scale"], told["keep_prob"]) == (0.25, 0.75)
+    assert _told(monkeypatch, 4, 4, scale=0.5).options["scale"] == 0.5
+
+
+def test_mask_is_inverted_and_given_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = torch.tensor([[True, True, False], [True, False, True]])
+    told = _told(monkeypatch, 4, 3, masks.KeyPadding(allowed)).options["atten_mask"]
+    assert told.shape == (2, 1, 4, 3)
+    assert torch.equal(told, ~allowed[:, None, None, :].expand(2, 1, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ((4, 3), (1, 1, 4, 3)),
+        ((1, 2, 4, 3), (2, 2, 4, 3)),
+        ((2, 1, 4, 3), (2, 1, 4, 3)),
+        ((2, 2, 1, 3), (2, 2, 4, 3)),
+    ],
+)
+def test_dense_mask_has_a_shape_that_the_kernel_takes(
+    monkeypatch: pytest.MonkeyPatch, given: tuple[int, ...], told: tuple[int, ...]
+) -> None:
+    allowed = torch.rand(given) < 0.6
+    allowed[..., 1] = True
+    assert _told(monkeypatch, 4, 3, masks.Boolean(allowed)).options["atten_mask"].shape == told
+
+
+def test_reach_and_bias_are_left_as_they_are_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = _told(monkeypatch, 4, 6, masks.SlidingWindow(1, 1)).options
+    assert not {"pre_tockens", "next_tockens", "pse"} & set(told)
+
+
+def test_rows_without_a_key_are_opened_and_said_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = torch.ones(4, 3, dtype=torch.bool)
+    allowed[2] = False
+    told = _told(monkeypatch, 4, 3, masks.Boolean(allowed)).options
+    assert told["inner_precise"] == 2
+    assert not told["atten_mask"].any()
+    everywhere = _told(monkeypatch, 4, 3, masks.SlidingWindow(1, 1, "lower_right")).options
+    assert "inner_precise" not in everywhere
+
+
+def test_lse_is_made_of_the_first_of_eight_and_minus_infinity_without_a_key() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 2, 16) for _ in range(3))
+    mask = masks.Boolean(torch.tensor([[True] * 4, [False] * 4, [True, False, False, True], [True] * 4]))
+    with doubles.installed("npu"):
+        _, lse = anyattn.attention(q, k, v, mask, backend="npu", return_lse=True)
+    assert lse.shape == (1, 2, 4)
+    assert torch.allclose(lse.double(), reference.attention(q, k, v, mask)[1], atol=1e-5)
+    assert bool((lse[:, :, 1] == float("-inf")).all())

@@ -1,0 +1,194 @@
+"""Packed sequences: each is what the reference gives of it alone, on every backend that takes the call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import anyattn
+from anyattn import masks, reference, tolerance
+from anyattn.masks import Mask
+from anyattn.testing import doubles
+
+REAL = ("native", "native_flash", "native_math", "flex")
+DOUBLES = ("flash2", "flash3", "flash4")
+LENGTHS_Q = (3, 0, 5, 1)
+LENGTHS_K = (4, 2, 3, 0)
+
+
+@contextlib.contextmanager
+def _there(backend: str) -> Iterator[None]:
+    with doubles.installed(backend) if backend in DOUBLES else contextlib.nullcontext():
+        yield
+
+
+def _starts(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def _packed(
+    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], dtype: torch.dtype, kv_heads: int = 2
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((sum(lengths_q), 4, 16), (sum(lengths_k), kv_heads, 16), (sum(lengths_k), kv_heads, 16))
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def _truth(
+    tensors: list[Tensor], starts: tuple[Tensor, Tensor], mask: Mask | None, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    q, k, v = tensors
+    outs, lses = [], []
+    for index in range(len(starts[0]) - 1):
+        rows = slice(int(starts[0][index]), int(starts[0][index + 1]))
+        keys = slice(int(starts[1][index]), int(starts[1][index + 1]))
+        out, lse = reference.attention(q[None, rows], k[None, keys], v[None, keys], mask, dtype=dtype)
+        outs.append(out[0])
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, -1)
+
+
+MASKS: dict[str, Mask | None] = {
+    "none": None,
+    "causal": masks.Causal(),
+    "lower right": masks.Causal("lower_right"),
+    "window": masks.SlidingWindow(1, 1),
+    "window, lower right": masks.SlidingWindow(2, 0, "lower_right"),
+}
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("backend", [*REAL, *DOUBLES])
+def test_each_sequence_is_by_itself(backend: str, kind: str, same: bool) -> None:
+    dtype = torch.bfloat16 if backend in DOUBLES else torch.float32
+    lengths_k = LENGTHS_Q if same else LENGTHS_K
+    tensors = _packed(LENGTHS_Q, lengths_k, dtype)
+    starts = (_starts(LENGTHS_Q), _starts(lengths_k))
+    if same:
+        starts = (starts[0], starts[0])
+    mask = MASKS[kind]
+    with _there(backend):
+        # A kernel of one alignment can't take lengths that differ, and the plain computation gives no lse.
+        may_refuse = (backend in DOUBLES and not same and mask is not None) or backend == "native_math"
+        with contextlib.suppress(anyattn.UnsupportedCallError) if may_refuse else contextlib.nullcontext():
+            out, lse = anyattn.attention_varlen(
+                *tensors, *starts, 5, max(lengths_k), mask, enable_gqa=True, return_lse=True, backend=backend
+            )
+            _compare(out, lse, tensors, starts, mask)
+
+
+def _compare(out: Tensor, lse: Tensor, tensors: list[Tensor], starts: tuple[Tensor, Tensor], mask: Mask | None) -> None:
+    dtype = tensors[0].dtype
+    truth, true_lse = _truth(tensors, starts, mask)
+    plain, _ = _truth(tensors, starts, mask, dtype)
+    assert out.dtype == dtype
+    assert lse.shape == (4, sum(LENGTHS_Q))
+    assert tolerance.excess(out, truth, 2 * tolerance.budget(truth, plain, dtype, over=(0, 2))) <= 1
+    finite = torch.isfinite(true_lse)
+    assert torch.equal(torch.isneginf(lse), ~finite)
+    assert torch.allclose(lse[finite].double(), true_lse[finite], atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["native", "flash2", "flash4"])
+def test_gradients_are_each_sequences_own(backend: str) -> None:
+    dtype = torch.bfloat16 if backend in DOUBLES else torch.float32
+    starts = (_starts(LENGTHS_Q), _starts(LENGTHS_K))
+    tensors = [t.requires_grad_() for t in _packed(LENGTHS_Q, LENGTHS_K, dtype, kv_heads=4)]
+    with _there(backend):
+        out = anyattn.attention_varlen(*tensors, *starts, 5, 4, backend=backend)
+        flow = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        found = torch.autograd.grad(out, tensors, flow)
+    true = torch.autograd.grad(_truth(tensors, starts, None)[0], tensors, flow.double())
+    for one, other in zip(found, true, strict=True):
+        assert float((one.double() - other.double()).norm() / other.double().norm()) < (
+            1e-2 if dtype != torch.float32 else 1e-5
+        )
+
+
+@pytest.mark.parametrize("backend", ["native", "flash2", "flash4"])
+def test_sinks_are_in_the_denominator(backend: str) -> None:
+    dtype = torch.bfloat16 if backend in DOUBLES else torch.float32
+    starts = (_starts((3, 4)), _starts((5, 2)))
+    q, k, v = _packed((3, 4), (5, 2), dtype, kv_heads=4)
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    with _there(backend):
+        out, lse = anyattn.attention_varlen(q, k, v, *starts, 4, 5, sinks=sinks, return_lse=True, backend=backend)
+    want, want_lse = reference.attention(q[None, :3], k[None, :5], v[None, :5], sinks=sinks)
+    assert torch.allclose(out[:3].double(), want[0], atol=2e-2 if dtype != torch.float32 else 1e-5)
+    assert torch.allclose(lse[:, :3].double(), want_lse[0], atol=1e-5)
+
+
+def test_decision_says_whether_sequences_were_padded() -> None:
+    starts = _starts((3, 4))
+    for backend, padded in (("native", True), ("flash2", False)):
+        dtype = torch.bfloat16
+        q, k, v = _packed((3, 4), (3, 4), dtype, kv_heads=4)
+        with _there(backend), anyattn.record() as calls:
+            anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, backend=backend)
+        assert ("unpacked" in {c.code for c in calls[0].conversions}) == padded
+        assert calls[0].spec.packed
+
+
+@pytest.mark.parametrize("tokens", [(0, 0), (0, 3), (3, 0)])
+def test_nothing_to_see_gives_zeros_and_keeps_the_graph(tokens: tuple[int, int]) -> None:
+    q, k, v = (t.requires_grad_() for t in _packed((tokens[0],), (tokens[1],), torch.float32, kv_heads=4))
+    out, lse = anyattn.attention_varlen(
+        q, k, v, _starts((tokens[0],)), _starts((tokens[1],)), tokens[0], tokens[1], return_lse=True
+    )
+    assert out.shape == (tokens[0], 4, 16)
+    assert not out.any()
+    assert torch.isneginf(lse).all()
+    out.sum().backward()
+    assert q.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cu_seqlens_q": torch.tensor([0, 3, 7])}, "int32"),
+        ({"cu_seqlens_q": torch.tensor([1, 3, 7], dtype=torch.int32)}, "begin with 0"),
+        ({"cu_seqlens_k": torch.tensor([0, 8, 7], dtype=torch.int32)}, "never decrease"),
+        ({"cu_seqlens_k": torch.tensor([0, 3, 6], dtype=torch.int32)}, "number of tokens, 7"),
+        ({"cu_seqlens_k": torch.tensor([0, 3, 5, 7], dtype=torch.int32)}, "one length"),
+        ({"cu_seqlens_q": torch.tensor([[0, 7]], dtype=torch.int32)}, "int32 tensor"),
+        ({"max_seqlen_q": 3}, "a sequence has 4"),
+        ({"max_seqlen_k": 4.0}, "an int"),
+        ({"max_seqlen_k": -1}, "an int"),
+        ({"query": torch.randn(1, 7, 4, 16)}, "tokens, heads"),
+        ({"key": torch.randn(6, 4, 16)}, "as many tokens"),
+        ({"query": torch.randn(7, 8, 16)}, "enable_gqa"),
+        ({"attn_mask": masks.KeyLengths(torch.tensor([3, 4]))}, "left out of the packed"),
+        ({"attn_mask": torch.ones(7, 7, dtype=torch.bool)}, "left out of the packed"),
+        ({"dropout_p": 1.5}, "dropout_p"),
+    ],
+)
+def test_wrong_call_is_refused(change: dict[str, object], message: str) -> None:
+    starts = _starts((3, 4))
+    q, k, v = _packed((3, 4), (3, 4), torch.float32, kv_heads=4)
+    call: dict[str, object] = {
+        "query": q,
+        "key": k,
+        "value": v,
+        "cu_seqlens_q": starts,
+        "cu_seqlens_k": starts.clone(),
+        "max_seqlen_q": 4,
+        "max_seqlen_k": 4,
+    }
+    with pytest.raises(anyattn.InvalidCallError, match=message):
+        anyattn.attention_varlen(**(call | change))  # type: ignore[arg-type]
+
+
+def test_call_inside_compiled_code_breaks_the_graph_and_is_right() -> None:
+    starts = _starts((3, 4))
+    q, k, v = _packed((3, 4), (3, 4), torch.float32, kv_heads=4)
+
+    def double(q: Tensor) -> Tensor:
+        found: Tensor = anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, is_causal=True)
+        return found * 2
+
+    assert torch.allclose(torch.compile(double, backend="eager")(q), double(q))

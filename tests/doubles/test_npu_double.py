@@ -1,0 +1,123 @@
+"""The double of torch_npu does what the contract says of the kernel."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyattn.testing.doubles.npu import npu_fusion_attention
+
+TRIANGLE = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+
+
+def _qkv(rows: int, keys: int, heads: int = 2, kv_heads: int = 2, dim: int = 16) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    shapes = ((2, heads, rows, dim), (2, kv_heads, keys, dim), (2, kv_heads, keys, dim))
+    return tuple(torch.randn(shape) for shape in shapes)
+
+
+def test_signature_is_upstreams() -> None:
+    parameters = list(inspect.signature(npu_fusion_attention).parameters.values())
+    assert [p.name for p in parameters[:5]] == ["query", "key", "value", "head_num", "input_layout"]
+    assert {p.kind for p in parameters[5:]} == {inspect.Parameter.KEYWORD_ONLY}
+    defaults = {p.name: p.default for p in parameters[5:]}
+    assert defaults["scale"] == defaults["keep_prob"] == 1.0
+    assert defaults["pre_tockens"] == defaults["next_tockens"] == 2**31 - 1
+    assert {"pse", "padding_mask", "atten_mask", "inner_precise", "sparse_mode", "softmax_layout", "sink"} <= set(
+        defaults
+    )
+
+
+def test_gives_seven_things_and_the_scale_is_one() -> None:
+    q, k, v = _qkv(3, 5)
+    result = npu_fusion_attention(q, k, v, 2, "BNSD")
+    assert len(result) == 7
+    assert torch.allclose(result[0], F.scaled_dot_product_attention(q, k, v, scale=1.0), atol=1e-5)
+    scores = torch.einsum("bhid,bhjd->bhij", q, k)
+    assert result[1].shape == result[2].shape == (2, 2, 3, 8)
+    assert torch.allclose((result[1] + result[2].log())[..., 7], scores.logsumexp(-1), atol=1e-5)
+
+
+def test_true_in_the_mask_is_hidden() -> None:
+    q, k, v = _qkv(3, 5)
+    hidden = torch.zeros(3, 5, dtype=torch.bool)
+    hidden[:, 2:] = True
+    out = npu_fusion_attention(q, k, v, 2, "BNSD", atten_mask=hidden)[0]
+    assert torch.allclose(out, F.scaled_dot_product_attention(q, k[:, :, :2], v[:, :, :2], scale=1.0), atol=1e-5)
+
+
+def test_sparse_mode_without_a_mask_is_full_attention() -> None:
+    q, k, v = _qkv(5, 5)
+    full = npu_fusion_attention(q, k, v, 2, "BNSD")[0]
+    assert torch.equal(npu_fusion_attention(q, k, v, 2, "BNSD", sparse_mode=2, next_tockens=0)[0], full)
+
+
+@pytest.mark.parametrize(("mode", "seen"), [(2, 1), (3, 3)])
+def test_mode_2_is_upper_left_and_mode_3_lower_right(mode: int, seen: int) -> None:
+    q, k, v = _qkv(3, 5)
+    out = npu_fusion_attention(q, k, v, 2, "BNSD", atten_mask=TRIANGLE, sparse_mode=mode)[0]
+    first = F.scaled_dot_product_attention(q[:, :, :1], k[:, :, :seen], v[:, :, :seen], scale=1.0)
+    assert torch.allclose(out[:, :, :1], first, atol=1e-5)
+
+
+def test_causal_modes_take_the_compressed_mask_alone() -> None:
+    q, k, v = _qkv(5, 5)
+    with pytest.raises(RuntimeError, match="2048"):
+        npu_fusion_attention(q, k, v, 2, "BNSD", atten_mask=TRIANGLE[:5, :5], sparse_mode=2)
+    full = npu_fusion_attention(q, k, v, 2, "BNSD")[0]
+    assert torch.equal(npu_fusion_attention(q, k, v, 2, "BNSD", atten_mask=~TRIANGLE, sparse_mode=2)[0], full)
+
+
+def test_mask_is_cut_at_pre_tockens_from_the_upper_left() -> None:
+    q, k, v = _qkv(5, 5)
+    nothing = torch.zeros(5, 5, dtype=torch.bool)
+    out = npu_fusion_attention(q, k, v, 2, "BNSD", atten_mask=nothing, pre_tockens=0, next_tockens=0)[0]
+    assert torch.allclose(out, v, atol=1e-6)
+
+
+def test_mask_is_not_broadcast_along_queries() -> None:
+    q, k, v = _qkv(3, 5)
+    with pytest.raises(RuntimeError, match="shapes"):
+        npu_fusion_attention(q, k, v, 2, "BNSD", atten_mask=torch.zeros(2, 1, 1, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(("precise", "others_spoilt"), [(0, True), (2, False)])
+def test_rows_without_a_key_are_unspecified_and_spoil_others_unless_asked_not_to(
+    precise: int, others_spoilt: bool
+) -> None:
+    q, k, v = _qkv(3, 5)
+    hidden = torch.zeros(3, 5, dtype=torch.bool)
+    hidden[0] = True
+    out = npu_fusion_attention(q, k, v, 2, "BNSD", atten_mask=hidden, inner_precise=precise)[0]
+    assert bool(out[:, :, 0].isnan().all())
+    assert bool(out[:, :, 1:].isnan().any()) is others_spoilt
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"keep_prob": 0.0}, "keep_prob"), ({"head_num": 4}, "head_num"), ({"pse": torch.zeros(1)}, "pse")],
+)
+def test_refusals_are_upstreams(change: dict[str, object], message: str) -> None:
+    q, k, v = _qkv(3, 5)
+    heads = change.pop("head_num", 2)
+    with pytest.raises((RuntimeError, NotImplementedError), match=message):
+        npu_fusion_attention(q, k, v, heads, "BNSD", **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(257, 4), (2, 776)])
+def test_sizes_are_limited(heads: int, dim: int) -> None:
+    with pytest.raises(RuntimeError, match="must be in"):
+        npu_fusion_attention(*_qkv(3, 5, heads, heads, dim), heads, "BNSD")
+
+
+def test_layout_bsnd_is_the_same_transposed_and_heads_are_shared() -> None:
+    q, k, v = _qkv(3, 5, heads=4, kv_heads=2)
+    out = npu_fusion_attention(q, k, v, 4, "BNSD")[0]
+    swapped = npu_fusion_attention(*(t.transpose(1, 2) for t in (q, k, v)), 4, "BSND")[0]
+    assert torch.equal(out, swapped.transpose(1, 2))
+    repeated = npu_fusion_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), 4, "BNSD")[0]
+    assert torch.equal(out, repeated)

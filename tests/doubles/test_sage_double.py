@@ -1,0 +1,172 @@
+"""The double of SageAttention does what the contract says of the kernels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anyattn.testing.doubles import sage
+
+DENSE = [name for name in sage.FUNCTIONS if name != "sageattn_varlen"]
+CUDA = [name for name in DENSE if "triton" not in name]
+
+dense = pytest.mark.parametrize("function", [sage.FUNCTIONS[name] for name in DENSE], ids=DENSE)
+
+
+def _qkv(seqlen_q: int, seqlen_kv: int, heads: int = 2, kv_heads: int = 2, dim: int = 16) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    shapes = ((2, heads, seqlen_q, dim), (2, kv_heads, seqlen_kv, dim), (2, kv_heads, seqlen_kv, dim))
+    return tuple(torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("sageattn", "tensor_layout is_causal sm_scale return_lse"),
+        (
+            "sageattn_qk_int8_pv_fp16_triton",
+            "tensor_layout quantization_backend is_causal attn_mask sm_scale smooth_k return_lse",
+        ),
+        (
+            "sageattn_qk_int8_pv_fp16_cuda",
+            "tensor_layout is_causal qk_quant_gran sm_scale pv_accum_dtype smooth_k smooth_v return_lse",
+        ),
+        (
+            "sageattn_qk_int8_pv_fp8_cuda",
+            "tensor_layout is_causal qk_quant_gran sm_scale pv_accum_dtype smooth_k smooth_v return_lse",
+        ),
+        (
+            "sageattn_qk_int8_pv_fp8_cuda_sm90",
+            "tensor_layout is_causal qk_quant_gran sm_scale pv_accum_dtype smooth_k return_lse",
+        ),
+        ("sageattn_varlen", "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k is_causal sm_scale smooth_k"),
+    ],
+)
+def test_signatures_are_upstreams(name: str, parameters: str) -> None:
+    assert list(inspect.signature(sage.FUNCTIONS[name]).parameters) == ["q", "k", "v", *parameters.split(), "kwargs"]
+
+
+@dense
+def test_unknown_keywords_are_swallowed(function: Callable[..., Any]) -> None:
+    q, k, v = _qkv(5, 5)
+    assert torch.equal(function(q, k, v, scale=9.0, dropout_p=0.5, window_size=(1, 0)), function(q, k, v))
+
+
+@dense
+def test_layouts_are_heads_first_and_sequence_first(function: Callable[..., Any]) -> None:
+    q, k, v = _qkv(5, 7)
+    out, lse = function(q, k, v, return_lse=True)
+    other, other_lse = function(*(t.transpose(1, 2) for t in (q, k, v)), tensor_layout="NHD", return_lse=True)
+    assert torch.equal(out, other.transpose(1, 2))
+    assert torch.equal(lse, other_lse), "the lse is (B, H, S_q) in both"
+    with pytest.raises(ValueError, match="tensor_layout"):
+        function(q, k, v, tensor_layout="BSHD")
+
+
+@dense
+def test_lse_is_natural_and_float32_and_scale_is_the_roots(function: Callable[..., Any]) -> None:
+    q, k, v = _qkv(3, 4)
+    out, lse = function(q, k, v, return_lse=True)
+    scores = q.double() @ k.double().transpose(-1, -2) / 4
+    assert torch.allclose(lse.double(), scores.exp().sum(-1).log(), atol=1e-6)
+    assert lse.dtype == torch.float32
+    assert torch.equal(out, function(q, k, v, sm_scale=0.25))
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_causal_is_aligned_to_the_upper_left(name: str) -> None:
+    function = sage.FUNCTIONS[name]
+    q, k, v = _qkv(1, 5)
+    assert torch.equal(function(q, k, v, is_causal=True), v[:, :, :1]), "one query sees the first key alone"
+    q, k, v = _qkv(5, 2)
+    assert torch.equal(function(q, k, v, is_causal=True)[:, :, 2:], function(q, k, v)[:, :, 2:])
+
+
+def test_triton_kernel_wants_as_many_queries_as_keys_for_causal() -> None:
+    with pytest.raises(AssertionError, match="must be equal"):
+        sage.sageattn_qk_int8_pv_fp16_triton(*_qkv(1, 5), is_causal=True)
+
+
+@dense
+def test_output_is_detached_without_a_word(function: Callable[..., Any]) -> None:
+    q, k, v = (t.requires_grad_() for t in _qkv(3, 4))
+    assert not function(q, k, v).requires_grad
+
+
+@dense
+def test_query_heads_share_consecutively_without_a_flag(function: Callable[..., Any]) -> None:
+    q, k, v = _qkv(3, 4, heads=4, kv_heads=2)
+    assert torch.equal(function(q, k, v), function(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
+
+
+@dense
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scale_that_is_not_positive_is_wrong_and_not_nan(function: Callable[..., Any], scale: float) -> None:
+    q, k, v = _qkv(3, 4)
+    right = (torch.softmax(q.double() @ k.double().transpose(-1, -2) * scale, -1) @ v.double()).bfloat16()
+    out = function(q, k, v, sm_scale=scale)
+    assert out.isfinite().all()
+    assert float((out - right).norm() / right.norm()) > 0.5
+
+
+@pytest.mark.parametrize(("name", "overflows"), [(name, "fp16" in name) for name in DENSE])
+def test_bf16_values_overflow_where_value_goes_through_fp16(name: str, overflows: bool) -> None:
+    q, k, v = _qkv(3, 4)
+    out = sage.FUNCTIONS[name](q, k, torch.full_like(v, 70000.0))
+    assert bool(out.isinf().all() | out.isnan().all()) == overflows
+
+
+@dense
+@pytest.mark.parametrize(
+    ("shape_q", "shape_v", "error", "message"),
+    [
+        ((1, 2, 0, 16), (1, 2, 4, 16), RuntimeError, "aborts"),
+        ((1, 2, 4, 16), (1, 2, 0, 16), RuntimeError, "aborts"),
+        ((1, 2, 4, 16), (1, 2, 4, 24), RuntimeError, "segmentation"),
+        ((1, 2, 4, 136), (1, 2, 4, 136), ValueError, "Unsupported head_dim"),
+    ],
+)
+def test_what_ends_the_process_raises(
+    function: Callable[..., Any], shape_q: tuple[int, ...], shape_v: tuple[int, ...], error: type, message: str
+) -> None:
+    q, v = torch.randn(shape_q, dtype=torch.float16), torch.randn(shape_v, dtype=torch.float16)
+    k = torch.randn(*shape_v[:3], shape_q[3], dtype=torch.float16)
+    with pytest.raises(error, match=message):
+        function(q, k, v)
+
+
+@dense
+def test_assertions_are_upstreams(function: Callable[..., Any]) -> None:
+    q, k, v = _qkv(3, 4)
+    with pytest.raises(AssertionError, match="dtype"):
+        function(q.float(), k.float(), v.float())
+    with pytest.raises(AssertionError, match="same dtype"):
+        function(q, k.half(), v)
+    wide = torch.randn(1, 2, 4, 128, dtype=torch.float16)[..., ::2]
+    with pytest.raises(AssertionError, match="contiguous"):
+        function(wide, wide, wide)
+
+
+def test_accumulators_are_upstreams() -> None:
+    q, k, v = _qkv(3, 4)
+    with pytest.raises(NotImplementedError, match="sm90"):
+        sage.sageattn_qk_int8_pv_fp8_cuda_sm90(q, k, v, pv_accum_dtype="fp32")
+    with pytest.raises(ValueError, match="pv_accum_dtype"):
+        sage.sageattn_qk_int8_pv_fp16_cuda(q, k, v, pv_accum_dtype="fp32+fp32")
+    with pytest.raises(AssertionError, match="per_warp"):
+        sage.sageattn_qk_int8_pv_fp8_cuda(q, k, v, qk_quant_gran="per_block")
+    with pytest.raises(ValueError, match="quantization backend"):
+        sage.sageattn_qk_int8_pv_fp16_triton(q, k, v, quantization_backend="cpu")
+
+
+def test_packed_sequences_are_each_aligned_to_the_upper_left() -> None:
+    q, k, v = (t[0].transpose(0, 1) for t in _qkv(6, 6))
+    cu_q, cu_k = torch.tensor([0, 2, 6], dtype=torch.int32), torch.tensor([0, 5, 6], dtype=torch.int32)
+    out = sage.sageattn_varlen(q, k, v, cu_q, cu_k, 4, 5, is_causal=True)
+    assert torch.equal(out[0], v[0])
+    assert torch.equal(out[2:], v[5:].expand(4, -1, -1)), "every query of the second sees its one key"
