@@ -112,8 +112,9 @@ def _counts(
     rows, columns = block_size
     allowed = create_mask(mask_mod, batch, heads, seqlen_q, seqlen_kv, device=device)
     allowed = F.pad(allowed, (0, -seqlen_kv % columns, 0, -seqlen_q % rows))
-    blocks = allowed.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
-    return blocks.sum((-3, -1), dtype=torch.int32)
+    blocks = allowed.view(*allowed.shape[:2], -1, rows, allowed.shape[-1] // columns, columns)
+    counts: Tensor = blocks.sum((-3, -1), dtype=torch.int32)
+    return counts
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:

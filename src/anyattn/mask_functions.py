@@ -234,7 +234,7 @@ def looked_at(function: Callable[..., Any]) -> MaskFunction:
             per_batch, per_head, captured = looks_at(mask_mod, device)
         except InvalidCallError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a person's function may raise anything
             failure = failure or error
         else:
             return MaskFunction(mask_mod, per_batch, per_head, captured=captured)

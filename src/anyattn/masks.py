@@ -1,7 +1,7 @@
 """Mask objects: each says what it means, so that nothing is guessed from a shape.
 
-A mask has at most one *pattern* (causal or window), one *key mask* (padding or lengths), one *dense* mask
-(boolean or bias) and one *block* mask or mask function; `a & b` joins two masks and a position is allowed where both allow it.
+A mask has at most one *pattern* (causal or window), one *key mask* (padding or lengths), one *dense* mask (boolean or
+bias) and one *block* mask or mask function; `a & b` joins two masks and a position is allowed where both allow it.
 """
 
 from __future__ import annotations
@@ -143,8 +143,7 @@ class Mask:
         """Join two masks: allowed where both allow.
 
         Raises:
-            InvalidCallError: If both have a key mask, a dense mask or a block mask, or patterns of
-                different alignment.
+            InvalidCallError: If both have a key, a dense or a block mask, or patterns of different alignment.
         """
         if not isinstance(other, Mask):
             return NotImplemented

@@ -139,7 +139,7 @@ def _block_facts(plain: tuple[Any, ...]) -> MaskFacts:
     return MaskFacts(None, None, None, *function_facts(*plain))
 
 
-def _is_large(query: Tensor, key: Tensor, axis: int, masked: bool) -> bool:
+def _is_large(query: Tensor, key: Tensor, axis: int, masked: bool = False) -> bool:
     """Whether sizes are such that there are limits, so that they have to be known exactly."""
     if not query.dim() == key.dim() == 4:
         return False

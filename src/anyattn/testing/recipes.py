@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,8 +115,9 @@ def make_mask(recipe: str, sizes: Sizes, dtype: torch.dtype, device: str, genera
 
     `causal[:align]` · `window:left:right[:align]` · `padding:left|right|scattered|dead` · `lengths[:dead]` ·
     `boolean:dims[:dead]` · `bias:dims:own|float32[:inf|min|dead]` · `block:causal|heads` · `document[:shared]` ·
-    `prefix[:int]` · `frames:tokens` · `function:heads|dead`; dims are the letters of b, h, q, k that are full, the others being 1. `dead` leaves rows without a key; `inf` forbids some positions
-    with -inf and `min` with finfo.min, in whole rows too.
+    `prefix[:int]` · `frames:tokens` · `function:heads|dead`; dims are the letters of b, h, q, k that are full, the
+    others being 1. `dead` leaves rows without a key; `inf` forbids some positions with -inf and `min` with finfo.min,
+    in whole rows too.
     """
     found: Mask | None = None
     for part in recipe.split("&"):
@@ -147,7 +149,8 @@ def _part(
     if word == "block":
         return _block(options[0], sizes, device)
     if word == "document":
-        return document(_document_ids("shared" in options, sizes, generator).to(device))
+        ids = _document_ids("shared" in options, sizes, generator).to(device)
+        return document(ids) if sizes[2] == sizes[3] else from_function(_ids_agree(ids))
     if word == "prefix":
         lengths = _lengths(False, sizes, generator)
         return prefix_lm(int(lengths[0]) if "int" in options else lengths.to(device))
@@ -210,10 +213,14 @@ def _bias(dims: str, dtype: torch.dtype, options: list[str], sizes: Sizes, gener
 
 def _document_ids(shared: bool, sizes: Sizes, generator: torch.Generator) -> Tensor:
     """Give each token the number of its document; some documents have one token."""
-    if sizes[2] != sizes[3]:
-        raise ValueError("A document mask's queries are its keys.")
-    starts = torch.rand(1 if shared else sizes[0], sizes[3], generator=generator) < 0.3
+    starts = torch.rand(1 if shared else sizes[0], max(sizes[2:]), generator=generator) < 0.3
     return starts.cumsum(-1)
+
+
+def _ids_agree(ids: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Say for other lengths what a document mask, whose queries are its keys, says for equal ones."""
+    entries = ids.shape[0] > 1
+    return lambda b, h, q, kv: ids[b if entries else b * 0, q] == ids[b if entries else b * 0, kv]
 
 
 def _by_head(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:

@@ -31,14 +31,11 @@ def _dead(case: Case, caps: Capabilities) -> Case:
 def _halved(case: Case, caps: Capabilities) -> Case:
     # An lse of finfo.min has no digits left to merge by.
     mask = "causal" if "block" in case.mask else case.mask.replace(":min", ":inf")
-    seqlen_kv = max(case.seqlen_kv, 2)
-    seqlen_q = seqlen_kv if "document" in mask else case.seqlen_q
-    return case.replace(lse=True, grad="", sinks=False, mask=mask, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv)
+    return case.replace(lse=True, grad="", sinks=False, mask=mask, seqlen_kv=max(case.seqlen_kv, 2))
 
 
 def _dropping(case: Case, caps: Capabilities) -> Case:
-    # A document mask's queries are its keys, and lengths are changed here.
-    mask = case.mask if case.seed % 2 and "document" not in case.mask else "none"
+    mask = case.mask if case.seed % 2 else "none"
     return case.replace(
         dropout_p=(0.1, 0.5, 0.9, 1.0)[case.seed % 4],
         seqlen_kv=(16, 32, 64)[case.seed % 3],

@@ -284,8 +284,10 @@ def _keys(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Keep some keys, with the mask as it was for those."""
     axis = 1 if inputs.case.layout == "BSHD" else 2
     case, mask = inputs.case, inputs.mask
-    if mask is not None and mask.key is not None and mask.pattern is mask.dense is mask.block is None:
-        mask = Mask(key=key_mask(mask.key, case.seqlen_kv)[:, 0, 0, start:stop].contiguous())
+    alone = mask is not None and mask.pattern is None and mask.dense is None and mask.block is None
+    if mask is not None and mask.key is not None and alone:
+        keys = key_mask(mask.key, case.seqlen_kv)[:, 0, 0, start:stop]
+        mask = Mask(key=keys.expand(case.batch, -1).contiguous())
     elif mask is not None:
         sizes = (case.batch, case.heads, case.seqlen_q, case.seqlen_kv)
         allowed = reference.allowed_positions(mask, *sizes)
