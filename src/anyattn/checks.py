@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from anyattn import reference, registry, tolerance
+from anyattn import reference, tolerance
 from anyattn.backend import Output, Parts, Plan
 from anyattn.errors import AnyattnWarning, InvalidCallError, KernelError
 from anyattn.lowering import key_mask, live_rows

@@ -43,6 +43,10 @@ BUILTIN: dict[str, str] = {
     "xla": "anyattn.adapters.xla:Xla",
     "npu": "anyattn.adapters.npu:Npu",
     "flash2_hub": "anyattn.adapters.flash2:Flash2Hub",
+    "flash3_hub": "anyattn.adapters.flash3:Flash3Hub",
+    "flash4_hub": "anyattn.adapters.flash4:Flash4Hub",
+    "sage_hub": "anyattn.adapters.sage:SageHub",
+    "aiter_hub": "anyattn.adapters.aiter:AiterHub",
 }
 """Each built backend and the class that implements it: one line adds one."""
 

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from anyattn import flash_like
+from anyattn import flash_like, hub_kernels
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities, kernel_pattern
 from anyattn.environment import Environment
 from anyattn.flash_like import KernelCall
+from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package
 from anyattn.patterns import KernelPattern, trimmed
 from anyattn.reasons import Conversion, Reason
@@ -83,11 +84,7 @@ class Aiter(Backend):
 
     def availability(self, env: Environment) -> Iterator[Reason]:
         yield from super().availability(env)
-        devices = [device for device in env.devices if device.type in self.declarations]
-        # A compute capability is NVIDIA's.
-        if devices and all(device.arch is not None and not device.rocm for device in devices):
-            names = ", ".join(dict.fromkeys(device.name for device in devices))
-            yield Reason("arch", "an AMD GPU (ROCm)", f"NVIDIA ({names})", "flash2 is the like of it for NVIDIA")
+        yield from _not_nvidia(env, self.declarations)
         package = package_on(env)
         if package is AMD_AITER and "amd-aiter" not in env.packages and "aiter" in env.packages:
             got = f"aiter {env.packages['aiter']}, another package that only shares the name"
@@ -114,12 +111,15 @@ class Aiter(Backend):
             need = "a window with a side above 0 (the kernel takes others for no window)"
             yield Reason("mask", need, sides, "flex takes every mask")
         unequal = not spec.same_lengths and (rows != keys or rows == UNKNOWN)
-        if (left, right) == (-1, 0) and spec.needs_grad and unequal:
+        if spec.packed and not spec.same_lengths and (left, right) != (-1, 0):
+            yield Reason("mask", "no window over packed sequences of different lengths", sides, "flash4 takes them")
+        if (left, right) == (-1, 0) and spec.needs_grad and (unequal or (spec.packed and not spec.same_lengths)):
             need = "equal lengths where causal attention needs gradients (its backward is aligned otherwise)"
             yield Reason("mask", need, sides, "flex takes every mask")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
-        entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
+        dense = spec.mask.key is None and not spec.packed
+        entry = "flash_attn_func" if dense else "flash_attn_varlen_func"
         lowering = flash_like.lower(entry, self.declarations[spec.device_type], spec, packs=True)
         pattern, notes = self._pattern(spec), lowering.conversions
         if pattern is not None and pattern != lowering.pattern:
@@ -128,7 +128,9 @@ class Aiter(Backend):
 
     def _pattern(self, spec: AttentionSpec) -> KernelPattern | None:
         pattern = kernel_pattern(self.declarations[spec.device_type], spec)
-        return None if pattern is None else trimmed(pattern, spec.seqlen_q, spec.seqlen_kv)
+        if pattern is None or spec.packed:
+            return pattern
+        return trimmed(pattern, spec.seqlen_q, spec.seqlen_kv)
 
     def load(self) -> None:
         found = AMD_AITER.load()
@@ -140,6 +142,41 @@ class Aiter(Backend):
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         return flash_like.attend(plan, query, key, value, parts, _call)
+
+
+class AiterHub(FromHub, Aiter):
+    """AITER's composable-kernel attention from the Hub: forward only, bf16, head_dim 64 or 128."""
+
+    name = "aiter_hub"
+    hub = hub_kernels.AITER
+    declarations: ClassVar[Mapping[str, Capabilities]] = {
+        "cuda": _ROCM.replace(
+            dtypes=frozenset((torch.bfloat16,)),
+            head_dim_max=128,
+            head_dim_multiple=64,
+            head_dim_v=False,
+            # What its functions don't name they swallow, and dropout was seen in none of its sources.
+            dropout=False,
+            backward=False,
+            deterministic=False,
+        )
+    }
+
+    def availability(self, env: Environment) -> Iterator[Reason]:
+        yield from super().availability(env)
+        yield from _not_nvidia(env, self.declarations)
+
+    def load(self) -> None:
+        super().load()
+        FUNCTIONS[self.name].window_rest = (0,)
+
+
+def _not_nvidia(env: Environment, kinds: Iterable[str]) -> Iterator[Reason]:
+    devices = [device for device in env.devices if device.type in kinds]
+    # A compute capability is NVIDIA's.
+    if devices and all(device.arch is not None and not device.rocm for device in devices):
+        names = ", ".join(dict.fromkeys(device.name for device in devices))
+        yield Reason("arch", "an AMD GPU (ROCm)", f"NVIDIA ({names})", "flash2 is the like of it for NVIDIA")
 
 
 def _left_over(pattern: KernelPattern, spec: AttentionSpec) -> tuple[int, int]:
@@ -174,7 +211,9 @@ def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
         result = functions.flash_attn_func(call.query, call.key, call.value, **options)
         return (result[0], result[1]) if with_lse else (result, None)
     # What it writes for an entry without keys isn't known, in its backward neither: chosen, not trusted.
-    alive = (call.cu_seqlens_kv.diff() > 0).repeat_interleave(call.max_seqlen_q)
+    assert call.cu_seqlens_q is not None
+    alive = call.cu_seqlens_kv.diff() > 0
+    alive = alive.repeat_interleave(call.cu_seqlens_q.diff(), output_size=call.query.shape[0])
     result = functions.flash_attn_varlen_func(
         torch.where(alive[:, None, None], call.query, 0),
         call.key,

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from anyattn import flash_like
+from anyattn import flash_like, hub_kernels
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities
 from anyattn.environment import Environment
 from anyattn.flash_like import KernelCall
+from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec
@@ -106,14 +107,17 @@ class Flash3(Backend):
 
         package = first_that_serves(self.packages, detect())
         assert package is not None
-        functions = package.load()
-        # True where lse is asked for, False where it comes unasked or not at all.
-        functions.asks_for_lse = "return_attn_probs" in inspect.signature(functions.flash_attn_func).parameters
-        FUNCTIONS[self.name] = functions
+        FUNCTIONS[self.name] = package.load()
+        _look_at_lse(FUNCTIONS[self.name])
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         return flash_like.attend(plan, query, key, value, parts, _call)
+
+
+def _look_at_lse(functions: Any) -> None:
+    """Note whether a build is asked for lse; if not, it comes unasked or not at all."""
+    functions.asks_for_lse = "return_attn_probs" in inspect.signature(functions.flash_attn_func).parameters
 
 
 def _head_dims(spec: AttentionSpec) -> Iterator[Reason]:
@@ -228,3 +232,17 @@ def _quantised(tensor: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     descale = largest / _LARGEST_E4M3
     scaled = grouped * (1.0 / descale)[:, None, :, None, None].to(torch.float32)
     return scaled.flatten(2, 3).to(torch.float8_e4m3fn), descale
+
+
+class Flash3Hub(FromHub, Flash3):
+    """The same from the Hub: a build of `hopper/` against torch's stable ABI."""
+
+    name = "flash3_hub"
+    hub = hub_kernels.FLASH3
+
+    def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
+        return self.declarations.get(spec.device_type)  # whatever package is installed beside it
+
+    def load(self) -> None:
+        super().load()
+        _look_at_lse(FUNCTIONS[self.name])

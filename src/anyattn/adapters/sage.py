@@ -25,11 +25,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from anyattn import flash_like
+from anyattn import flash_like, hub_kernels
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities
 from anyattn.environment import Arch, Environment
 from anyattn.flash_like import KernelCall
+from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package
 from anyattn.reasons import Reason
 from anyattn.spec import AttentionSpec
@@ -116,9 +117,8 @@ class _Sage(Backend):
         dim = 64 if spec.head_dim <= 64 else 128
         size = spec.batch * dim * max(spec.seqlen_q * spec.num_heads, spec.seqlen_kv * spec.num_kv_heads)
         if size >= _REACH:
-            yield Reason(
-                "size", f"fewer than {_REACH} elements, head_dim padded to {dim}", str(size), "split the batch"
-            )
+            need = f"fewer than {_REACH} elements, head_dim padded to {dim}"
+            yield Reason("size", need, str(size), "split the batch")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         caps = self.capabilities(spec, env)
@@ -130,14 +130,7 @@ class _Sage(Backend):
         return self.function
 
     def load(self) -> None:
-        function = getattr(self.package.load(), self.function)
-        known = inspect.signature(function).parameters
-        missing = [name for name in PARAMETERS if name not in known]
-        if missing:
-            text = (
-                f"{self.function} has no parameter {' and '.join(missing)}, and would swallow it. {_INSTALL}; {_NOTE}"
-            )
-            raise ImportError(text)
+        function = _that_knows_its_parameters(getattr(self.package.load(), self.function), self.function)
         if self.flag and not getattr(importlib.import_module("sageattention.core"), self.flag):
             # The package hides what the extension's import raised, and asserts at the call.
             arch = self.flag.removesuffix("_ENABLED").lower()
@@ -147,6 +140,15 @@ class _Sage(Backend):
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         return flash_like.attend(plan, query, key, value, parts, _call, head_dim_multiple=1)
+
+
+def _that_knows_its_parameters(function: Any, name: str) -> Any:
+    known = inspect.signature(function).parameters
+    missing = [parameter for parameter in PARAMETERS if parameter not in known]
+    if missing:
+        text = f"{name} has no parameter {' and '.join(missing)}, and would swallow it. {_INSTALL}; {_NOTE}"
+        raise ImportError(text)
+    return function
 
 
 def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
@@ -244,3 +246,15 @@ class SageInt8Fp8Sm90(_Sage):
     function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
     flag = "SM90_ENABLED"
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _FP8.replace(arch_min=(9, 0), arch_max=(9, 0))}
+
+
+class SageHub(FromHub, Sage):
+    """SageAttention's own pick from the Hub."""
+
+    name = "sage_hub"
+    hub = hub_kernels.SAGE
+
+    def load(self) -> None:
+        super().load()
+        function = _that_knows_its_parameters(FUNCTIONS[self.name].sageattn, "sageattn")
+        FUNCTIONS[self.name] = types.SimpleNamespace(attend=function)

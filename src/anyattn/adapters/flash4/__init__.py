@@ -13,12 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from anyattn import flash_like
+from anyattn import flash_like, hub_kernels
 from anyattn.adapters.flash4 import kernels
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities
 from anyattn.environment import Environment
 from anyattn.flash_like import KernelCall
+from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package, package_reasons
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec
@@ -126,3 +127,10 @@ def _head_dims(spec: AttentionSpec, arch: tuple[int, int]) -> Iterator[Reason]:
     else:
         need = f"head_dim <= {256 if arch[0] == 9 else 128}"
     yield Reason("head_dim", f"{need} on sm{arch[0]}{arch[1]}", f"{pair[0]} and {pair[1]}")
+
+
+class Flash4Hub(FromHub, Flash4):
+    """The same from the Hub, an earlier beta; everything goes by keyword, so that its other order doesn't matter."""
+
+    name = "flash4_hub"
+    hub = hub_kernels.FLASH4

@@ -34,6 +34,10 @@ DOUBLES: dict[str, str] = {
     "xla": "anyattn.testing.doubles.xla:DOUBLE",
     "npu": "anyattn.testing.doubles.npu:DOUBLE",
     "flash2_hub": "anyattn.testing.doubles.hub:FLASH2",
+    "flash3_hub": "anyattn.testing.doubles.hub:FLASH3",
+    "flash4_hub": "anyattn.testing.doubles.hub:FLASH4",
+    "sage_hub": "anyattn.testing.doubles.hub:SAGE",
+    "aiter_hub": "anyattn.testing.doubles.hub:AITER",
 }
 """The double of each backend that has one: one line adds one."""
 

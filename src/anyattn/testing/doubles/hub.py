@@ -10,9 +10,11 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from anyattn import hub_kernels
 from anyattn.hub import HubKernel
-from anyattn.testing.doubles import flash2
+from anyattn.testing.doubles import aiter, flash2, flash3, flash4, sage
 from anyattn.testing.doubles.double import Double, module
 
 
@@ -51,4 +53,37 @@ FLASH2 = hub_double(
     "flash2_hub",
     hub_kernels.FLASH2,
     {"flash_attn_func": flash2.flash_attn_func, "flash_attn_varlen_func": flash2.flash_attn_varlen_func},
+)
+FLASH3 = hub_double(
+    "flash3_hub",
+    hub_kernels.FLASH3,
+    {"flash_attn_func": flash3.flash_attn_func, "flash_attn_varlen_func": flash3.flash_attn_varlen_func},
+)
+FLASH4 = hub_double(
+    "flash4_hub",
+    hub_kernels.FLASH4,
+    {"flash_attn_func": flash4.flash_attn_func, "flash_attn_varlen_func": flash4.flash_attn_varlen_func},
+)
+SAGE = hub_double("sage_hub", hub_kernels.SAGE, {"sageattn": sage.sageattn})
+
+
+def _forward_only(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give an AITER function as the Hub's build has it: bf16, head_dim 64 or 128, detached, other keywords ignored."""
+
+    def forward(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> Any:
+        if q.dtype is not torch.bfloat16 or q.shape[-1] not in (64, 128):
+            raise RuntimeError("invalid argument for fmha_fwd")
+        known = {name: value for name, value in options.items() if name not in ("deterministic", "dropout_p")}
+        return function(q.detach(), k.detach(), v.detach(), *rest, **known)
+
+    return forward
+
+
+AITER = hub_double(
+    "aiter_hub",
+    hub_kernels.AITER,
+    {
+        "flash_attn_func": _forward_only(aiter.flash_attn_func),
+        "flash_attn_varlen_func": _forward_only(aiter.flash_attn_varlen_func),
+    },
 )
