@@ -111,6 +111,8 @@ def _on_its_device(run: Run) -> Run:
     """Make the tensors' device the current one for the call, and put back what was current whatever the kernel does."""
 
     def guarded(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        if torch.compiler.is_compiling():
+            return run(plan, query, key, value, parts)  # compiled code sets the device itself
         with torch.cuda.device(query.device):
             return run(plan, query, key, value, parts)
 
