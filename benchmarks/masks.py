@@ -4,7 +4,7 @@
 
 Needs a CUDA device and at least one flash kernel. One round of a variant is the mask written to in place (so that its
 preparation is done again) and 24 calls, as 24 layers make; times are CUDA events, medians over rounds, the variants
-interleaved. It also shows that the path doesn't synchronise, is captured in a CUDA graph whose replay follows the mask,
+interleaved in an order drawn anew each round. It also shows that the path doesn't synchronise, is captured in a CUDA graph whose replay follows the mask,
 and makes no tensor of S_q x S_kv.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -89,8 +90,11 @@ def timed(variants: dict[str, tuple[Callable[[], Any], Callable[[], Any]]], roun
         for _ in range(2):
             first()
             layer()
+    order = list(variants.items())
+    shuffled = random.Random(0)
     for _ in range(rounds):
-        for name, (first, layer) in variants.items():
+        shuffled.shuffle(order)
+        for name, (first, layer) in order:
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             start.record()
@@ -218,7 +222,7 @@ def conduct(backend: str) -> dict[str, Any]:
     return found
 
 
-def summary(found: dict[str, Any], backends: list[str]) -> dict[str, Any]:
+def summary(found: dict[str, Any]) -> dict[str, Any]:
     """Give the figures that are promised."""
     long = [name for name, call in CALLS.items() if call[2] >= 4096]
     gains = [
@@ -247,16 +251,25 @@ def main() -> None:
     ]
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "backends": backends}
     with torch.no_grad():
-        found["forward"] = {name: forward(name, backends, options.rounds) for name in CALLS}
+        found["forward"] = {}
+        for name in CALLS:
+            found["forward"][name] = forward(name, backends, options.rounds)
+            _write(found, options.json)  # a run that is cut off keeps what it has
         found["conduct"] = {backend: conduct(backend) for backend in backends}
-    trains = [name for name in backends if name != "flash3"]
+    found["summary"] = summary(found)
+    _write(found, options.json)
     found["training"] = {
-        name: {backend: training(name, backend, options.rounds) for backend in trains}
+        name: {backend: training(name, backend, options.rounds) for backend in backends if backend != "flash3"}
         for name in ("qwen-image-pad", "lumina2-pad")
     }
-    found["summary"] = summary(found, backends)
-    text = json.dumps(found, indent=1)
-    print(text) if options.json == "-" else Path(options.json).write_text(text)
+    _write(found, options.json)
+    if options.json == "-":
+        print(json.dumps(found, indent=1))
+
+
+def _write(found: dict[str, Any], path: str) -> None:
+    if path != "-":
+        Path(path).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

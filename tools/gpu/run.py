@@ -14,12 +14,13 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+Save = Callable[[Any], None]
 BACKENDS = ("native", "native_flash", "native_efficient", "native_cudnn", "native_math", "flex")
 SLOWEST_FIRST = (
     "compiled",
@@ -85,7 +86,7 @@ def _traps_of(backend: str, device: str, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def laws(device: str, backends: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+def laws(device: str, backends: Sequence[str], options: argparse.Namespace, save: Save) -> dict[str, Any]:
     """Run each law of each backend in a process of its own, several at a time."""
     thin = dict(pair.split("=") for pair in options.thin.split(",") if pair)
     pairs = [(law, backend) for law in SLOWEST_FIRST for backend in backends]
@@ -95,25 +96,31 @@ def laws(device: str, backends: Sequence[str], options: argparse.Namespace) -> d
         arguments = ["laws", device, backend, str(options.cases), law, thin.get(backend, "1"), options.keep]
         return child([str(HERE / "parts.py"), *arguments], options.timeout)
 
-    with ThreadPoolExecutor(options.workers) as pool:
-        rows = list(pool.map(run, pairs))
     found: dict[str, Any] = {backend: {"status": "passed", "run": 0, "laws": []} for backend in backends}
-    for (law, backend), row in zip(pairs, rows, strict=True):
-        report = found[backend]
-        if "outcome" in row:
-            report["laws"].append({"law": law} | row)
-            report["status"] = "failed"
-            continue
-        (one,) = row["backends"]
-        report["unusable"] = one["unusable"]
-        report["laws"] += one["laws"]
-        report["run"] += one["run"]
-        if one["status"] == "failed" or (law == "right" and one["status"] != "passed"):
-            report["status"] = one["status"]
+    with ThreadPoolExecutor(options.workers) as pool:
+        waiting = {pool.submit(run, pair): pair for pair in pairs}
+        for done in as_completed(waiting):
+            law, backend = waiting[done]
+            _add(found[backend], law, done.result())
+            save(found)  # a run that is cut off keeps what it has
     return found
 
 
-def part(name: str, options: argparse.Namespace) -> Any:
+def _add(report: dict[str, Any], law: str, row: dict[str, Any]) -> None:
+    """Put what became of one law into a backend's report."""
+    if "outcome" in row:
+        report["laws"].append({"law": law} | row)
+        report["status"] = "failed"
+        return
+    (one,) = row["backends"]
+    report["unusable"] = one["unusable"]
+    report["laws"] += one["laws"]
+    report["run"] += one["run"]
+    if one["status"] == "failed" or (law == "right" and one["status"] != "passed"):
+        report["status"] = one["status"]
+
+
+def part(name: str, options: argparse.Namespace, save: Save) -> Any:
     """Run one part."""
     backends, device = options.backends.split(","), options.device
     if name == "traps":
@@ -121,7 +128,7 @@ def part(name: str, options: argparse.Namespace) -> Any:
     if name == "overhead":
         return child([str(HERE.parents[1] / "benchmarks" / "overhead.py"), "--device", device, "--json", "-"], 600)
     if name == "laws":
-        return laws(device, backends, options)
+        return laws(device, backends, options, save)
     return child([str(HERE / "parts.py"), name, device, options.backends], options.timeout)
 
 
@@ -143,7 +150,11 @@ def main() -> None:
     summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for name in options.only.split(","):
         start = time.time()
-        summary[name] = part(name, options)
+
+        def save(found: Any, name: str = name) -> None:
+            path.write_text(json.dumps(summary | {name: found}, indent=1))
+
+        summary[name] = part(name, options, save)
         summary.setdefault("seconds", {})[name] = round(time.time() - start, 1)
         path.write_text(json.dumps(summary, indent=1))
         print(name, summary["seconds"][name], "s", flush=True)
