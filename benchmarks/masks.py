@@ -4,8 +4,8 @@
 
 Needs a CUDA device and at least one flash kernel. One round of a variant is the mask written to in place (so that its
 preparation is done again) and 24 calls, as 24 layers make; times are CUDA events, medians over rounds, the variants
-interleaved in an order drawn anew each round. It also shows that the path doesn't synchronise, is captured in a CUDA graph whose replay follows the mask,
-and makes no tensor of S_q x S_kv.
+interleaved in an order drawn anew each round. It also shows that the path doesn't synchronise, is captured in a CUDA
+graph whose replay follows the mask, and makes no tensor of S_q x S_kv.
 """
 
 from __future__ import annotations
