@@ -103,13 +103,15 @@ class HubKernel:
         """
         try:
             get_kernel = KERNELS.load().get_kernel
+        except Exception as error:
+            hint = f"mend the package kernels, or get it and what it needs anew ({KERNELS.install})"
+            raise _unavailable(backend, "an importable package kernels", error, hint) from error
+        try:
             self._agrees(detect())
             module = get_kernel(self.repo, **self._keywords(get_kernel))
             return functions_of(module, self.functions, f"{self.repo} at {self.pin}", self.note)
         except Exception as error:
-            reason = Reason("broken_import", f"{self.repo} at {self.pin}", _said(error), cure(error))
-            text = f"The attention backend {backend} can't be loaded from the Hub:\n  - {reason}"
-            raise BackendUnavailableError(text, backend=backend, reasons=(reason,)) from error
+            raise _unavailable(backend, f"{self.repo} at {self.pin}", error, cure(error) or _OTHERWISE) from error
 
     def _keywords(self, get_kernel: Any) -> dict[str, Any]:
         known = inspect.signature(get_kernel).parameters
@@ -127,6 +129,12 @@ class HubKernel:
         seen = getattr(constants, "HF_HUB_OFFLINE", is_offline(env))
         if seen != is_offline(env):
             raise RuntimeError(f"HF_HUB_OFFLINE changed after huggingface_hub was imported, which holds it for {seen}")
+
+
+def _unavailable(backend: str, need: str, error: Exception, hint: str) -> BackendUnavailableError:
+    reason = Reason("broken_import", need, _said(error), hint)
+    text = f"The attention backend {backend} can't be loaded from the Hub:\n  - {reason}"
+    return BackendUnavailableError(text, backend=backend, reasons=(reason,))
 
 
 class FromHub(Backend):
@@ -175,7 +183,8 @@ _CURES: tuple[tuple[str, str], ...] = (
     ("LOCAL_KERNELS", "mend the environment variable LOCAL_KERNELS, or unset it"),
     (
         "verify publisher trust",
-        "the Hub couldn't be asked: mend the network, or set HF_HUB_OFFLINE=1 once the kernel is on this machine",
+        "the Hub couldn't be asked: mend the network and call anyattn.reset(), or set HF_HUB_OFFLINE=1 once the kernel "
+        "is on this machine",
     ),
     (
         "trusted publisher",
@@ -203,6 +212,9 @@ _CURES: tuple[tuple[str, str], ...] = (
 )
 """What a message of `kernels` holds, and what to do then; the first that fits."""
 
+_OTHERWISE = "choose another backend, or name a build that works in LOCAL_KERNELS"
+"""What can be done whatever the cause."""
+
 _MODULES_OF_NETWORKS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
 
 
@@ -217,7 +229,10 @@ def cure(error: BaseException) -> str:
             return hint
     module = type(error).__module__.split(".")[0]
     if module.startswith(_MODULES_OF_NETWORKS) or isinstance(error, ConnectionError | TimeoutError):
-        return "the Hub wasn't reached, or hasn't this revision: mend the network, or name a folder in LOCAL_KERNELS"
+        return (
+            "the Hub wasn't reached, or hasn't this revision: mend the network and call anyattn.reset(), "
+            "or name a folder in LOCAL_KERNELS"
+        )
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"the kernel needs the module {error.name}: install the package that brings it"
     return ""
@@ -226,7 +241,7 @@ def cure(error: BaseException) -> str:
 def _said(error: BaseException) -> str:
     """Write an error on one line, with the one that `kernels` hides behind it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {'; '.join(lines)}"
+    text = ": ".join((type(error).__name__, *(["; ".join(lines)] if lines else [])))
     hidden = error.__context__ if error.__cause__ is None else error.__cause__
     if hidden is not None and not isinstance(hidden, KeyError):
         first = next(iter(str(hidden).strip().splitlines()), "")

@@ -76,8 +76,12 @@ def load(backend: Backend) -> None:
         return
     try:
         backend.load()
-    except BackendUnavailableError:
-        raise  # the backend knows better what is amiss, and what would cure it
+    except BackendUnavailableError as error:
+        # The backend knows better what is amiss, and what would cure it.
+        known = (reason for reason in error.reasons if reason.code == "broken_import")
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        policy.add_fault(backend.name, None, next(known, None) or broken_import(backend.name, error), cause)
+        raise
     except Exception as error:
         reason = broken_import(backend.name, error)
         policy.add_fault(backend.name, None, reason, error)

@@ -297,7 +297,10 @@ def test_tiny_calls_keep_clear_of_the_known_bad_table(step, name):
     for call in trial._calls("cpu", step):
         spec = describe(call.query, call.key, call.value, call.mask, None, Options()).replace(device_type=kind)
         live = spec.replace(mask=dataclasses.replace(spec.mask, dead_rows=False))
-        assert known_bad.hits(kernels, live, machine) == ()
+        found = {row.name for row in known_bad.hits(kernels, live, machine)}
+        # Of a CPU's strides a spec says nothing, so that the row holds for every call there: the adapter always copies.
+        copies = registry.get("flex").lower(live.replace(compiled=True), machine).copy
+        assert found == ({"flex-cpu-strides"} if copies else set())
 
 
 @pytest.mark.parametrize("width", [80, 120])

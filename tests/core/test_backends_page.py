@@ -108,6 +108,7 @@ def test_any_declaration_can_be_told(tool: ModuleType, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(registry, "BUILTIN", {"xla": "", "flash3": ""})
     monkeypatch.setattr(registry, "get", {"xla": Bare(), "flash3": Exact()}.get)
+    monkeypatch.setattr(tool, "DOUBLES", {"flash3": ""})
     page = tool.page(runs=[])
     lines = [line for line in page.splitlines() if line.startswith(("| `xla`", "| `flash3`"))]
     assert len({line.count("|") for line in lines[:4]}) == 1
@@ -115,7 +116,9 @@ def test_any_declaration_can_be_told(tool: ModuleType, monkeypatch: pytest.Monke
     assert any("computed in int8" in line and "cuda (AMD too)" in line for line in lines)
     assert any("float8_e4m3fn" in line for line in lines)
     assert any("lower right; other said so where that is exact, else turned dense" in line for line in lines)
-    assert "never run" in page
+    verified = {line.split("|")[1].strip(" `"): line.split("|")[-2].strip() for line in lines if " run |" in line}
+    assert verified == {"xla": "never run"}
+    assert any("| `flash3`" in line and line.endswith("| contract double in CI alone |") for line in lines)
 
 
 def test_page_lists_every_built_backend(tool: ModuleType) -> None:

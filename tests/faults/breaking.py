@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 
 import anyattn
+from anyattn import environment, registry
 from anyattn.testing import doubles
 
 NAMES = tuple(doubles.DOUBLES)
 """Every backend that has a contract double: what holds for one holds for all."""
+
+FROM_HUB = tuple(name for name in NAMES if (found := registry.get(name)) is not None and found.downloads)
+"""Those whose kernel the package `kernels` fetches: their kernel's own package is never imported."""
+
+WAYS = tuple((name, "import") for name in NAMES) + tuple((name, "get_kernel") for name in FROM_HUB)
+"""How each can fail to load: its package at its import; a kernel of the Hub in `kernels.get_kernel` too."""
 
 IMPORT_ERRORS = (
     ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEa"),
@@ -31,7 +38,7 @@ IMPORT_ERRORS = (
 """What packages raise that were built for another torch, Python or CUDA."""
 
 
-class _Breaks(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class Breaks(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, names: frozenset[str], error: Exception) -> None:
         self.names = names
         self.error = error
@@ -49,11 +56,44 @@ class _Breaks(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         raise self.error
 
 
+class Fetches:
+    """A `kernels.get_kernel` that raises, or gives something else than the kernel; counts how often it is asked."""
+
+    def __init__(self, error: Exception | None = None, gives: Any = None) -> None:
+        self.error = error
+        self.gives = gives
+        self.tried = 0
+
+    def __call__(self, repo_id: str, *, revision: str | None = None, version: int | None = None) -> Any:
+        self.tried += 1
+        if self.error is not None:
+            raise self.error
+        return self.gives
+
+
 @contextlib.contextmanager
-def broken_import(name: str, error: Exception) -> Iterator[_Breaks]:
-    """Have a backend's package count as installed, and raise when it is imported."""
+def fetching(name: str, get_kernel: Fetches) -> Iterator[Fetches]:
+    """Have the package `kernels` count as installed, with another get_kernel than the double's."""
     double = doubles.double_of(name)
-    finder = _Breaks(frozenset(double.modules()), error)
+
+    def modules() -> dict[str, types.ModuleType]:
+        found = dict(double.modules())
+        found["kernels"].get_kernel = get_kernel  # type: ignore[attr-defined]
+        return found
+
+    with doubles.installed(name, dataclasses.replace(double, modules=modules)):
+        yield get_kernel
+
+
+@contextlib.contextmanager
+def broken_import(name: str, error: Exception, way: str = "import") -> Iterator[Breaks | Fetches]:
+    """Have a backend's package count as installed, and raise when it is imported, or asked for the kernel."""
+    if way == "get_kernel":
+        with fetching(name, Fetches(error)) as asked:
+            yield asked
+        return
+    double = doubles.double_of(name)
+    finder = Breaks(frozenset(double.modules()), error)
     before = {module: sys.modules.pop(module) for module in finder.names if module in sys.modules}
     sys.meta_path.insert(0, finder)
     try:
@@ -62,6 +102,14 @@ def broken_import(name: str, error: Exception) -> Iterator[_Breaks]:
     finally:
         sys.meta_path.remove(finder)
         sys.modules.update(before)
+
+
+@contextlib.contextmanager
+def nothing_installed() -> Iterator[None]:
+    """Suppose this machine without any kernel's package, whatever is installed on it."""
+    bare = dataclasses.replace(environment.detect(), packages={}, modules=frozenset())
+    with environment.supposed(bare):
+        yield
 
 
 @contextlib.contextmanager

@@ -9,10 +9,21 @@ import warnings
 
 import pytest
 import torch
-from breaking import IMPORT_ERRORS, NAMES, admitted, broken_import, preferred
+from breaking import (
+    FROM_HUB,
+    IMPORT_ERRORS,
+    NAMES,
+    WAYS,
+    Fetches,
+    admitted,
+    broken_import,
+    fetching,
+    nothing_installed,
+    preferred,
+)
 
 import anyattn
-from anyattn import environment
+from anyattn import environment, hub, registry
 from anyattn.cli import probe, trial
 from anyattn.faults import told
 from anyattn.reasons import Reason
@@ -29,9 +40,11 @@ def _one_broken_import(reasons: tuple[Reason, ...], error: Exception) -> None:
 
 
 @pytest.mark.parametrize("error", IMPORT_ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("name", NAMES)
-def test_explicit_name_raises_with_the_reason_and_the_cure_and_never_imports_again(name: str, error: Exception) -> None:
-    with broken_import(name, error) as finder:
+@pytest.mark.parametrize(("name", "way"), WAYS)
+def test_explicit_name_raises_with_the_reason_and_the_cure_and_never_imports_again(
+    name: str, way: str, error: Exception
+) -> None:
+    with broken_import(name, error, way) as finder:
         inputs = admitted(name)
         causes = set()
         for call in (anyattn.attention, anyattn.attention, anyattn.scaled_dot_product_attention):
@@ -53,9 +66,9 @@ def test_explicit_name_raises_with_the_reason_and_the_cure_and_never_imports_aga
 
 
 @pytest.mark.parametrize("error", IMPORT_ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("name", NAMES)
-def test_broken_import_shows_in_backends_and_explain_once_seen(name: str, error: Exception) -> None:
-    with broken_import(name, error):
+@pytest.mark.parametrize(("name", "way"), WAYS)
+def test_broken_import_shows_in_backends_and_explain_once_seen(name: str, way: str, error: Exception) -> None:
+    with broken_import(name, error, way):
         inputs = admitted(name)
         assert {row.name: row for row in anyattn.backends()}[name].usable
         with pytest.raises(anyattn.BackendUnavailableError):
@@ -77,11 +90,11 @@ def test_broken_import_shows_in_backends_and_explain_once_seen(name: str, error:
         assert {row.name: row for row in anyattn.backends()}[name].usable
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "way"), WAYS)
 @pytest.mark.parametrize("call", ["attention", "sdpa", "plan"])
-def test_list_goes_on_to_the_next_and_says_so_once(name: str, call: str) -> None:
+def test_list_goes_on_to_the_next_and_says_so_once(name: str, way: str, call: str) -> None:
     error = IMPORT_ERRORS[0]
-    with broken_import(name, error), preferred(name, "native_math"):
+    with broken_import(name, error, way), preferred(name, "native_math"):
         q, k, v = admitted(name)
         wanted = anyattn.attention(q, k, v, backend="native_math")
         with warnings.catch_warnings(record=True) as said, anyattn.record() as calls:
@@ -112,6 +125,23 @@ def test_list_says_what_it_goes_past_even_where_an_explicit_call_met_it_first() 
             anyattn.attention(*inputs, backend="flash")
         with pytest.warns(anyattn.AnyattnWarning, match=r"backend flash2 can't be imported.*libcudart"):
             anyattn.attention(*inputs, backend=["flash", "native"])
+
+
+def test_backend_that_says_itself_that_it_cannot_be_loaded_is_gone_past_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def load() -> None:
+        tried.append(1)
+        raise anyattn.BackendUnavailableError("there is no licence", backend="flash2")
+
+    with doubles.installed("flash2") as backend:
+        inputs = admitted("flash2")
+        monkeypatch.setattr(backend, "load", load)
+        with pytest.warns(anyattn.AnyattnWarning, match="flash2 can't be imported .* there is no licence"):
+            anyattn.attention(*inputs, backend=["flash2", "native"])
+        with pytest.raises(anyattn.BackendUnavailableError, match="there is no licence"):
+            anyattn.attention(*inputs, backend="flash2")
+    assert tried == [1]
 
 
 def test_list_of_nothing_but_broken_kernels_is_refused_with_every_reason() -> None:
@@ -152,15 +182,33 @@ def test_namespace_without_the_functions_is_a_broken_import_that_names_them(monk
         assert "flash-attn-4" in reason.got
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_doctor_tells_a_broken_import_once_with_its_cure(name: str) -> None:
+@pytest.mark.parametrize("name", FROM_HUB)
+def test_kernel_of_the_hub_without_the_functions_is_a_broken_import_that_names_them(name: str) -> None:
+    with fetching(name, Fetches(gives=types.ModuleType("fetched"))) as asked:
+        inputs = admitted(name)
+        for _ in range(2):
+            with pytest.raises(anyattn.BackendUnavailableError) as caught:
+                anyattn.attention(*inputs, backend=name)
+            (reason,) = caught.value.reasons
+            backend = registry.get(name)
+            assert isinstance(backend, hub.FromHub)
+            assert reason.code == "broken_import"
+            assert " and ".join(backend.hub.functions) in reason.got
+            assert backend.hub.repo in reason.got
+            assert reason.hint
+        assert asked.tried == 1
+
+
+@pytest.mark.parametrize(("name", "way"), WAYS)
+def test_doctor_tells_a_broken_import_once_with_its_cure(name: str, way: str) -> None:
     from anyattn.cli import doctor
     from anyattn.cli.catalogue import listed
 
     error = IMPORT_ERRORS[2]
     events: list[dict[str, object]] = []
-    with broken_import(name, error):
-        trial._try_backend(name, True, events.append)
+    with broken_import(name, error, way):
+        # What would be downloaded is tried where it is named alone.
+        trial._try_backend(name, True, events.append, named=name in FROM_HUB)
     lines = "\n".join(map(json.dumps, [*events, {"event": "done"}]))
     found = probe._read(probe.Job(name), lines, 0, None, ())
     assert found.trials == ()
@@ -169,7 +217,7 @@ def test_doctor_tells_a_broken_import_once_with_its_cure(name: str) -> None:
     report = doctor._backend(row, found, env)
     assert report.state == "unusable"
     assert [reason.code for reason in report.reasons] == ["broken_import"]
-    assert report.reasons[0].got == told(error)
+    assert report.reasons[0].got == (hub._said(error) if name in FROM_HUB else told(error))
     assert report.cure == report.reasons[0].hint != ""
 
 
@@ -218,6 +266,11 @@ def test_command_that_cures_a_wrong_version_names_those_that_serve(distribution:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kernel_that_is_not_installed_is_unavailable_with_its_cure(name: str) -> None:
+    with nothing_installed():
+        _is_unavailable_with_its_cure(name)
+
+
+def _is_unavailable_with_its_cure(name: str) -> None:
     with pytest.raises(anyattn.BackendUnavailableError) as caught:
         anyattn.attention(*torch.randn(3, 1, 8, 2, 64, dtype=torch.bfloat16), backend=name)
     assert any(reason.hint for reason in caught.value.reasons)

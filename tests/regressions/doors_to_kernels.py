@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class Kernel:
     door: str
     name: str
     backend: Backend
+    of_training: torch.dtype | None = None
 
     @property
     def caps(self) -> Capabilities:
@@ -73,7 +74,19 @@ class Kernel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(dtype for dtype in _TOLERANCES if dtype in self.caps.dtypes)
+        return self.of_training or next(dtype for dtype in _TOLERANCES if dtype in self.caps.dtypes)
+
+    def _only_infers_in(self, dtype: torch.dtype) -> bool:
+        """Whether a call with gradients is refused for its dtype and nothing else (xla in float32)."""
+        decision = anyattn.explain(*tensors(dim=64, dtype=dtype, requires_grad=True), backend=self.backend.name)
+        return [reason.code for reason in decision.reasons(self.backend.name)] == ["dtype"]
+
+    def in_training(self) -> Kernel:
+        """Give the same with inputs of a dtype in which it gives gradients, where it gives any."""
+        if not self.caps.backward:
+            return self
+        declared = (dtype for dtype in _TOLERANCES if dtype in self.caps.dtypes)
+        return replace(self, of_training=next(dtype for dtype in declared if not self._only_infers_in(dtype)))
 
     @property
     def tol(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from doors_to_backends import BACKENDS, Attend, assert_right, padding, tensors, truth
 
 import anyattn
+from anyattn import environment
 
 
 # An unknown name in the variable kills the import of every model there; a known one without its package is
@@ -51,10 +53,21 @@ NOT_HERE = ("flash_hub", "flash_varlen", "_flash_3_hub", "sage", "xformers", "_n
 # devices it was made for, _native_npu has no is_causal and _native_xla no scale.
 @pytest.mark.parametrize("name", NOT_HERE)
 def test_backend_that_is_not_here_says_how_to_get_it(name: str) -> None:
-    with pytest.raises(anyattn.BackendUnavailableError) as caught:
+    # Supposed, since the package `kernels`, which brings those of the Hub, is one that tests install.
+    bare = dataclasses.replace(environment.detect(), packages={}, modules=frozenset())
+    with environment.supposed(bare), pytest.raises(anyattn.BackendUnavailableError) as caught:
         anyattn.attention(*tensors(), is_causal=True, scale=0.1, backend=name)
     assert caught.value.reasons
     assert any(reason.hint for reason in caught.value.reasons)
+
+
+# With `kernels` installed nothing is missing but the device: nothing is fetched to find that out.
+@pytest.mark.parametrize("name", ["flash_hub", "_flash_3_hub", "sage_hub"])
+def test_backend_whose_package_is_here_and_device_is_not_says_which_device(name: str) -> None:
+    env = dataclasses.replace(environment.preset("cpu"), packages={"kernels": "0.17.2"})
+    with environment.supposed(env), pytest.raises(anyattn.BackendUnavailableError, match="cuda") as caught:
+        anyattn.attention(*tensors(), is_causal=True, scale=0.1, backend=name)
+    assert [reason.code for reason in caught.value.reasons] == ["no_device"]
 
 
 @pytest.mark.parametrize("name", ["flash_hub", "_native_npu"])

@@ -208,6 +208,7 @@ def test_sharded_call_is_refused(kernel: Kernel) -> None:
 
 # S30: forward-only kernels give an output without a gradient, and training goes on without this layer.
 def test_output_has_right_gradients_or_the_call_is_refused(kernel: Kernel) -> None:
+    kernel = kernel.in_training()
     q, k, v = kernel.inputs(9, requires_grad=True)
     if not kernel.caps.backward:
         with pytest.raises(anyattn.UnsupportedCallError, match="gradients"):
@@ -246,6 +247,7 @@ def test_lengths_of_one_mask_are_never_anothers(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("kept", [True, False], ids=["the same mask", "a new mask"])
 def test_validation_in_inference_mode_spoils_no_training_step(kernel: Kernel, kept: bool) -> None:
+    kernel = kernel.in_training()
     keep = padding(2, 9, "hole")
     mask = masks.KeyPadding(keep)
     inputs = kernel.inputs()

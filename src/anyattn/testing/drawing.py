@@ -214,10 +214,17 @@ ADVERSARIAL: tuple[Case, ...] = (
 
 
 def always(caps: Capabilities, device: str = "cpu") -> tuple[Case, ...]:
-    """Give the adversarial cases in the dtypes that a declaration names, each in two where there are two."""
+    """Give the adversarial cases in the dtypes that a declaration names, each in two where there are two.
+
+    Their heads are drawn up to the multiple that the kernel takes: else one that takes no small ones would refuse all.
+    """
     names = [name for name in ("float32", "bfloat16", "float16", "float64") if DTYPES[name] in caps.dtypes]
     if not names:
         return ()
+
+    def whole(dim: int) -> int:
+        return -(-dim // caps.head_dim_multiple) * caps.head_dim_multiple
+
     found = []
     for index, case in enumerate(ADVERSARIAL):
         first = case.dtype if case.dtype in names and case.dtype != "float32" else names[0]
@@ -225,5 +232,6 @@ def always(caps: Capabilities, device: str = "cpu") -> tuple[Case, ...]:
         for name in dict.fromkeys((first, "float32" if case.data == "constant" else second)):
             if DTYPES[name] not in caps.dtypes:
                 continue
-            found.append(case.replace(dtype=name, device=device))
+            dims = {"head_dim": whole(case.head_dim), "head_dim_v": whole(case.head_dim_v)}
+            found.append(case.replace(dtype=name, device=device, **dims))
     return tuple(found)
