@@ -127,6 +127,23 @@ def test_list_says_what_it_goes_past_even_where_an_explicit_call_met_it_first() 
             anyattn.attention(*inputs, backend=["flash", "native"])
 
 
+def test_backend_that_says_itself_that_it_cannot_be_loaded_is_gone_past_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def load() -> None:
+        tried.append(1)
+        raise anyattn.BackendUnavailableError("there is no licence", backend="flash2")
+
+    with doubles.installed("flash2") as backend:
+        inputs = admitted("flash2")
+        monkeypatch.setattr(backend, "load", load)
+        with pytest.warns(anyattn.AnyattnWarning, match="flash2 can't be imported .* there is no licence"):
+            anyattn.attention(*inputs, backend=["flash2", "native"])
+        with pytest.raises(anyattn.BackendUnavailableError, match="there is no licence"):
+            anyattn.attention(*inputs, backend="flash2")
+    assert tried == [1]
+
+
 def test_list_of_nothing_but_broken_kernels_is_refused_with_every_reason() -> None:
     with broken_import("flash2", IMPORT_ERRORS[0]):
         inputs = admitted("flash2")
