@@ -267,7 +267,8 @@ def _mask_spec(mask: MaskFacts, options: Options, query: Facts, sizes: tuple[int
         _check_seqlens(mask.seqlens, (seqlen_q, seqlen_kv))
     dead = not mask.live and (key is not None or dense is not None or mask.block is not None)
     dead = dead or _pattern_may_be_dead(pattern, seqlen_q, seqlen_kv, same_lengths)
-    if mask.live and pattern is not None and (key is not None or dense is not None):
+    parts = (key is not None or dense is not None) + (mask.block is not None) + (pattern is not None)
+    if mask.live and parts > 1:
         dead = True  # each leaves every row a key, but both together may not
     return MaskSpec(pattern, key, dense, mask.block, dead, key == "lengths" or (key is not None and mask.prefix))
 

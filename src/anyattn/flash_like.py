@@ -142,7 +142,12 @@ def attend(
     if pattern is not None and pattern.rows is not None:
         before, after = pattern.rows[0], seqlen_q - pattern.rows[1]
         out = F.pad(out, (0, 0, 0, 0, before, after))
-        lse = None if lse is None else F.pad(lse, (before, after), value=float("-inf"))
+        if lse is not None and parts.sinks is not None and not plan.rescale:
+            # The kernel's own lse holds the sinks, and so does that of a row without a key.
+            alone = parts.sinks.detach().to(lse.dtype)[None, :, None].expand(lse.shape[0], -1, before + after)
+            lse = torch.cat((alone[..., :before], lse, alone[..., before:]), -1)
+        elif lse is not None:
+            lse = F.pad(lse, (before, after), value=float("-inf"))
     if spec.layout == "BHSD":
         out = out.transpose(1, 2)
     return _with_lse(plan, out, lse)

@@ -63,8 +63,6 @@ def key_layout(key: Tensor, batch: int, seqlen_kv: int, *, prefix: bool, grad: b
         prefix: Whether the allowed keys are known to be the first ones.
         grad: Whether gradients flow back to key or value.
     """
-    if not grad and key.dtype == torch.int32 and key.is_contiguous():
-        return KeyLayout(key, None, None, None)  # as the kernel takes them: nothing to work out
     what = ("front", batch, seqlen_kv, prefix, grad)
     return _kept(key, what, lambda: _front(key, batch, seqlen_kv, prefix, grad))  # type: ignore[no-any-return]
 
@@ -78,13 +76,16 @@ def kept_padding(key: Tensor, seqlen_kv: int) -> Tensor:
     """Give a key mask as boolean `(B or 1, 1, 1, S_kv)`: a view of padding, and of lengths what was worked out once."""
     if key.dtype == torch.bool:
         return key_mask(key, seqlen_kv)
+    if key.is_cpu:
+        return key_mask(key, seqlen_kv)  # NumPy writes to it without torch's counting, and it costs little
     return _kept(key, ("padding", seqlen_kv), lambda: key_mask(key, seqlen_kv))  # type: ignore[no-any-return]
 
 
 def _front(key: Tensor, batch: int, seqlen_kv: int, prefix: bool, grad: bool) -> KeyLayout:
     if key.dtype != torch.bool:
         allowed = _allowed(key, batch, seqlen_kv) if grad else None
-        return KeyLayout(key.to(torch.int32, copy=True), allowed, None, None)
+        # Lengths beyond S_kv would have a kernel read past the keys.
+        return KeyLayout(key.clamp(0, seqlen_kv).to(torch.int32, copy=True), allowed, None, None)
     if prefix and not grad:
         lengths = key_mask(key, seqlen_kv)[:, 0, 0].sum(-1, dtype=torch.int32)
         return KeyLayout(lengths.expand(batch).contiguous(), None, None, None)
@@ -121,11 +122,12 @@ def _moves(allowed: Tensor) -> tuple[Tensor, Tensor]:
 class _Slot:
     """What is kept for one mask: it is good while the tensor is the same object, at the same version."""
 
-    __slots__ = ("found", "reference", "version")
+    __slots__ = ("found", "place", "reference", "version")
 
-    def __init__(self, reference: weakref.ref[Tensor], version: int) -> None:
+    def __init__(self, reference: weakref.ref[Tensor], version: int, place: int) -> None:
         self.reference = reference
         self.version = version
+        self.place = place
         self.found: dict[Any, Any] = {}
 
 
@@ -139,10 +141,10 @@ def _kept(key: Tensor, what: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         return make()
     # Work queued on one stream may not be finished when another uses it: each stream has its own.
     stream = torch.cuda.current_stream(key.device).cuda_stream if key.is_cuda else 0
-    name, version = id(key), key._version
+    name, version, place = id(key), key._version, key.data_ptr()
     slot = _slots.get(name)
-    if slot is None or slot.reference() is not key or slot.version != version:
-        slot = _new_slot(name, key, version)
+    if slot is None or slot.reference() is not key or slot.version != version or slot.place != place:
+        slot = _new_slot(name, key, version, place)
     what = (*what, stream)
     found = slot.found.get(what)
     if found is None:
@@ -162,7 +164,7 @@ def _may_be_kept(key: Tensor) -> bool:
     return not (key.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _new_slot(name: int, key: Tensor, version: int) -> _Slot:
+def _new_slot(name: int, key: Tensor, version: int, place: int) -> _Slot:
     def gone(reference: weakref.ref[Tensor]) -> None:
         # Another tensor may have got the id since.
         with _lock:
@@ -170,7 +172,7 @@ def _new_slot(name: int, key: Tensor, version: int) -> _Slot:
             if found is not None and found.reference is reference:
                 del _slots[name]
 
-    slot = _Slot(weakref.ref(key, gone), version)
+    slot = _Slot(weakref.ref(key, gone), version, place)
     with _lock:
         if len(_slots) >= _MOST_MASKS:
             _slots.pop(next(iter(_slots)))

@@ -92,7 +92,7 @@ def _given_as_boolean(spec: AttentionSpec) -> bool:
     mask = spec.mask
     if mask.dense is not None:
         return mask.dense.kind == "boolean"
-    return mask.key is not None or mask.pattern is not None
+    return mask.key is not None or mask.pattern is not None or mask.block is not None
 
 
 def _float32_bias(spec: AttentionSpec) -> bool:

@@ -208,6 +208,8 @@ def _prepared(tensor: Tensor, seqlen_kv: int) -> Known:
     if entry is None or entry[0]() is not tensor or tensor.is_inference() or entry[1] != tensor._version:
         return NOTHING
     known = entry[2]
+    if tensor.requires_grad:
+        known = known._replace(all_true=False)  # asked for a gradient since: it must not be dropped
     return known if known.shortest < 0 else known._replace(all_true=known.shortest >= seqlen_kv)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
     scope = live_scope(_current())
     if backend is not None:
         scope = scope_of_call(scope, backend)
-    made = _Made(spec, scope)
+    made = _Made(_of_any_values(spec), scope)
     order = (0, 1, 2, 3) if spec.layout == "BSHD" else (0, 2, 1, 3)
     full = (
         (spec.batch, spec.seqlen_q, spec.num_heads, spec.head_dim),
@@ -197,6 +198,14 @@ def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
 
     run.decision = made.entry.decision  # type: ignore[attr-defined]
     return run
+
+
+def _of_any_values(spec: AttentionSpec) -> AttentionSpec:
+    """Leave out what was known of one mask's values: a plan is run with any mask of its kind."""
+    mask = spec.mask
+    if mask.key is None and mask.dense is None and mask.block is None:
+        return spec
+    return spec.replace(mask=dataclasses.replace(mask, prefix=mask.key == "lengths", dead_rows=True))
 
 
 class _Made:

@@ -118,24 +118,46 @@ def _attend(
     backend: Backends | None,
 ) -> Output:
     _check(query, key, value, *lengths)
+    if sinks is not None and not isinstance(sinks, Tensor):
+        raise InvalidCallError(f"sinks must be a tensor (num_heads,); {type(sinks).__name__} was given.")
+    if policy.checks_enabled():
+        _check_finite(query, key, value)
     scope = live_scope(_current())
     if backend is not None:
         scope = scope_of_call(scope, backend)
     cast = autocast_dtype(query.device.type)
-    if cast is not None and query.dtype != torch.float64:
-        query, key, value = query.to(cast), key.to(cast), value.to(cast)
+    if cast is not None:
+        query, key, value = (_cast(tensor, cast) for tensor in (query, key, value))
     while True:
         plan, run, decision = _planned(scope, query, key, value, lengths, attn_mask, sinks, options)
-        if scope.recorder is not None:
-            scope.recorder(decision)
         try:
             with torch.autocast(query.device.type, enabled=False):
-                return _run(plan, run, query, key, value, lengths, sinks)
+                result = _run(plan, run, query, key, value, lengths, sinks)
         except Exception as error:
-            if not is_kernels(error):
-                raise
-            if not passes_over(error, decision):
+            kernels = is_kernels(error)
+            if kernels and passes_over(error, decision):
+                continue
+            _record(scope, decision)
+            if kernels:
                 raise_kernel_error(error, decision)
+            raise
+        _record(scope, decision)
+        return result
+
+
+def _record(scope: policy.Scope, decision: Decision) -> None:
+    if scope.recorder is not None:
+        scope.recorder(decision)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def _check_finite(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidCallError(f"{name} holds NaN or infinity.")
 
 
 def _check(query: object, key: object, value: object, cu_q: object, cu_k: object, max_q: object, max_k: object) -> None:
@@ -275,7 +297,8 @@ def _run(
     if 0 in (query.shape[0], key.shape[0]) or plan.lowering.entry == "empty":
         return _nothing_to_see(plan.spec, query, key, value, sinks)
     if plan.spec.packed:
-        return execute(run, plan, query, key, value, Parts(sinks=sinks, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k))
+        starts = {"cu_seqlens_q": cu_q.contiguous(), "cu_seqlens_k": cu_k.contiguous()}
+        return execute(run, plan, query, key, value, Parts(sinks=sinks, **starts))
     starts_q, starts_k = cu_q.long(), cu_k.long()
     lengths_k = starts_k.diff()
     parts = Parts(key=lengths_k, sinks=sinks)
@@ -296,9 +319,11 @@ def _run(
 
 
 def _unpacked(tensor: Tensor, starts: Tensor, most: int) -> Tensor:
-    """Pad packed sequences to `(B, S, H, D)`; what is beyond a sequence's end is another's, and masked."""
-    index = starts[:-1, None] + torch.arange(most, device=tensor.device)
-    return tensor[index.clamp(max=tensor.shape[0] - 1)]
+    """Pad packed sequences to `(B, S, H, D)` with zeros: another sequence's NaN would get through a masked position."""
+    place = torch.arange(most, device=tensor.device)
+    index = (starts[:-1, None] + place).clamp(max=tensor.shape[0] - 1)
+    inside = place < starts.diff()[:, None]
+    return torch.where(inside[:, :, None, None], tensor[index], 0)
 
 
 def _positions(spec: AttentionSpec, lengths_q: Tensor, lengths_k: Tensor, max_q: int, max_k: int) -> Tensor:

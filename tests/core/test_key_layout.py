@@ -172,3 +172,47 @@ def test_threads_see_their_own_masks() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_lengths_written_through_numpy_are_followed_by_native() -> None:
+    import anyattn
+
+    q, k, v = torch.randn(3, 2, 8, 2, 16).unbind(0)
+    lengths = torch.tensor([8, 3])
+    mask = anyattn.masks.KeyLengths(lengths)
+    anyattn.attention(q, k, v, mask)
+    lengths.numpy()[0] = 2
+    fresh = anyattn.attention(q, k, v, anyattn.masks.KeyLengths(torch.tensor([2, 3])))
+    assert torch.equal(anyattn.attention(q, k, v, mask), fresh)
+
+
+def test_plan_from_a_prepared_prefix_takes_any_padding() -> None:
+    import dataclasses
+
+    import anyattn
+    from anyattn.testing import doubles
+
+    q, k, v = torch.randn(3, 2, 8, 2, 16, dtype=torch.bfloat16).unbind(0)
+    keep = torch.rand(2, 8) > 0.5
+    keep[:, 3] = True
+    mask = anyattn.masks.KeyPadding(keep)
+    with doubles.installed("flash4"):
+        spec = anyattn.explain(q, k, v, mask, backend="flash4").spec
+        spec = spec.replace(mask=dataclasses.replace(spec.mask, prefix=True))
+        out = anyattn.plan(spec, backend="flash4")(q, k, v, mask)
+    truth = anyattn.reference.attention(q, k, v, mask)[0]
+    assert float((out.double() - truth).norm() / truth.norm()) < 1e-2
+
+
+def test_function_that_may_leave_rows_dead_reaches_no_cudnn_as_boolean() -> None:
+    import dataclasses
+
+    import anyattn
+
+    q, k, v = torch.randn(3, 2, 8, 2, 16, dtype=torch.bfloat16).unbind(0)
+    mask = anyattn.masks.from_function(lambda b, h, q_idx, kv_idx: (q_idx > 5) & (kv_idx <= q_idx))
+    spec = anyattn.explain(q, k, v, mask).spec.replace(device_type="cuda", device_index=0)
+    env = anyattn.environment.preset("h100", torch_version="2.11.0")
+    env = dataclasses.replace(env, cudnn=(9, 19, 0))
+    codes = {conversion.code for conversion in anyattn.explain(spec, env=env, backend="native").conversions}
+    assert "additive_mask" in codes or "steered" in codes

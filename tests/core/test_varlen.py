@@ -192,3 +192,54 @@ def test_call_inside_compiled_code_breaks_the_graph_and_is_right() -> None:
         return found * 2
 
     assert torch.allclose(torch.compile(double, backend="eager")(q), double(q))
+
+
+def test_what_is_not_finite_stays_in_its_sequence() -> None:
+    starts = _starts((3, 4))
+    q, k, v = _packed((3, 4), (3, 4), torch.float32, kv_heads=4)
+    clean = anyattn.attention_varlen(q, k, v, starts, starts, 4, 4)
+    v[3:] = torch.nan
+    assert torch.equal(anyattn.attention_varlen(q, k, v, starts, starts, 4, 4)[:3], clean[:3])
+
+
+def test_strided_cumulative_lengths_are_taken() -> None:
+    starts = _starts((3, 4))
+    strided = torch.stack((starts, starts), 1)[:, 0]
+    q, k, v = _packed((3, 4), (3, 4), torch.bfloat16, kv_heads=4)
+    with doubles.installed("flash2"):
+        found = anyattn.attention_varlen(q, k, v, strided, strided, 4, 4, backend="flash2")
+        assert torch.equal(found, anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, backend="flash2"))
+
+
+def test_fp8_gets_packed_sequences_padded() -> None:
+    starts = _starts((3, 4))
+    q, k, v = _packed((3, 4), (3, 4), torch.bfloat16, kv_heads=4)
+    with doubles.installed("flash3_fp8"):
+        found = anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, backend="flash3_fp8")
+    truth = _truth([q, k, v], (starts, starts), None)[0]
+    assert float((found.double() - truth).norm() / truth.norm()) < 0.1
+
+
+def test_record_holds_only_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = _starts((3, 4))
+    q, k, v = _packed((3, 4), (3, 4), torch.bfloat16, kv_heads=4)
+
+    def broken(*tensors: object, **options: object) -> None:
+        raise RuntimeError("broken")
+
+    with doubles.installed("flash2"):
+        anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, backend="flash2")
+        monkeypatch.setattr(anyattn.kernel_source.FUNCTIONS["flash2"], "flash_attn_varlen_func", broken)
+        with anyattn.record() as calls, pytest.warns(anyattn.AnyattnWarning, match="flash2"):
+            anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, backend=["flash2", "native"])
+    assert [call.chosen for call in calls] == ["native"]
+
+
+def test_lse_of_rows_that_a_pattern_cuts_off_is_the_sink() -> None:
+    q, k, v = (torch.randn(1, n, 2, 16, dtype=torch.bfloat16) for n in (12, 6, 6))
+    sinks = torch.tensor([0.5, -1.0])
+    mask = masks.SlidingWindow(1, 1)
+    with doubles.installed("flash4"):
+        lse = anyattn.attention(q, k, v, mask, sinks=sinks, return_lse=True, backend="flash4")[1]
+    truth = reference.attention(q, k, v, mask, sinks=sinks)[1]
+    assert torch.allclose(lse.double(), truth, atol=1e-5)

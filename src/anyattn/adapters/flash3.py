@@ -182,6 +182,7 @@ _FP8 = _CUDA.replace(
     softcap=False,
     exact=False,
     quantised="fp8",
+    varlen=False,
 )
 
 _LARGEST_E4M3 = 448.0

@@ -86,9 +86,7 @@ class Flash4(Backend):
         if arch is not None and arch[0] == 12 and spec.deterministic and spec.needs_grad:
             yield Reason("deterministic", "an arch below sm120 for deterministic gradients", f"sm{arch[0]}{arch[1]}")
         if "sinks" in spec.requires_grad:
-            yield Reason(
-                "backward", "sinks that need no gradient", "sinks that require one", "detach them, or use flex"
-            )
+            yield Reason("backward", "sinks that need no gradient", "sinks that require one", "detach them")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
