@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ import anyattn
 import law_counts
 from anyattn import registry
 from anyattn.testing.cases import Case
-from anyattn.testing.drawing import ADVERSARIAL, drawn, space, strategy
+from anyattn.testing.drawing import ADVERSARIAL, TILED, drawn, space, strategy
 from anyattn.testing.laws import LAWS, check
 from anyattn.testing.verify import BackendReport, verify
 
@@ -55,6 +56,22 @@ def test_hypothesis_finds_nothing_wrong(data: st.DataObject) -> None:
     backend = registry.get("native")
     assert backend is not None
     check("right", "native", data.draw(strategy(backend.declarations["cpu"])))
+
+
+@pytest.mark.parametrize("name", ["native", "native_flash", "native_math", "flex"])
+def test_calls_over_several_tiles_are_right(name: str) -> None:
+    cases = [case for case in TILED if case.seqlen_q < 300 and case.head_dim < 100 and not case.lse][::3]
+    report = verify(name, device="cpu", cases=cases, laws=["right"])
+    assert report.passed, str(report)
+    assert report.backends[0].run >= 3
+
+
+def test_calls_over_several_tiles_hold_every_pair_of_choices() -> None:
+    fields = ("dtype", "grad", "kv_heads", "lse", "layout", "head_dim", "mask")
+    choices = {field: {getattr(case, field) for case in TILED} for field in fields}
+    for one, other in itertools.combinations(fields, 2):
+        found = {(getattr(case, one), getattr(case, other)) for case in TILED}
+        assert found == set(itertools.product(choices[one], choices[other])), (one, other)
 
 
 @pytest.mark.parametrize("case", [*ADVERSARIAL[::6], *drawn(10, 3, space(None))], ids=repr)

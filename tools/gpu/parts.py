@@ -1,4 +1,4 @@
-"""The parts of `run.py` that run in one process: about, laws, graphs, compile, speed. Prints one line of JSON."""
+"""The parts of `run.py` that run in one process, each of which prints one line of JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -33,21 +34,29 @@ def about(device: str, backends: str) -> dict[str, Any]:
     return environment.detect().to_dict() | {"anyattn": anyattn.__version__, "device": device}
 
 
-def laws(device: str, backend: str, cases: str, law: str, thin: str, keep: str) -> dict[str, Any]:
-    """Run one law; `keep` says what a trimmed build of a kernel has: `{"flash2": [["bfloat16"], 128]}`."""
+def laws(device: str, backend: str, cases: str, law: str, thin: str, keep: str, shard: str) -> dict[str, Any]:
+    """Run one law, or a shard `2/8` of it.
+
+    `keep` says what a trimmed build of a kernel has: `{"flash2": [["bfloat16"], 128]}`.
+    """
     from anyattn import registry
-    from anyattn.testing.drawing import always, drawn, space
+    from anyattn.testing.drawing import TILED, always, drawn, space
     from anyattn.testing.verify import verify
 
     caps = registry.get(backend).declarations.get(device)
     if caps is None:
         return verify(backend, device=device, cases=0, laws=[law]).to_dict()
     whole = space(None if law == "rejected" else caps, device)
-    found = [*always(caps, device), *drawn(int(cases), 0, whole)][:: int(thin)]
+    fixed = list(always(caps, device))
+    # What models call is run whole; the adversarial and the drawn cases are many, and may be thinned.
+    tiled = fixed[-len(TILED) :] if device != "cpu" and fixed else []
+    rest = [*fixed[: len(fixed) - len(tiled)], *drawn(int(cases), 0, whole)]
+    found = [*tiled, *rest[:: int(thin)]]
     dtypes, largest = json.loads(keep).get(backend, (None, None))
     if dtypes is not None:
         found = [case for case in found if case.dtype in dtypes and max(case.head_dim, case.head_dim_v) <= largest]
-    return verify(backend, device=device, cases=found, laws=[law]).to_dict()
+    number, of = map(int, shard.split("/"))
+    return verify(backend, device=device, cases=found[number::of], laws=[law]).to_dict()
 
 
 def _inputs(device: str, shape: tuple[int, ...] = (2, 192, 4, 64)) -> list[torch.Tensor]:
@@ -88,24 +97,68 @@ def _raised(error: Exception) -> dict[str, Any]:
 
 
 def compile(device: str, backends: str) -> dict[str, Any]:
-    """Trace each backend with fullgraph=True and dynamic lengths, with inductor."""
+    """Trace each backend with fullgraph=True and dynamic lengths, with inductor, forward and backward."""
     found: dict[str, Any] = {}
     for name in backends.split(","):
-        torch._dynamo.reset()
-        run = torch.compile(
-            lambda q, k, v, name=name: anyattn.attention(q, k, v, is_causal=True, backend=name),
-            fullgraph=True,
-            dynamic=True,
-        )
-        try:
-            worst = 0.0
+        found[name] = {"forward": _compiled(name, device, grad=False)}
+        if found[name]["forward"]["outcome"] == "right":
+            found[name]["gradients"] = _compiled(name, device, grad=True)
+    return found
+
+
+def _compiled(name: str, device: str, *, grad: bool) -> dict[str, Any]:
+    torch._dynamo.reset()
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return anyattn.attention(q, k, v, is_causal=True, backend=name)  # type: ignore[return-value]
+
+    run = torch.compile(call, fullgraph=True, dynamic=True)
+    worst = 0.0
+    try:
+        with torch.set_grad_enabled(grad):
             for seqlen in (192, 200, 256):
-                q, k, v = _inputs(device, (2, seqlen, 4, 64))
-                truth = reference.attention(q, k, v, anyattn.masks.Causal())[0]
-                worst = max(worst, float((run(q, k, v).double() - truth).norm() / truth.norm()))
-            found[name] = {"outcome": "right" if worst < 1e-2 else "WRONG", "relative_error": worst}
-        except Exception as error:  # noqa: BLE001 - dynamo wraps errors in its own
+                inputs = [tensor.requires_grad_(grad) for tensor in _inputs(device, (2, seqlen, 4, 64))]
+                out, truth = run(*inputs), reference.attention(*inputs, anyattn.masks.Causal())[0]
+                pairs = [(out, truth)]
+                if grad:
+                    flow = torch.randn_like(out)
+                    ours, theirs = torch.autograd.grad(out, inputs, flow), torch.autograd.grad(truth, inputs, flow)
+                    pairs += zip(ours, theirs, strict=True)
+                for one, other in pairs:
+                    worst = max(worst, float(((one.double() - other).norm() / other.norm()).detach()))
+    except Exception as error:  # noqa: BLE001 - dynamo wraps errors in its own
+        return _raised(error)
+    return {"outcome": "right" if worst < 1e-2 else "WRONG", "relative_error": worst}
+
+
+def devices(device: str, backends: str) -> dict[str, Any]:
+    """Give masks on two devices, alike and unlike, from threads and with either as the current one, and compare."""
+    if torch.cuda.device_count() < 2:
+        return {"outcome": "not run", "why": "one device"}
+    found: dict[str, Any] = {}
+    for name in backends.split(","):
+        generator = torch.Generator().manual_seed(3)
+        keep = torch.rand(2, 192, generator=generator) < 0.6
+        # The same values, other values, and one on each device at a time.
+        masks = [anyattn.masks.KeyPadding((keep if turn < 2 else ~keep).to(f"cuda:{turn % 2}")) for turn in range(4)]
+
+        def once(turn: int, masks: Any = masks, name: str = name) -> float:
+            where = turn % 2
+            with torch.cuda.device((turn // 4) % 2):
+                q, k, v = (tensor.to(f"cuda:{where}") for tensor in _inputs("cpu"))
+                out = anyattn.attention(q, k, v, masks[turn % 4], backend=name)
+                truth = reference.attention(q, k, v, masks[turn % 4])[0]
+                return float((out.double() - truth).norm() / truth.norm())
+
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                worst = max([once(turn) for turn in range(8)] + list(pool.map(once, range(32))))
+            masks[1].key.logical_not_()
+            worst = max([worst, *(once(turn) for turn in range(8))])
+        except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the finding
             found[name] = _raised(error)
+            continue
+        found[name] = {"outcome": "right" if worst < 1e-2 else "WRONG", "relative_error": worst}
     return found
 
 
@@ -168,7 +221,7 @@ def speed(device: str, backends: str) -> dict[str, Any]:
     return found
 
 
-PARTS = {"about": about, "laws": laws, "graphs": graphs, "compile": compile, "speed": speed}
+PARTS = {"about": about, "laws": laws, "graphs": graphs, "compile": compile, "devices": devices, "speed": speed}
 
 if __name__ == "__main__":
     with torch.no_grad() if sys.argv[1] != "laws" else torch.enable_grad():

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 LENGTHS: tuple[int, ...] = (1, 2, 3, 7, 8, 13, 16, 24, 31, 37, 40, 64, 67)
+LONG: tuple[int, ...] = (96, 128, 129, 191, 256, 257, 320, 515)
+"""Lengths besides, on accelerators: their kernels work in tiles of 64 to 256 positions, and go wrong at their edges."""
+
 HEAD_DIMS: tuple[int, ...] = (8, 16, 32, 40, 44, 64, 72, 80, 96, 128, 160)
+WIDE: tuple[int, ...] = (192, 256)
+"""Head dims besides, on accelerators."""
 
 PATTERNS: tuple[str, ...] = (
     "causal",
@@ -58,7 +63,8 @@ def space(caps: Capabilities | None, device: str = "cpu") -> Space:
     every = caps is None
     dtypes = tuple(name for name, dtype in DTYPES.items() if caps is None or dtype in caps.dtypes)
     largest, multiple = (1 << 20, 1) if caps is None else (caps.head_dim_max, caps.head_dim_multiple)
-    dims = tuple(dim for dim in HEAD_DIMS if dim <= largest and dim % multiple == 0)
+    lengths, every_dim = (LENGTHS, HEAD_DIMS) if device == "cpu" else (LENGTHS + LONG, HEAD_DIMS + WIDE)
+    dims = tuple(dim for dim in every_dim if dim <= largest and dim % multiple == 0)
     masks = ["none"] * 4
     if caps is None or caps.boolean or caps.causal or caps.window:
         masks += [*PATTERNS]
@@ -81,8 +87,8 @@ def space(caps: Capabilities | None, device: str = "cpu") -> Space:
     grads += ["qkvm"] if every or (caps.backward and caps.mask_grad) else []  # type: ignore[union-attr]
     return {
         "batch": (1, 2, 3),
-        "seqlen_q": LENGTHS,
-        "seqlen_kv": LENGTHS,
+        "seqlen_q": lengths,
+        "seqlen_kv": lengths,
         "same": (True, False),
         "pair": tuple(pairs),
         "head_dim": dims,
@@ -213,9 +219,52 @@ ADVERSARIAL: tuple[Case, ...] = (
 """What has broken kernels before: odd lengths, dead rows, odd storage, scales not above 0, saturated softmax."""
 
 
+def _tiled() -> tuple[Case, ...]:
+    """Give every head dim that models have beside every kind of mask that they call, over several tiles."""
+    found = []
+    for row, dim in enumerate((40, 64, 72, 80, 96, 128, 160, 256)):
+        for column, mask in enumerate(_CALLED):
+            number = row * len(_CALLED) + column
+            case = Case(
+                seqlen_q=(200, 129, 320)[(row + column) % 3],
+                seqlen_kv=(257, 320, 129)[(row + column) % 3] if "window" not in mask else 320,
+                heads=4,
+                kv_heads=(4, 2, 1)[(row + column * 2 // 3) % 3],
+                head_dim=dim,
+                dtype=("bfloat16", "float16")[(row + column) % 2],
+                layout=("BSHD", "BHSD")[(row + column // 3) % 2],
+                mask=mask,
+                lse=(row // 4 + column // 2) % 2 == 1,
+                grad="qkv" if (row // 2 + column) % 2 == 0 else "",
+                strides="transposed" if number % 5 == 0 else "plain",
+                seed=number,
+            )
+            found.append(case)
+    # Laws that take every so many cases are to meet every kind.
+    random.Random(0).shuffle(found)
+    return tuple(found)
+
+
+_CALLED = (
+    "none",
+    "causal:lower_right",
+    "causal",
+    "window:60:0:lower_right",
+    "window:70:70",
+    "padding:left",
+    "padding:right",
+    "padding:scattered",
+    "lengths",
+)
+
+TILED: tuple[Case, ...] = _tiled()
+"""Calls over several tiles, on accelerators: head dims and masks of models, in both half precisions."""
+
+
 def always(caps: Capabilities, device: str = "cpu") -> tuple[Case, ...]:
     """Give the adversarial cases in the dtypes that a declaration names, each in two where there are two.
 
+    On accelerators the calls over several tiles follow, each in its own dtype, or another where that isn't declared.
     Their heads are drawn up to the multiple that the kernel takes: else one that takes no small ones would refuse all.
     """
     names = [name for name in ("float32", "bfloat16", "float16", "float64") if DTYPES[name] in caps.dtypes]
@@ -234,4 +283,16 @@ def always(caps: Capabilities, device: str = "cpu") -> tuple[Case, ...]:
                 continue
             dims = {"head_dim": whole(case.head_dim), "head_dim_v": whole(case.head_dim_v)}
             found.append(case.replace(dtype=name, device=device, **dims))
+    for case in TILED if device != "cpu" else ():
+        name = case.dtype if case.dtype in names else names[-1]
+        gqa = caps.gqa or case.heads == case.kv_heads
+        found.append(
+            case.replace(
+                dtype=name,
+                device=device,
+                head_dim=whole(case.head_dim),
+                kv_heads=case.kv_heads if gqa else case.heads,
+                grad=case.grad if caps.backward else "",
+            )
+        )
     return tuple(found)

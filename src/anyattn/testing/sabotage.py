@@ -215,6 +215,12 @@ def _compiled_wrong(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts
     return result * 1.01 if wrong and isinstance(result, Tensor) else result
 
 
+def _compiled_gradients_wrong(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    # The same value, and a key that gets a hundredth less of its gradient.
+    wrong = torch.compiler.is_compiling()
+    return run(plan, q, k * 0.99 + k.detach() * 0.01 if wrong else k, v, parts)
+
+
 def _graph_break(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
     torch._dynamo.graph_break()
     return run(plan, q, k, v, parts)
@@ -333,6 +339,7 @@ SABOTAGED: Mapping[str, Sabotage] = {
     "NaN in dead rows": Sabotage("dead_rows", _of(NativeMath, _dead_nan)),
     "a mean in dead rows": Sabotage("dead_rows", _of(NativeMath, _dead_mean)),
     "wrong when compiled": Sabotage("compiled", _of(NativeMath, _compiled_wrong)),
+    "loses gradient when compiled": Sabotage("compiled", _of(NativeMath, _compiled_gradients_wrong)),
     "breaks the graph": Sabotage("compiled", _of(NativeMath, _graph_break)),
     "halves that don't merge": Sabotage("halves", _of(NativeFlash, _lse_base_2)),
     "quantised, and ignores scale": Sabotage("right", _of(Coarse, _no_scale)),

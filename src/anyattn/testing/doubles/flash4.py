@@ -153,10 +153,58 @@ def _attend(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    out, lse = attend(q, k, v, scale=scale, allowed=allowed, softcap=softcap, sinks=sinks)
-    if scale <= 0:
-        out = out * float("nan")
-    return out, lse.float() if return_lse else None
+    out, lse = _Attend.apply(q, k, v, scale, allowed, softcap, sinks)  # type: ignore[no-untyped-call]
+    return out, lse if return_lse else None
+
+
+class _Attend(torch.autograd.Function):
+    """The kernel's forward and backward, which autograd sees as one node, as upstream's functions are.
+
+    So the gradients also come where autograd records no operators: inside a registered one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        allowed: Tensor,
+        softcap: float,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = attend(query, key, value, scale=scale, allowed=allowed, softcap=softcap, sinks=sinks)
+        if scale <= 0:
+            out = out * float("nan")
+        ctx.save_for_backward(query, key, value, out, lse, allowed)
+        ctx.scale, ctx.softcap = scale, softcap
+        narrow = lse.float()
+        ctx.mark_non_differentiable(narrow)
+        return out, narrow
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, allowed = ctx.saved_tensors
+        group = query.shape[2] // key.shape[2]
+        shared = (*key.shape[:3], group, -1)
+        wide_q, flow = query.double(), grad.double()
+        wide_k, wide_v = (tensor.double().repeat_interleave(group, 2) for tensor in (key, value))
+        scores = torch.einsum("bihd,bjhd->bhij", wide_q, wide_k) * ctx.scale
+        slope: Tensor | float = 1.0
+        if ctx.softcap:
+            bent = torch.tanh(scores / ctx.softcap)
+            scores, slope = bent * ctx.softcap, 1 - bent * bent
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        alive = ~torch.isneginf(lse)
+        shifted = scores - torch.where(alive, lse, 0.0).unsqueeze(-1)
+        weights = torch.where(alive.unsqueeze(-1), torch.exp(shifted), 0.0)
+        of_row = (flow * out.double()).sum(-1).transpose(1, 2).unsqueeze(-1)
+        of_score = weights * (torch.einsum("bihd,bjhd->bhij", flow, wide_v) - of_row) * slope * ctx.scale
+        of_query = torch.einsum("bhij,bjhd->bihd", of_score, wide_k)
+        of_key = torch.einsum("bhij,bihd->bjhd", of_score, wide_q).reshape(shared).sum(3)
+        of_value = torch.einsum("bhij,bihd->bjhd", weights, flow).reshape(shared).sum(3)
+        return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), None, None, None, None
 
 
 def _modules() -> Mapping[str, types.ModuleType]:

@@ -30,7 +30,7 @@ from anyattn.testing.laws.base import (
     require,
     too_coarse,
 )
-from anyattn.testing.measure import bounds, results
+from anyattn.testing.measure import Bound, bounds, gradients, results
 from anyattn.testing.quantised import bounds_for, format_of
 from anyattn.tolerance import QUANTISED
 
@@ -257,7 +257,7 @@ COMPILER = "aot_eager"
 
 
 def compiled(backend: str, case: Case, *, compiler: str | None = None) -> LawResult:
-    """Law 9: torch.compile(fullgraph=True) gives what the eager call gives, where the declaration says so."""
+    """Law 9: torch.compile(fullgraph=True) gives the eager call's results and gradients, where so declared."""
     inputs = case.build()
     found = registry.get(backend)
     spec = inputs.spec()
@@ -286,11 +286,15 @@ def compiled(backend: str, case: Case, *, compiler: str | None = None) -> LawRes
         torch._dynamo.reset()
     out, lse = answer
     after = {"out": out.detach()} | ({} if lse is None else {"lse": lse})
+    if inputs.leaves():
+        after |= gradients(inputs, out)
     before = {name: result for name, result in results(inputs, backend).items() if name in after}
-    judged("compiled", backend, case, lambda orders: excesses(bounds_for(backend, inputs, orders=orders), after))
-    worst = judged(
-        "compiled", backend, case, lambda orders: apart(bounds_for(backend, inputs, orders=orders), after, before)
-    )
+
+    def known(orders: int) -> dict[str, Bound]:
+        return bounds_for(backend, inputs, gradients=bool(inputs.leaves()), orders=orders)
+
+    judged("compiled", backend, case, lambda orders: excesses(known(orders), after))
+    worst = judged("compiled", backend, case, lambda orders: apart(known(orders), after, before))
     return LawResult("compiled", backend, case, "passed", worst)
 
 
