@@ -133,17 +133,21 @@ def aligned_bias(mask: Tensor, query: Tensor, key: Tensor, *, strict: bool = Fal
     """
     # The logarithm of 1 and 0 is 0 and -inf, in fewer launches than a choice between the two.
     bias = mask.to(query.dtype).log_() if mask.dtype == torch.bool else within_base_2(mask)
+    made_here = bias is not mask
     length = key.shape[2]
     if bias.shape[-1] != length:
         bias = bias.expand(*bias.shape[:-1], length)
-    if not _rows_are_aligned(bias, strict):
+    if not _rows_are_aligned(bias, strict, made_here=made_here):
         bias = F.pad(bias, (0, -length % 16)) if length % 16 else realigned(bias)
         bias = bias[..., :length]
     return bias.expand(query.shape[0], query.shape[1], query.shape[2], length)
 
 
-def _rows_are_aligned(bias: Tensor, strict: bool) -> bool:
-    if bias.stride(-1) != 1 or bias.storage_offset() % 16:
+def _rows_are_aligned(bias: Tensor, strict: bool, *, made_here: bool) -> bool:
+    if bias.stride(-1) != 1:
+        return False
+    # torch.compile can't read where a tensor starts; one that was just made starts where its memory does.
+    if not made_here and (torch.compiler.is_compiling() or bias.storage_offset() % 16):
         return False
     return all((bias.shape[axis] == 1 and not strict) or bias.stride(axis) % 16 == 0 for axis in range(bias.dim() - 1))
 

@@ -257,11 +257,14 @@ def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None
 
 
 def _learn(tensor: Tensor, seqlen_kv: int) -> Known:
+    # All that is asked of the device comes in one answer: each is waited for.
     if tensor.dtype == torch.bool:
-        prefix = not bool((tensor[..., 1:] & ~tensor[..., :-1]).any())
-        known = Known(bool(tensor.all()), bool(live_rows(tensor).all()), prefix=prefix)
+        gap = (tensor[..., 1:] & ~tensor[..., :-1]).any()
+        all_true, live, no_prefix = torch.stack((tensor.all(), live_rows(tensor).all(), gap)).tolist()
+        known = Known(all_true, live, prefix=not no_prefix)
     elif tensor.is_floating_point():
-        known = Known(not tensor.requires_grad and not bool(tensor.any()), bool(live_rows(tensor).all()))
+        some, live = torch.stack((tensor.detach().any(), live_rows(tensor).all())).tolist()
+        known = Known(not tensor.requires_grad and not some, live)
     else:
         shortest = int(tensor.min()) if tensor.numel() else 0
         known = Known(shortest >= seqlen_kv, shortest > 0, shortest, prefix=True)

@@ -79,10 +79,11 @@ def permutation(backend: str, case: Case) -> LawResult:
         return inapplicable("permutation", backend, case, TOO_COARSE)
     if _has_blocks(inputs):
         return inapplicable("permutation", backend, case, "a block mask, which can't be permuted")
-    batch = torch.arange(case.batch).roll(1)
-    kv = torch.arange(case.kv_heads).roll(1)
+    where = inputs.query.device
+    batch = torch.arange(case.batch, device=where).roll(1)
+    kv = torch.arange(case.kv_heads, device=where).roll(1)
     group = case.heads // case.kv_heads
-    heads = (kv[:, None] * group + torch.arange(group).flip(0)).flatten()
+    heads = (kv[:, None] * group + torch.arange(group, device=where).flip(0)).flatten()
     moved = _permuted(inputs, batch, heads, kv)
     if inputs.leaves():
         flow = cotangent(inputs, _blank(inputs))
