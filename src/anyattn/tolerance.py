@@ -86,7 +86,7 @@ def excess(result: Tensor, truth: Tensor, allowed: Tensor) -> float:
     error = torch.where(same_infinity, 0.0, (result - truth).abs())
     tiny = torch.finfo(torch.float64).tiny
     ratio = torch.where(error == 0, 0.0, error / allowed.clamp_min(tiny))
-    return float(torch.nan_to_num(ratio, nan=float("inf"), posinf=float("inf")).amax())
+    return float(torch.nan_to_num(ratio.detach(), nan=float("inf"), posinf=float("inf")).amax())
 
 
 QUANTISED = 0.1
@@ -116,4 +116,4 @@ def norm_excess(result: Tensor, truth: Tensor, allowed: Tensor, *, over: tuple[i
     error = torch.where(same_infinity, 0.0, result.double() - truth.double())
     size = torch.linalg.vector_norm(error, dim=over, keepdim=True)
     ratio = torch.where(size == 0, 0.0, size / allowed.clamp_min(torch.finfo(torch.float64).tiny))
-    return float(torch.nan_to_num(ratio, nan=float("inf"), posinf=float("inf")).amax())
+    return float(torch.nan_to_num(ratio.detach(), nan=float("inf"), posinf=float("inf")).amax())

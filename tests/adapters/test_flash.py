@@ -103,6 +103,14 @@ def test_call_without_a_kernel_is_refused(backend: str, changes: dict[str, objec
     assert code in _codes(backend, _spec(**changes), env)
 
 
+@pytest.mark.parametrize(("dim", "grads", "padded"), [(40, True, 32), (40, False, 0), (44, False, 8), (96, True, 0)])
+def test_flash4_pads_head_dims_further_for_gradients(dim: int, grads: bool, padded: int) -> None:
+    spec = _spec(head_dim=dim, head_dim_v=dim, requires_grad=("query",) if grads else ())
+    decision = anyattn.explain(spec, env=_machine("h100", FLASH4), backend="flash4")
+    said = [note.text for note in decision.conversions if note.code == "pad_head_dim"]
+    assert said == ([f"head_dim padded to a multiple of {padded}"] if padded else [])
+
+
 def test_fa3_fwd_refuses_what_its_build_lacks() -> None:
     env = _machine("h100", {"fa3-fwd": "0.0.3"})
     window = MaskSpec(pattern=PatternSpec(4, 0, "upper_left"))

@@ -36,7 +36,7 @@ def test_windows_are_open_at_none_and_take_minus_one_for_an_offset() -> None:
 
 
 def test_gradient_of_unused_values_is_uninitialised() -> None:
-    q, k, v = (tensor.requires_grad_() for tensor in _qkv(4, 6))
+    q, k, v = (tensor.requires_grad_() for tensor in _qkv(4, 6, dim=32))
     used = torch.tensor([3, 6], dtype=torch.int32)
     flash4.flash_attn_varlen_func(q, k, v, seqused_k=used)[0].sum().backward()
     assert v.grad is not None
@@ -44,6 +44,15 @@ def test_gradient_of_unused_values_is_uninitialised() -> None:
     assert v.grad[0, 3:].isnan().all()
     assert not v.grad[1].isnan().any()
     assert not k.grad.isnan().any()
+
+
+@pytest.mark.parametrize(("dim", "wrong"), [(16, True), (40, True), (80, True), (32, False), (96, False)])
+def test_gradients_are_wrong_where_head_dim_is_no_multiple_of_32(dim: int, wrong: bool) -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in _qkv(4, 6, dim=dim))
+    flash4.flash_attn_func(q, k, v)[0].sum().backward()
+    for tensor in (q, k, v):
+        assert tensor.grad is not None
+        assert bool(tensor.grad.isnan().all()) == wrong
 
 
 def test_lse_includes_the_sink() -> None:

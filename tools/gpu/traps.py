@@ -88,6 +88,32 @@ def _wide_value(device: str) -> Call:
     return call
 
 
+def _gradients_of(device: str, dim: int, **changes: Any) -> Call:
+    """Gradients over several tiles; `dim_v` and `kv_heads` are as for the query unless they are given."""
+    shape = (2, 320, changes.get("kv_heads", 4))
+    sizes = {"query": (2, 200, 4, dim), "key": (*shape, dim), "value": (*shape, changes.get("dim_v", dim))}
+    call: Call = {"enable_gqa": "kv_heads" in changes, "is_causal": True}
+    for name, size in sizes.items():
+        call[name] = torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True)
+    return call
+
+
+def _sweep() -> dict[str, Callable[[str], Call]]:
+    """Give gradients at every head dim that is a multiple of 8, with heads of their own and shared ones."""
+    found: dict[str, Callable[[str], Call]] = {}
+    for dim in range(8, 257, 8):
+        found[f"gradients, head_dim {dim}"] = lambda d, dim=dim: _gradients_of(d, dim)  # type: ignore[misc]
+        if dim % 24 == 0 or dim in (40, 80, 160):
+            found[f"gradients, head_dim {dim}, shared heads"] = (  # type: ignore[misc]
+                lambda d, dim=dim: _gradients_of(d, dim, kv_heads=2)
+            )
+    for dim, dim_v in ((64, 128), (128, 64), (96, 40), (40, 96), (192, 128)):
+        found[f"gradients, head_dim {dim} and {dim_v}"] = (  # type: ignore[misc]
+            lambda d, dim=dim, dim_v=dim_v: _gradients_of(d, dim, dim_v=dim_v)
+        )
+    return found
+
+
 TRAPS: dict[str, Callable[[str], Call]] = {
     "scale of zero": lambda d: _tensors(d) | {"scale": 0.0},
     "negative scale": lambda d: _tensors(d) | {"scale": -0.1},
@@ -113,6 +139,7 @@ TRAPS: dict[str, Callable[[str], Call]] = {
     "block mask made for one head": _block_of_one_head,
     "log-sum-exp": lambda d: _tensors(d) | {"return_lse": True},
     "log-sum-exp of rows without a key": lambda d: _dead_rows(d) | {"return_lse": True},
+    **_sweep(),
 }
 
 

@@ -3,6 +3,10 @@
 Sources: `flash_attn/cute/interface.py` of flash-attention, betas 0 to 36; 4.0.0b36 on an H100. Its checks are assert
 statements, which `python -O` drops, so none is relied on. A window's unbounded side is None: -1 would be an offset.
 The first call of each kind (dtype, head_dim, pattern, with or without lengths, lse, gradients) compiles for seconds.
+
+Its backward for sm90 rounds head_dim up to a multiple of 16 (`flash_bwd_sm90.py`), and what collects the gradients to
+one of 32 (`flash_bwd_postprocess.py`): where these differ, over several tiles, gradients are wrong without an error
+(head_dim 40, 72 and 80 on an H100). So head_dim is padded to a multiple of 32 for gradients.
 """
 
 from __future__ import annotations
@@ -90,7 +94,8 @@ class Flash4(Backend):
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
-        lowering = flash_like.lower(entry, self.declarations[spec.device_type], spec)
+        multiple = _head_dim_multiple(spec)
+        lowering = flash_like.lower(entry, self.declarations[spec.device_type], spec, head_dim_multiple=multiple)
         note = Conversion("compiles_first", "the first call of a kind compiles its kernel, which takes seconds")
         return Lowering(
             entry,
@@ -108,7 +113,12 @@ class Flash4(Backend):
         def kernel(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
             return kernels.attend(plan, call, parts.sinks)
 
-        return flash_like.attend(plan, query, key, value, parts, kernel)
+        return flash_like.attend(plan, query, key, value, parts, kernel, _head_dim_multiple(plan.spec))
+
+
+def _head_dim_multiple(spec: AttentionSpec) -> int:
+    """Say what head_dim is padded to a multiple of: see the module's words on the backward."""
+    return 32 if spec.needs_grad else 8
 
 
 def _head_dims(spec: AttentionSpec, arch: tuple[int, int]) -> Iterator[Reason]:
