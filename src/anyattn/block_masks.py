@@ -60,6 +60,9 @@ def _is_of_first_entry(block_mask: Any, batch: int, heads: int) -> bool:
     return torch.equal(made.to_dense() != 0, block_mask.to_dense() != 0)
 
 
+_BLOCK = (128, 128)
+"""Rows and columns of a block: torch's default."""
+
 _AT_ONCE = 1 << 26
 """How many positions (batch * heads * seqlen_q * seqlen_kv) of a function are written out at once."""
 
@@ -71,10 +74,10 @@ def make_block_mask(
     seqlen_q: int,
     seqlen_kv: int,
     device: torch.device,
-    block_size: tuple[int, int] = (128, 128),
+    block_size: tuple[int, int] = _BLOCK,
 ) -> Any:
     """Make what torch's `create_block_mask` makes, a band of rows at a time where the whole would take much memory."""
-    from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask
 
     options: dict[str, Any] = {"device": device, "BLOCK_SIZE": block_size}
     if torch.compiler.is_compiling() or (batch or 1) * (heads or 1) * seqlen_q * seqlen_kv <= _AT_ONCE:
@@ -86,11 +89,54 @@ def make_block_mask(
         for start in range(0, seqlen_q, band)
     ]
     found = torch.cat(counts, -2)
-    full = found == block_size[0] * block_size[1]
-    partial = (found > 0) & ~full
-    return BlockMask.from_kv_blocks(
-        *_ordered(partial), *_ordered(full), BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=(seqlen_q, seqlen_kv)
-    )
+    return _of_blocks(mask_mod, found > 0, found == block_size[0] * block_size[1], (seqlen_q, seqlen_kv), block_size)
+
+
+def make_band_block_mask(
+    mask_mod: MaskMod,
+    seqlen_q: int,
+    seqlen_kv: int,
+    device: torch.device,
+    *,
+    low: int | None = None,
+    high: int | None = None,
+    keys: Tensor | None = None,
+) -> Any:
+    """Make the block mask of a band and of keys, whose blocks are known without looking at every position.
+
+    Args:
+        mask_mod: What says of one position whether it is allowed.
+        seqlen_q: S_q.
+        seqlen_kv: S_kv, as the kernel gets it.
+        device: Where it is made.
+        low: The least `column - row` that is allowed; None is any.
+        high: The largest.
+        keys: Boolean `(B or 1, S_kv)`: which keys are allowed; None is all.
+    """
+    rows, columns = _BLOCK
+    top = torch.arange(0, seqlen_q, rows, device=device)[:, None]
+    first = torch.arange(0, seqlen_kv, columns, device=device)
+    least = first - (top + (rows - 1)).clamp(max=seqlen_q - 1)
+    most = (first + (columns - 1)).clamp(max=seqlen_kv - 1) - top
+    # torch takes what lies beyond the ends for forbidden, so that blocks there are never whole.
+    some, whole = most >= least, (top + rows <= seqlen_q) & (first + columns <= seqlen_kv)
+    if low is not None:
+        some, whole = some & (most >= low), whole & (least >= low)
+    if high is not None:
+        some, whole = some & (least <= high), whole & (most <= high)
+    some, whole = some[None, None], whole[None, None]
+    if keys is not None:
+        each = F.pad(keys, (0, -seqlen_kv % columns)).view(keys.shape[0], 1, 1, -1, columns)
+        some, whole = some & each.any(-1), whole & each.all(-1)
+    return _of_blocks(mask_mod, some, whole, (seqlen_q, seqlen_kv), _BLOCK)
+
+
+def _of_blocks(mask_mod: MaskMod, some: Tensor, whole: Tensor, lengths: tuple[int, int], size: tuple[int, int]) -> Any:
+    """Make a block mask of which blocks have any allowed position, and which have no other."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    partial = _ordered(some & ~whole)
+    return BlockMask.from_kv_blocks(*partial, *_ordered(whole), BLOCK_SIZE=size, mask_mod=mask_mod, seq_lengths=lengths)
 
 
 def _from_row(mask_mod: MaskMod, start: int) -> MaskMod:

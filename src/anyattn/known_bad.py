@@ -295,6 +295,15 @@ TABLE: tuple[KnownBad, ...] = (
         device_type="cpu",
     ),
     KnownBad(
+        "flex-cuda-strides",
+        ("flex (compiled)",),
+        "wrong results, and float32 computed in TF32",
+        "query, key or value whose head_dim isn't contiguous",
+        lambda s: not s.storage.unit_stride,
+        "contiguous tensors (done by anyattn)",
+        "seen on an H100 with torch 2.11",
+    ),
+    KnownBad(
         "flex-block-mask-one-head",
         ("flex (compiled)",),
         "head 0's blocks are used for every head",

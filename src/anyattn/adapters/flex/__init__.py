@@ -83,7 +83,8 @@ class Flex(Backend):
         notes = [Conversion("compiled" if compiled else "eager", why)]
         rows = hits(("flex (compiled)",), spec, env) if compiled else ()
         found = {row.name: row for row in rows}
-        tail, strides = found.get("flex-cpu-tail"), found.get("flex-cpu-strides")
+        tail = found.get("flex-cpu-tail")
+        strides = found.get("flex-cpu-strides") or found.get("flex-cuda-strides")
         if tail is not None:
             text = f"keys padded to a multiple of 16 and masked: {tail.what} otherwise ({tail.link})"
             notes.append(Conversion("pad_keys", text))

@@ -51,8 +51,9 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     }
     if with_lse:
         arguments |= _lse_request()
-    if _has_large_tiles(spec):
-        arguments["kernel_options"] = {"BLOCK_N": 32}
+    tiles = _tiles(spec)
+    if tiles:
+        arguments["kernel_options"] = tiles
     if plan.lowering.compiled or _warned:
         result = call(query, key, value, **arguments)
     else:
@@ -71,13 +72,26 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     return out, lse
 
 
-def _has_large_tiles(spec: AttentionSpec) -> bool:
-    """Whether tiles of the bias, which are kept in shared memory beside those of key and value, are twice as wide.
+def _tiles(spec: AttentionSpec) -> dict[str, int]:
+    """Give the tiles of a kernel for CUDA beside a dense mask, whose tiles are kept in shared memory too.
 
-    With the tiles that inductor picks for head_dim 64 on an H100 they need 240 KiB of its 227 (torch 2.11).
+    With inductor's choice they need more of it than an H100's 227 KiB (torch 2.11): float32 biases of half-precision
+    tensors from head_dim 64 on, as their tiles are twice as wide, and any dense mask beyond head_dim 128, which is
+    rounded up to 256. BLOCK_M and BLOCK_N are the forward's, the others the backward's.
     """
     dense = spec.mask.dense
-    return spec.device_type == "cuda" and dense is not None and dense.dtype.itemsize > spec.dtype.itemsize
+    if spec.device_type != "cuda" or dense is None:
+        return {}
+    dim = max(spec.head_dim, spec.head_dim_v)
+    backward = {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+    if dim > 128:
+        # The backward of float32 has tiles of 16 anyway.
+        return (
+            {"BLOCK_M": 32, "BLOCK_N": 16} if spec.dtype == torch.float32 else {"BLOCK_M": 64, "BLOCK_N": 32} | backward
+        )
+    if dense.dtype.itemsize > spec.dtype.itemsize:
+        return {"BLOCK_N": 32} | (backward if dim > 64 else {})
+    return {}
 
 
 def _with_huge_biases(lse: Tensor, plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.backend import Parts, Plan
-from anyattn.block_masks import make_block_mask
+from anyattn.block_masks import make_band_block_mask, make_block_mask
 from anyattn.lowering import HUGE, key_mask
 from anyattn.mask_functions import MaskFunction
 from anyattn.masks import serial_of
@@ -57,24 +57,22 @@ def block_mask_of(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_k
         return _function_block_mask(plan, parts, given, query, key, seqlen_kv)
     eager = parts.key is None and not plan.lowering.pad_keys and not torch.compiler.is_compiling()
     if eager and given is None and spec.mask.pattern is not None:
-        return _pattern_block_mask(spec.mask.pattern, query.shape[2], seqlen_kv, query.device)
+        return _pattern_block_mask(plan, parts, query, key, seqlen_kv)
     name: Any = None
     if eager and given is not None:
         name = (serial_of(given), spec.mask.pattern, plan.lowering.compiled, query.shape[:3], seqlen_kv)
         if name in _patterns:
             return _patterns[name]
     mask_mod = _mask_mod(plan, parts, query.shape[2], seqlen_kv)
-    if given is None and mask_mod is None:
-        return None
-    if given is not None and block is not None:
-        if mask_mod is None and plan.lowering.compiled and not block.is_partial:
-            return given
-        padded_from = seqlen_kv if plan.lowering.pad_keys else None
-        theirs = given.mask_mod if block.is_partial else _with_blocks(given)
-        mask_mod = _both(mask_mod, theirs, padded_from)
-    assert mask_mod is not None
-    per_batch = parts.key is not None or (block is not None and (block.per_batch or block.batch > 1))
-    per_head = block is not None and (block.per_head or block.heads > 1)
+    if given is None:
+        return None if mask_mod is None else _band_block_mask(plan, parts, mask_mod, query, key, seqlen_kv)
+    assert block is not None
+    if mask_mod is None and plan.lowering.compiled and not block.is_partial:
+        return given
+    theirs = given.mask_mod if block.is_partial else _with_blocks(given)
+    mask_mod = _both(mask_mod, theirs, seqlen_kv if plan.lowering.pad_keys else None)
+    per_batch = parts.key is not None or block.per_batch or block.batch > 1
+    per_head = block.per_head or block.heads > 1
     batch, heads = query.shape[0] if per_batch else None, query.shape[1] if per_head else None
     made = make_block_mask(mask_mod, batch, heads, query.shape[2], key.shape[2], query.device)
     if name is not None and not torch.is_inference_mode_enabled():
@@ -104,17 +102,31 @@ def _function_block_mask(
 _patterns: dict[Any, Any] = {}
 
 
-def _pattern_block_mask(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int, device: torch.device) -> Any:
-    """Make the block mask of a pattern alone, once per shape and device: making one reads every position."""
-    key = (pattern, seqlen_q, seqlen_kv, device)
-    found = _patterns.get(key)
+def _pattern_block_mask(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_kv: int) -> Any:
+    """Make the block mask of a pattern alone, once per shape and device."""
+    name = (plan.spec.mask.pattern, query.shape[2], seqlen_kv, query.device)
+    found = _patterns.get(name)
     if found is not None:
         return found
+    mask_mod = _mask_mod(plan, parts, query.shape[2], seqlen_kv)
+    assert mask_mod is not None
     # Tensors born in inference mode or inside a CUDA graph must not be met outside again.
     with torch.inference_mode(False), torch.no_grad():
-        made = make_block_mask(_pattern_mod(pattern, seqlen_q, seqlen_kv), None, None, seqlen_q, seqlen_kv, device)
-    _keep(key, made, device)
+        made = _band_block_mask(plan, parts, mask_mod, query, key, seqlen_kv)
+    _keep(name, made, query.device)
     return made
+
+
+def _band_block_mask(plan: Plan, parts: Parts, mask_mod: Mod, query: Tensor, key: Tensor, seqlen_kv: int) -> Any:
+    """Make the block mask of a pattern, a key mask and padded keys, whose blocks follow from their bounds."""
+    pattern, seqlen_q, padded = plan.spec.mask.pattern, query.shape[2], key.shape[2]
+    low, high = (None, None) if pattern is None else _bounds(pattern, seqlen_q, seqlen_kv)
+    keys = None if parts.key is None else key_mask(parts.key, seqlen_kv)[:, 0, 0]
+    if keys is None and plan.lowering.pad_keys:
+        keys = torch.arange(padded, device=query.device)[None] < seqlen_kv
+    elif keys is not None:
+        keys = F.pad(keys, (0, padded - seqlen_kv))
+    return make_band_block_mask(mask_mod, seqlen_q, padded, query.device, low=low, high=high, keys=keys)
 
 
 def _keep(key: Any, made: Any, device: torch.device) -> None:
@@ -165,16 +177,19 @@ def _mask_mod(plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Mod | 
     return mask_mod
 
 
-def _pattern_mod(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int) -> Mod:
-    left, right = pattern.left, pattern.right
+def _bounds(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int) -> tuple[int | None, int | None]:
+    """Give the least and the largest `column - row` that a pattern allows; None is any."""
     offset = seqlen_kv - seqlen_q if pattern.align == "lower_right" else 0
+    low = None if pattern.left == -1 else offset - pattern.left
+    return low, None if pattern.right == -1 else offset + pattern.right
+
+
+def _pattern_mod(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int) -> Mod:
+    low, high = _bounds(pattern, seqlen_q, seqlen_kv)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        if left == -1:
-            return kv <= q + offset + right
-        if right == -1:
-            return kv >= q + offset - left
-        return (kv <= q + offset + right) & (kv >= q + offset - left)
+        allowed = kv >= 0 if low is None else kv >= q + low
+        return allowed if high is None else allowed & (kv <= q + high)
 
     return mask_mod
 
