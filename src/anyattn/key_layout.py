@@ -1,24 +1,18 @@
 """Key masks for kernels that take lengths: the allowed keys are moved to the front, on the device.
 
 Attention doesn't care for the order of keys, so a kernel that is told "the first n keys of each batch entry" does any
-key mask once the allowed keys are the first n. No value is read. How they move is worked out once per mask and kept
-while the mask lives and isn't written to; never for a tensor that is traced, captured in a CUDA graph, or without a
-version counter.
+key mask once the allowed keys are the first n. No value is read. How they move is worked out once per mask, and kept.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from anyattn.kept import kept
 from anyattn.lowering import key_mask
-
-_MOST_MASKS = 64
 
 
 class KeyLayout(NamedTuple):
@@ -64,12 +58,12 @@ def key_layout(key: Tensor, batch: int, seqlen_kv: int, *, prefix: bool, grad: b
         grad: Whether gradients flow back to key or value.
     """
     what = ("front", batch, seqlen_kv, prefix, grad)
-    return _kept(key, what, lambda: _front(key, batch, seqlen_kv, prefix, grad))  # type: ignore[no-any-return]
+    return kept(key, what, lambda: _front(key, batch, seqlen_kv, prefix, grad))  # type: ignore[no-any-return]
 
 
 def packed_keys(key: Tensor, batch: int, seqlen_kv: int) -> PackedKeys:
     """Work out how a mask's keys stand one after the other, or give what is kept; arguments as for `key_layout`."""
-    return _kept(key, ("packed", batch, seqlen_kv), lambda: _packed(key, batch, seqlen_kv))  # type: ignore[no-any-return]
+    return kept(key, ("packed", batch, seqlen_kv), lambda: _packed(key, batch, seqlen_kv))  # type: ignore[no-any-return]
 
 
 def kept_padding(key: Tensor, seqlen_kv: int) -> Tensor:
@@ -78,7 +72,7 @@ def kept_padding(key: Tensor, seqlen_kv: int) -> Tensor:
         return key_mask(key, seqlen_kv)
     if key.is_cpu:
         return key_mask(key, seqlen_kv)  # NumPy writes to it without torch's counting, and it costs little
-    return _kept(key, ("padding", seqlen_kv), lambda: key_mask(key, seqlen_kv))  # type: ignore[no-any-return]
+    return kept(key, ("padding", seqlen_kv), lambda: key_mask(key, seqlen_kv))  # type: ignore[no-any-return]
 
 
 def _front(key: Tensor, batch: int, seqlen_kv: int, prefix: bool, grad: bool) -> KeyLayout:
@@ -117,73 +111,6 @@ def _moves(allowed: Tensor) -> tuple[Tensor, Tensor]:
     back = torch.where(allowed, before - 1, before[..., -1:] + place - before)
     order = torch.empty_like(back).scatter_(-1, back, place.expand_as(back))
     return order, back
-
-
-class _Slot:
-    """What is kept for one mask: it is good while the tensor is the same object, at the same version."""
-
-    __slots__ = ("found", "place", "reference", "version")
-
-    def __init__(self, reference: weakref.ref[Tensor], version: int, place: int) -> None:
-        self.reference = reference
-        self.version = version
-        self.place = place
-        self.found: dict[Any, Any] = {}
-
-
-_slots: dict[int, _Slot] = {}
-# Reentrant: collecting garbage inside it may end a mask, whose end is told here.
-_lock = threading.RLock()
-
-
-def _kept(key: Tensor, what: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    if torch.compiler.is_compiling() or not _may_be_kept(key):
-        return make()
-    # Work queued on one stream may not be finished when another uses it: each stream has its own.
-    stream = torch.cuda.current_stream(key.device).cuda_stream if key.is_cuda else 0
-    name, version, place = id(key), key._version, key.data_ptr()
-    slot = _slots.get(name)
-    if slot is None or slot.reference() is not key or slot.version != version or slot.place != place:
-        slot = _new_slot(name, key, version, place)
-    what = (*what, stream)
-    found = slot.found.get(what)
-    if found is None:
-        # Born outside inference mode, so that a training step may meet it later.
-        with torch.inference_mode(False), torch.no_grad():
-            found = make()
-        slot.found[what] = found
-    return found
-
-
-def _may_be_kept(key: Tensor) -> bool:
-    if type(key) is not Tensor or key.is_inference() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(key):
-        return False
-    # In a graph the work has to be replayed: the mask may hold other values then.
-    return not (key.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _new_slot(name: int, key: Tensor, version: int, place: int) -> _Slot:
-    def gone(reference: weakref.ref[Tensor]) -> None:
-        # Another tensor may have got the id since.
-        with _lock:
-            found = _slots.get(name)
-            if found is not None and found.reference is reference:
-                del _slots[name]
-
-    slot = _Slot(weakref.ref(key, gone), version, place)
-    with _lock:
-        if len(_slots) >= _MOST_MASKS:
-            _slots.pop(next(iter(_slots)))
-        _slots[name] = slot
-    return slot
-
-
-def forget() -> None:
-    """Drop everything that is kept."""
-    with _lock:
-        _slots.clear()
 
 
 class _Moved(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch import Tensor
 from anyattn.backend import Output, Parts
 from anyattn.block_masks import written_out
 from anyattn.capabilities import Capabilities, needs_dense
+from anyattn.kept import kept
 from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Mask
 from anyattn.reasons import Conversion
@@ -108,6 +109,10 @@ HUGE = 1e38
 """From minus this on, biases are drawn together by `within_base_2`."""
 
 
+_DRAWN = (torch.bfloat16, torch.float32)
+"""The dtypes whose finfo.min is below what base 2 has room for, and what isn't computed in float64."""
+
+
 def within_base_2(bias: Tensor) -> Tensor:
     """Draw biases near finfo.min together, so that the factor log2(e) doesn't make -inf of them.
 
@@ -115,11 +120,41 @@ def within_base_2(bias: Tensor) -> Tensor:
     finfo.min counts as a row without a key. Scores are below the last place beside such biases, so that only the order
     of these matters, which is kept: below -HUGE, distances are halved. Gradients pass unchanged; -inf stays.
     """
-    if bias.dtype not in (torch.bfloat16, torch.float32):
+    if bias.dtype not in _DRAWN:
         return bias
-    plain = bias.detach()
+    plain = _once(bias.detach())
     drawn = torch.maximum(plain, torch.rsub(plain, -HUGE / 2, alpha=-0.5))
-    return bias + (drawn - plain).nan_to_num(0.0) if bias.requires_grad else drawn
+    return bias + (drawn - plain).nan_to_num(0.0) if bias.requires_grad else drawn.expand(bias.shape)
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """Give a tensor without its repetitions: length 1 where the stride is 0."""
+    if not torch.compiler.is_compiling():
+        for axis, stride in enumerate(tensor.stride()):
+            if stride == 0 and tensor.shape[axis] > 1:
+                tensor = tensor.narrow(axis, 0, 1)
+    return tensor
+
+
+_MOST_KEPT_BYTES = 1 << 25
+"""The largest bias whose drawn copy is kept; for a larger one it is made at each call."""
+
+
+def kept_within_base_2(bias: Tensor) -> Tensor:
+    """Give `within_base_2` of a caller's tensor, worked out once where that takes at most 32 MiB and no gradient."""
+    if bias.dtype not in _DRAWN or bias.requires_grad or bias.numel() * bias.element_size() > _MOST_KEPT_BYTES:
+        return within_base_2(bias)
+    return kept(bias, ("base 2",), lambda: within_base_2(bias))  # type: ignore[no-any-return]
+
+
+def kept_key_bias(key: Tensor, seqlen_kv: int, dtype: torch.dtype) -> Tensor:
+    """Give a key mask as a bias `(B or 1, 1, 1, S_kv)` of 0 and -inf with aligned rows, worked out once per mask."""
+
+    def make() -> Tensor:
+        bias = key_mask(key, seqlen_kv).to(dtype).log_()
+        return F.pad(bias, (0, -seqlen_kv % 16))[..., :seqlen_kv] if seqlen_kv % 16 else bias
+
+    return kept(key, ("bias", seqlen_kv, dtype), make)  # type: ignore[no-any-return]
 
 
 def aligned_bias(mask: Tensor, query: Tensor, key: Tensor, *, strict: bool = False) -> Tensor:
@@ -132,8 +167,8 @@ def aligned_bias(mask: Tensor, query: Tensor, key: Tensor, *, strict: bool = Fal
         strict: Whether strides have to be such multiples along dimensions of length 1 too.
     """
     # The logarithm of 1 and 0 is 0 and -inf, in fewer launches than a choice between the two.
-    bias = mask.to(query.dtype).log_() if mask.dtype == torch.bool else within_base_2(mask)
-    made_here = bias is not mask
+    made_here = mask.dtype == torch.bool
+    bias = mask.to(query.dtype).log_() if made_here else mask
     length = key.shape[2]
     if bias.shape[-1] != length:
         bias = bias.expand(*bias.shape[:-1], length)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyattn import key_layout as module
+from anyattn import kept as module
 from anyattn.key_layout import key_layout, packed_keys, to_front, to_packed
 
 BATCH, SEQLEN, HEADS, DIM = 3, 11, 2, 4

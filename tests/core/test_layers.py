@@ -15,6 +15,7 @@ LAYERS = {
     0: ("errors", "reasons", "names", "mask_functions", "masks", "spec", "environment", "version", "decision", "_runs"),
     1: ("policy", "patterns", "capabilities", "kernel_source", "_in_force"),
     2: (
+        "kept",
         "key_layout",
         "known_bad",
         "backend",

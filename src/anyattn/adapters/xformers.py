@@ -23,7 +23,7 @@ from anyattn.capabilities import Capabilities, kernel_pattern, needs_dense
 from anyattn.environment import Arch, Environment
 from anyattn.flash_like import KernelCall
 from anyattn.kernel_source import FUNCTIONS, Package, package_reasons
-from anyattn.lowering import aligned_bias, joined_mask, mask_conversions, normalise_lse, with_huge_biases
+from anyattn.lowering import aligned_bias, joined_mask, mask_conversions, normalise_lse, with_huge_biases, within_base_2
 from anyattn.patterns import KernelPattern
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import UNKNOWN, AttentionSpec, MaskSpec
@@ -207,7 +207,8 @@ def _call(plan: Plan, call: KernelCall, parts: Parts) -> tuple[Tensor, Tensor | 
     if plan.lowering.dense:
         mask = joined_mask(spec, parts, seqlen_q, seqlen_kv, query.device, pattern=True)
         assert mask is not None
-        bias = aligned_bias(mask, query.transpose(1, 2), key.transpose(1, 2), strict=True)
+        told = mask if mask.dtype == torch.bool else within_base_2(mask)
+        bias = aligned_bias(told, query.transpose(1, 2), key.transpose(1, 2), strict=True)
     query, key, value = _heads(plan, query, key, value)
     lse: Tensor | None = None
     if spec.needs_grad:

@@ -19,6 +19,8 @@ from anyattn.lowering import (
     additive,
     aligned_bias,
     joined_mask,
+    kept_key_bias,
+    kept_within_base_2,
     normalise_lse,
     realigned,
     repeat_heads,
@@ -35,8 +37,6 @@ _Entry = Callable[[AttentionSpec, Tensor, Tensor, Tensor, "Tensor | None", bool]
 def _sdpa(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, None]:
-    if mask is not None and spec.device_type == "cuda" and mask.dtype != torch.bool:
-        mask = within_base_2(mask)
     out = F.scaled_dot_product_attention(
         query, key, value, mask, spec.dropout_p, is_causal, scale=spec.scale, enable_gqa=spec.is_gqa
     )
@@ -152,13 +152,15 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     dtype = query.dtype
     if lowering.upcast:
         query, key, value = query.float(), key.float(), value.float()
+    given = parts
     if parts.key is not None:
         parts = parts._replace(key=kept_padding(parts.key, key.shape[2]))
     lengths, pattern = (query.shape[2], key.shape[2]), not lowering.is_causal
     mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0])
     if mask is not None and misread(spec):
         mask = mask.to(query.dtype)
-    out, lse = _ENTRIES[lowering.entry](spec, query, key, value, mask, lowering.is_causal)
+    told = _told(mask, given, plan, query.dtype)
+    out, lse = _ENTRIES[lowering.entry](spec, query, key, value, told, lowering.is_causal)
     if lowering.upcast:
         out = out.to(dtype)
     if spec.layout == "BSHD":
@@ -171,6 +173,23 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if mask is not None and spec.device_type == "cuda" and mask.dtype in (torch.bfloat16, torch.float32):
         lse = with_huge_biases(lse, mask)
     return out, lse
+
+
+_BASE_2 = frozenset(("sdpa", "sdpa_additive", "efficient", "cudnn"))
+_ADDITIVE = frozenset(("sdpa_additive", "efficient", "cudnn"))
+
+
+def _told(mask: Tensor | None, given: Parts, plan: Plan, dtype: torch.dtype) -> Tensor | None:
+    """Give the mask that an entry for CUDA is told: what can be worked out of the caller's tensor once, is."""
+    spec, entry = plan.spec, plan.lowering.entry
+    if mask is None or spec.device_type != "cuda" or entry not in _BASE_2:
+        return mask
+    if mask.dtype != torch.bool:
+        return kept_within_base_2(mask) if mask is given.dense else within_base_2(mask)
+    pattern = spec.mask.pattern is not None and not plan.lowering.is_causal
+    if given.key is None or given.dense is not None or given.block is not None or pattern or entry not in _ADDITIVE:
+        return mask
+    return kept_key_bias(given.key, mask.shape[-1], dtype)
 
 
 def misread(spec: AttentionSpec) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anyattn.adapters.native.kernels import misread
 from anyattn.backend import MaskedRunner, Plan, Runner
-from anyattn.lowering import aligned_bias, wide, within_base_2
+from anyattn.lowering import aligned_bias, kept_key_bias, kept_within_base_2, wide
 from anyattn.spec import AttentionSpec
 
 
@@ -42,7 +42,9 @@ def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
     spec, lowering = plan.spec, plan.lowering
     if lowering.entry not in ("sdpa", "sdpa_additive") or lowering.copy:
         return None
-    if spec.sinks or spec.mask.key == "lengths" or spec.mask.block is not None or misread(spec):
+    if spec.sinks or spec.mask.block is not None or misread(spec):
+        return None
+    if spec.mask.key == "lengths" and lowering.entry != "sdpa_additive":
         return None
     if (spec.mask.key is not None) + (spec.mask.dense is not None) > 1:
         return None
@@ -72,11 +74,22 @@ def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
 
 def _made_mask(plan: Plan) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
     """Give what makes SDPA's tensor out of a mask, a query and a key; None where SDPA takes the mask as it is."""
+    if plan.spec.mask.key is not None and plan.lowering.entry == "sdpa_additive":
+
+        def of_keys(attn_mask: Any, query: Tensor, key: Tensor) -> Tensor:
+            given = attn_mask if isinstance(attn_mask, Tensor) else attn_mask.key
+            return aligned_bias(kept_key_bias(given, key.shape[2], query.dtype), query, key)
+
+        return of_keys
     if plan.lowering.entry == "sdpa_additive":
         return lambda attn_mask, query, key: aligned_bias(wide(attn_mask), query, key)
     dense = plan.spec.mask.dense
     if plan.spec.device_type == "cuda" and dense is not None and dense.dtype in (torch.bfloat16, torch.float32):
-        return lambda attn_mask, query, key: within_base_2(wide(attn_mask))
+
+        def of_bias(attn_mask: Any, query: Tensor, key: Tensor) -> Tensor:
+            return wide(kept_within_base_2(attn_mask if isinstance(attn_mask, Tensor) else attn_mask.dense))
+
+        return of_bias
     return None
 
 
