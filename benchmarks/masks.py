@@ -189,7 +189,8 @@ def forward(name: str, backends: list[str], rounds: int) -> dict[str, Any]:
             "sdpa over anyattn": ratios(rows, lambda row, name: row[SDPA] / row[name]),
         }
     found["chosen"] = {
-        kind: _named(anyattn.explain(q, k, v, first(), enable_gqa=gqa)) for kind, first in firsts.items()
+        kind: _named(anyattn.explain(q, k, v, first(), enable_gqa=gqa, backend="auto"))
+        for kind, first in firsts.items()
     }
     return found
 

@@ -100,17 +100,26 @@ def compile(device: str, backends: str) -> dict[str, Any]:
     """Trace each backend with fullgraph=True and dynamic lengths, with inductor, forward and backward."""
     found: dict[str, Any] = {}
     for name in backends.split(","):
-        found[name] = {"forward": _compiled(name, device, grad=False)}
-        if found[name]["forward"]["outcome"] == "right":
-            found[name]["gradients"] = _compiled(name, device, grad=True)
+        found[name] = {}
+        for kind in ("causal", "key lengths", "mask function"):
+            forward = _compiled(name, device, kind, grad=False)
+            found[name][kind] = {"forward": forward}
+            if forward["outcome"] == "right":
+                found[name][kind]["gradients"] = _compiled(name, device, kind, grad=True)
     return found
 
 
-def _compiled(name: str, device: str, *, grad: bool) -> dict[str, Any]:
+def _compiled(name: str, device: str, kind: str, *, grad: bool) -> dict[str, Any]:
     torch._dynamo.reset()
+    frames = anyattn.masks.frame_causal(64)
 
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return anyattn.attention(q, k, v, is_causal=True, backend=name)  # type: ignore[return-value]
+    def mask_of(lengths: torch.Tensor) -> Any:
+        if kind == "causal":
+            return anyattn.masks.Causal()
+        return anyattn.masks.KeyLengths(lengths) if kind == "key lengths" else frames
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return anyattn.attention(q, k, v, mask_of(lengths), backend=name)  # type: ignore[return-value]
 
     run = torch.compile(call, fullgraph=True, dynamic=True)
     worst = 0.0
@@ -118,7 +127,8 @@ def _compiled(name: str, device: str, *, grad: bool) -> dict[str, Any]:
         with torch.set_grad_enabled(grad):
             for seqlen in (192, 200, 256):
                 inputs = [tensor.requires_grad_(grad) for tensor in _inputs(device, (2, seqlen, 4, 64))]
-                out, truth = run(*inputs), reference.attention(*inputs, anyattn.masks.Causal())[0]
+                lengths = torch.tensor([seqlen, seqlen - 70], device=device)
+                out, truth = run(*inputs, lengths), reference.attention(*inputs, mask_of(lengths))[0]
                 pairs = [(out, truth)]
                 if grad:
                     flow = torch.randn_like(out)
