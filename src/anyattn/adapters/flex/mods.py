@@ -158,23 +158,30 @@ def _mask_mod(plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Mod | 
     """Make the function of a pattern, a key mask and padded keys."""
     pattern = plan.spec.mask.pattern
     inside = None if pattern is None else _pattern_mod(pattern, seqlen_q, seqlen_kv)
-    keys = None if parts.key is None else key_mask(parts.key, seqlen_kv)[:, 0, 0]
-    padded = plan.lowering.pad_keys
-    if pattern is None and keys is None and not padded:
+    allowed_key = None if parts.key is None else _key_mod(parts.key, seqlen_kv, padded=plan.lowering.pad_keys)
+    if inside is None and allowed_key is None and not plan.lowering.pad_keys:
         return None
-    per_batch = keys is not None and keys.shape[0] > 1
-    if keys is not None and padded:
-        keys = F.pad(keys, (0, -seqlen_kv % 16))
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         allowed = kv < seqlen_kv
         if inside is not None:
             allowed = allowed & inside(b, h, q, kv)
-        if keys is not None:
-            allowed = allowed & keys[b if per_batch else b * 0, kv]
+        if allowed_key is not None:
+            allowed = allowed & allowed_key(b, h, q, kv)
         return allowed
 
     return mask_mod
+
+
+def _key_mod(key: Tensor, seqlen_kv: int, *, padded: bool) -> Mod:
+    """Make the function of a key mask; lengths are compared with, so that no tensor is made of them."""
+    if key.dtype != torch.bool:
+        return lambda b, h, q, kv: kv < key[b]
+    keys = key.squeeze(1).squeeze(1) if key.dim() == 4 else key
+    per_batch = keys.shape[0] > 1
+    if padded:
+        keys = F.pad(keys, (0, -seqlen_kv % 16))
+    return lambda b, h, q, kv: keys[b if per_batch else b * 0, kv]
 
 
 def _bounds(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int) -> tuple[int | None, int | None]:
