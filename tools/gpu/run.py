@@ -155,6 +155,14 @@ def part(name: str, options: argparse.Namespace, save: Save) -> Any:
         return child([str(HERE.parents[1] / "benchmarks" / "overhead.py"), "--device", device, "--json", "-"], 600)
     if name == "laws":
         return laws(device, backends, options, save)
+    if name == "compile":
+
+        def compiled(backend: str) -> dict[str, Any]:
+            row = child([str(HERE / "parts.py"), name, device, backend], options.timeout)
+            return row.get(backend, row)  # type: ignore[no-any-return]
+
+        with ThreadPoolExecutor(options.workers) as pool:
+            return dict(zip(backends, pool.map(compiled, backends), strict=True))
     return child([str(HERE / "parts.py"), name, device, options.backends], options.timeout)
 
 
