@@ -60,6 +60,7 @@ class Lowering:
         upcast: Whether query, key and value are computed with as float32, and the output cast back.
         pad_keys: Whether keys are padded to a multiple of 16, and masked.
         pattern: The pattern as the kernel is told it, with the rows and keys that are left.
+        head_dims: What head_dim and head_dim_v are padded to, where the adapter pads them.
         keys: How a key mask reaches the kernel: `"lengths"` (the allowed keys are the first), `"front"` (they are moved
             there), `"packed"` (all entries' keys one after the other), or empty.
         conversions: What is done, for people.
@@ -74,6 +75,7 @@ class Lowering:
     upcast: bool = False
     pattern: KernelPattern | None = None
     keys: Literal["", "lengths", "front", "packed"] = ""
+    head_dims: tuple[int, int] | None = None
     conversions: tuple[Conversion, ...] = ()
 
 

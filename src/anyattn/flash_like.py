@@ -55,7 +55,13 @@ Kernel = Callable[[Plan, KernelCall], tuple[Tensor, Tensor | None]]
 
 
 def lower(
-    entry: str, caps: Capabilities, spec: AttentionSpec, *, packs: bool = False, head_dim_multiple: int = 8
+    entry: str,
+    caps: Capabilities,
+    spec: AttentionSpec,
+    *,
+    packs: bool = False,
+    head_dim_multiple: int = 8,
+    same_head_dims: bool = False,
 ) -> Lowering:
     """Describe how a call reaches a kernel of this kind.
 
@@ -64,15 +70,20 @@ def lower(
         caps: The backend's declaration.
         spec: The call.
         packs: Whether key masks are told as cumulative lengths of packed keys, for a kernel without lengths.
-        head_dim_multiple: What head_dim is padded to a multiple of.
+        head_dim_multiple: What head_dim and head_dim_v are padded to multiples of.
+        same_head_dims: Whether the smaller of them is padded to the larger.
     """
     notes: list[Conversion] = []
     copy = not (spec.storage.aligned and spec.storage.unit_stride)
     if copy:
         text = "query, key and value copied: the kernel needs 16-byte aligned rows and a contiguous head_dim"
         notes.append(Conversion("copy", text))
-    if spec.head_dim % head_dim_multiple or spec.head_dim_v % head_dim_multiple:
-        notes.append(Conversion("pad_head_dim", f"head_dim padded to a multiple of {head_dim_multiple}"))
+    dim, dim_v = (-(-size // head_dim_multiple) * head_dim_multiple for size in (spec.head_dim, spec.head_dim_v))
+    if same_head_dims:
+        dim = dim_v = max(dim, dim_v)
+    if (dim, dim_v) != (spec.head_dim, spec.head_dim_v):
+        what = f"head_dim padded to {dim}" if dim == dim_v else f"head_dim and head_dim_v padded to {dim} and {dim_v}"
+        notes.append(Conversion("pad_head_dim", f"{what}, with zeros"))
     pattern = kernel_pattern(caps, spec)
     asked = spec.mask.pattern
     if pattern is not None and asked is not None and not spec.same_lengths and pattern.align != asked.align:
@@ -88,7 +99,8 @@ def lower(
             "front": "key mask: the allowed keys are moved to the front, and told as lengths",
         }
         notes.append(Conversion(f"keys_{keys}", how[keys]))
-    return Lowering(entry, copy=copy, pattern=pattern, keys=keys, conversions=tuple(notes))  # type: ignore[arg-type]
+    head_dims, conversions = (dim, dim_v), tuple(notes)
+    return Lowering(entry, copy=copy, pattern=pattern, keys=keys, head_dims=head_dims, conversions=conversions)  # type: ignore[arg-type]
 
 
 def keys_left(spec: AttentionSpec, pattern: KernelPattern) -> int:
@@ -113,9 +125,7 @@ def misreads_right_side(spec: AttentionSpec, pattern: KernelPattern) -> bool:
     return pattern.right == -1 and pattern.left >= 0 and rows - 1 > keys
 
 
-def attend(
-    plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, kernel: Kernel, head_dim_multiple: int = 8
-) -> Output:
+def attend(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, kernel: Kernel) -> Output:
     """Run a lowered call: bring it to the kernel's terms, call it, and bring the results back."""
     spec, lowering = plan.spec, plan.lowering
     if spec.layout == "BHSD":
@@ -123,7 +133,9 @@ def attend(
     if lowering.copy:
         query, key, value = realigned(query), realigned(key), realigned(value)
     head_dim_v = value.shape[-1]
-    query, key, value = (_padded(tensor, head_dim_multiple) for tensor in (query, key, value))
+    assert lowering.head_dims is not None
+    dim, dim_v = lowering.head_dims
+    query, key, value = _padded(query, dim), _padded(key, dim), _padded(value, dim_v)
     if spec.packed:
         return _attend_packed(plan, query, key, value, parts, kernel, head_dim_v)
     pattern = lowering.pattern
@@ -192,6 +204,5 @@ def _call(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, l
     return KernelCall(query, key, value, left, right, layout.lengths, None, None, seqlen_q, seqlen_kv)
 
 
-def _padded(tensor: Tensor, multiple: int) -> Tensor:
-    left_over = tensor.shape[-1] % multiple
-    return F.pad(tensor, (0, multiple - left_over)) if left_over else tensor
+def _padded(tensor: Tensor, dim: int) -> Tensor:
+    return F.pad(tensor, (0, dim - tensor.shape[-1])) if tensor.shape[-1] != dim else tensor

@@ -103,12 +103,26 @@ def test_call_without_a_kernel_is_refused(backend: str, changes: dict[str, objec
     assert code in _codes(backend, _spec(**changes), env)
 
 
-@pytest.mark.parametrize(("dim", "grads", "padded"), [(40, True, 32), (40, False, 0), (44, False, 8), (96, True, 0)])
-def test_flash4_pads_head_dims_further_for_gradients(dim: int, grads: bool, padded: int) -> None:
-    spec = _spec(head_dim=dim, head_dim_v=dim, requires_grad=("query",) if grads else ())
-    decision = anyattn.explain(spec, env=_machine("h100", FLASH4), backend="flash4")
-    said = [note.text for note in decision.conversions if note.code == "pad_head_dim"]
-    assert said == ([f"head_dim padded to a multiple of {padded}"] if padded else [])
+@pytest.mark.parametrize(
+    ("machine", "dims", "grads", "said"),
+    [
+        ("h100", (40, 40), True, ["head_dim padded to 64, with zeros"]),
+        ("h100", (40, 40), False, []),
+        ("h100", (44, 44), False, ["head_dim padded to 48, with zeros"]),
+        ("h100", (44, 20), False, ["head_dim and head_dim_v padded to 48 and 24, with zeros"]),
+        ("h100", (96, 96), True, []),
+        ("h100", (64, 128), True, ["head_dim padded to 128, with zeros"]),
+        ("b200", (40, 40), True, []),
+        ("b200", (192, 128), True, []),
+    ],
+)
+def test_flash4_pads_head_dims_further_for_gradients_on_hopper(
+    machine: str, dims: tuple[int, int], grads: bool, said: list[str]
+) -> None:
+    spec = _spec(head_dim=dims[0], head_dim_v=dims[1], requires_grad=("query",) if grads else ())
+    decision = anyattn.explain(spec, env=_machine(machine, FLASH4), backend="flash4")
+    assert decision.chosen == "flash4"
+    assert [note.text for note in decision.conversions if note.code == "pad_head_dim"] == said
 
 
 def test_fa3_fwd_refuses_what_its_build_lacks() -> None:

@@ -7,6 +7,7 @@ is told from its signature and from what comes back.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -202,17 +203,11 @@ class Flash3Fp8(Flash3):
         entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
         lowering = flash_like.lower(entry, _FP8, spec, head_dim_multiple=16)
         note = Conversion("quantised", "query, key and value as e4m3, with a scale per batch entry and head")
-        return Lowering(
-            lowering.entry,
-            copy=lowering.copy,
-            pattern=lowering.pattern,
-            keys=lowering.keys,
-            conversions=(note, *lowering.conversions),
-        )
+        return dataclasses.replace(lowering, conversions=(note, *lowering.conversions))
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        return flash_like.attend(plan, query, key, value, parts, _call_fp8, head_dim_multiple=16)
+        return flash_like.attend(plan, query, key, value, parts, _call_fp8)
 
 
 def _call_fp8(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:

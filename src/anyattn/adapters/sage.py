@@ -139,7 +139,7 @@ class _Sage(Backend):
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        return flash_like.attend(plan, query, key, value, parts, _call, head_dim_multiple=1)
+        return flash_like.attend(plan, query, key, value, parts, _call)
 
 
 def _that_knows_its_parameters(function: Any, name: str) -> Any:

@@ -6,11 +6,13 @@ The first call of each kind (dtype, head_dim, pattern, with or without lengths, 
 
 Its backward for sm90 rounds head_dim up to a multiple of 16 (`flash_bwd_sm90.py`), and what collects the gradients to
 one of 32 (`flash_bwd_postprocess.py`): where these differ, over several tiles, gradients are wrong without an error
-(head_dim 40, 72 and 80 on an H100). So head_dim is padded to a multiple of 32 for gradients.
+(head_dim 40, 72 and 80 on an H100). Where head_dim_v is another size than head_dim, it doesn't compile or can't be
+launched for some pairs ((64, 128), (64, 96), (128, 32)). So both are padded to the same multiple of 32 for gradients.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
@@ -21,7 +23,7 @@ from anyattn import flash_like, hub_kernels
 from anyattn.adapters.flash4 import kernels
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities
-from anyattn.environment import Environment
+from anyattn.environment import Arch, Environment
 from anyattn.flash_like import KernelCall
 from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package, package_reasons
@@ -81,29 +83,26 @@ class Flash4(Backend):
         return f"flash-attn-4 {env.packages.get('flash-attn-4', '')}".strip()
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        device = env.device(spec.device_type, spec.device_index)
-        arch = device.arch if device is not None else None
-        yield from _head_dims(spec, (9, 0) if arch is None else arch)
+        arch = _arch(spec, env)
+        yield from _head_dims(spec, arch)
         if spec.needs_grad and spec.is_gqa and spec.head_dim != spec.head_dim_v:
             got = f"{spec.head_dim} and {spec.head_dim_v} with {spec.num_heads} heads on {spec.num_kv_heads}"
             yield Reason("head_dim_v", "head_dim_v == head_dim for gradients of shared heads", got)
-        if arch is not None and arch[0] == 12 and spec.deterministic and spec.needs_grad:
+        if arch[0] == 12 and spec.deterministic and spec.needs_grad:
             yield Reason("deterministic", "an arch below sm120 for deterministic gradients", f"sm{arch[0]}{arch[1]}")
         if "sinks" in spec.requires_grad:
             yield Reason("backward", "sinks that need no gradient", "sinks that require one", "detach them")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
-        multiple = _head_dim_multiple(spec)
-        lowering = flash_like.lower(entry, self.declarations[spec.device_type], spec, head_dim_multiple=multiple)
+        caps, arch = self.declarations[spec.device_type], _arch(spec, env)
+        if spec.needs_grad and arch[0] == 9:
+            # See the module's words on the backward.
+            lowering = flash_like.lower(entry, caps, spec, head_dim_multiple=32, same_head_dims=True)
+        else:
+            lowering = flash_like.lower(entry, caps, spec)
         note = Conversion("compiles_first", "the first call of a kind compiles its kernel, which takes seconds")
-        return Lowering(
-            entry,
-            copy=lowering.copy,
-            pattern=lowering.pattern,
-            keys=lowering.keys,
-            conversions=(*lowering.conversions, note),
-        )
+        return dataclasses.replace(lowering, conversions=(*lowering.conversions, note))
 
     def load(self) -> None:
         FUNCTIONS[self.name] = self.packages[0].load()
@@ -113,15 +112,16 @@ class Flash4(Backend):
         def kernel(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
             return kernels.attend(plan, call, parts.sinks)
 
-        return flash_like.attend(plan, query, key, value, parts, kernel, _head_dim_multiple(plan.spec))
+        return flash_like.attend(plan, query, key, value, parts, kernel)
 
 
-def _head_dim_multiple(spec: AttentionSpec) -> int:
-    """Say what head_dim is padded to a multiple of: see the module's words on the backward."""
-    return 32 if spec.needs_grad else 8
+def _arch(spec: AttentionSpec, env: Environment) -> Arch:
+    """Give a call's compute capability; where it isn't known, the one whose backward takes the least."""
+    device = env.device(spec.device_type, spec.device_index)
+    return (9, 0) if device is None or device.arch is None else device.arch
 
 
-def _head_dims(spec: AttentionSpec, arch: tuple[int, int]) -> Iterator[Reason]:
+def _head_dims(spec: AttentionSpec, arch: Arch) -> Iterator[Reason]:
     """Refuse head dims that the kernels for an architecture don't have (`_validate_head_dims`)."""
     pair = (spec.head_dim, spec.head_dim_v)
     if arch[0] in (10, 11):

@@ -51,9 +51,9 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     }
     if with_lse:
         arguments |= _lse_request()
-    tiles = _tiles(spec)
-    if tiles:
-        arguments["kernel_options"] = tiles
+    options = _kernel_options(spec, blocks=arguments["block_mask"] is not None)
+    if options:
+        arguments["kernel_options"] = options
     if plan.lowering.compiled or _warned:
         result = call(query, key, value, **arguments)
     else:
@@ -72,6 +72,21 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     return out, lse
 
 
+def _kernel_options(spec: AttentionSpec, *, blocks: bool) -> dict[str, Any]:
+    """Give what inductor must be told for CUDA: tiles that fit, and where its kernel for short queries can't be had.
+
+    That kernel, for fewer than 128 queries, takes the queries of all heads that share keys as one tile: rounded up to a
+    power of 2 it must divide a block of the block mask, and older torch expects it whole.
+    """
+    if spec.device_type != "cuda":
+        return {}
+    tiles: dict[str, Any] = _tiles(spec)
+    rows = spec.seqlen_q * (spec.num_heads // spec.num_kv_heads)
+    if spec.seqlen_q < 128 and ("BLOCK_M" in tiles or (blocks and (rows > 128 or spec.seqlen_q == UNKNOWN))):
+        tiles["FORCE_USE_FLEX_ATTENTION"] = True
+    return tiles
+
+
 def _tiles(spec: AttentionSpec) -> dict[str, int]:
     """Give the tiles of a kernel for CUDA beside a dense mask, whose tiles are kept in shared memory too.
 
@@ -80,7 +95,7 @@ def _tiles(spec: AttentionSpec) -> dict[str, int]:
     rounded up to 256. BLOCK_M and BLOCK_N are the forward's, the others the backward's.
     """
     dense = spec.mask.dense
-    if spec.device_type != "cuda" or dense is None:
+    if dense is None:
         return {}
     dim = max(spec.head_dim, spec.head_dim_v)
     backward = {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}

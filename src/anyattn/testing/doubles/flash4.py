@@ -204,8 +204,8 @@ class _Attend(torch.autograd.Function):
         of_query = torch.einsum("bhij,bjhd->bihd", of_score, wide_k)
         of_key = torch.einsum("bhij,bihd->bjhd", of_score, wide_q).reshape(shared).sum(3)
         of_value = torch.einsum("bhij,bihd->bjhd", weights, flow).reshape(shared).sum(3)
-        if query.shape[-1] % 32 or value.shape[-1] % 32:
-            # Wrong over several tiles on an H100; NaN here, so that no tolerance lets it through.
+        if query.shape[-1] % 32 or value.shape[-1] != query.shape[-1]:
+            # Wrong over several tiles, or an error, on an H100; NaN here, so that no tolerance lets it through.
             of_query, of_key, of_value = (wrong * float("nan") for wrong in (of_query, of_key, of_value))
         return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), None, None, None, None
 

@@ -123,10 +123,10 @@ def _has_blocks(inputs: Inputs) -> bool:
 
 
 def _permuted_function(function: MaskFunction, batch: Tensor, heads: Tensor) -> MaskFunction:
-    entries, each, mask_mod = batch.to(function.device), heads.to(function.device), function.mask_mod
+    mask_mod = function.mask_mod
 
     def permuted(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return mask_mod(entries[b] if function.per_batch else b, each[h] if function.per_head else h, q, kv)
+        return mask_mod(batch[b] if function.per_batch else b, heads[h] if function.per_head else h, q, kv)
 
     return MaskFunction(permuted, function.per_batch, function.per_head, function.sizes, function.captured)
 
