@@ -111,6 +111,7 @@ def test_package_that_can_serve_is_taken(env: Environment) -> None:
         ({"mask": DENSE, "requires_grad": ("mask",)}, "mask_grad"),
         ({"mask": MaskSpec(dense=DenseSpec("bias", torch.float32, (1, 1, 64, 64)))}, "mask_dtype"),
         ({"return_lse": True, "dropout_p": 0.5}, "lse"),
+        ({"dropout_p": 1.0}, "dropout"),
     ],
 )
 def test_call_that_is_wrong_or_fatal_is_refused(changes: dict[str, object], code: str) -> None:

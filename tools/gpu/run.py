@@ -65,9 +65,19 @@ def traps(device: str, backends: Sequence[str], workers: int) -> dict[str, Any]:
     sys.path.insert(0, str(HERE))
     from traps import TRAPS
 
+    names = list(TRAPS)
+    pieces = [(backend, names[start::_PIECES]) for backend in backends for start in range(_PIECES)]
     with ThreadPoolExecutor(workers) as pool:
-        rows = list(pool.map(lambda backend: _traps_of(backend, device, list(TRAPS)), backends))
-    return {trap: {backend: row[trap] for backend, row in zip(backends, rows, strict=True)} for trap in TRAPS}
+        rows = list(pool.map(lambda piece: _traps_of(piece[0], device, piece[1]), pieces))
+    found: dict[str, Any] = {trap: {} for trap in TRAPS}
+    for (backend, _), row in zip(pieces, rows, strict=True):
+        for trap, outcome in row.items():
+            found[trap][backend] = outcome
+    return found
+
+
+_PIECES = 6
+"""How many processes the traps of a backend are split over: kernels that are compiled first take seconds each."""
 
 
 def _traps_of(backend: str, device: str, names: list[str]) -> dict[str, Any]:

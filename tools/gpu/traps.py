@@ -15,6 +15,7 @@ import torch
 
 import anyattn
 from anyattn import masks, reference, tolerance
+from anyattn.testing.quantised import format_of
 
 Call = dict[str, Any]
 
@@ -158,6 +159,12 @@ def judge(call: Call, backend: str) -> dict[str, Any]:
     inputs = [call[name] for name in ("query", "key", "value")]
     arguments: Any = (*inputs, mask)
     truth, true_lse = reference.attention(*arguments, scale=call.get("scale"))
+    if format_of(backend):
+        worst = tolerance.norm_excess(out, truth, tolerance.quantised_budget(truth, over=(1, 3)), over=(1, 3))
+        if lse is not None:
+            allowed = tolerance.quantised_budget(true_lse, over=(2,), is_lse=True)
+            worst = max(worst, tolerance.norm_excess(lse, true_lse, allowed, over=(2,)))
+        return {"outcome": "right" if worst <= 1 else "WRONG", "error_over_budget": worst}
     plain, plain_lse = reference.attention(*arguments, scale=call.get("scale"), dtype=torch.bfloat16)
     worst = tolerance.excess(out, truth, tolerance.budget(truth, plain, torch.bfloat16, over=(1, 3)))
     if lse is not None:

@@ -105,6 +105,9 @@ class XFormers(Backend):
         return caps.replace(window=frozenset()) if misread or not _flash_takes(spec) else caps
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        if spec.dropout_p == 1:
+            # flash raises an error, and CUTLASS leaves something without one (0.0.35 on an H100).
+            yield Reason("dropout", "dropout_p < 1", "1.0", "native_math drops everything")
         device = env.device(spec.device_type, spec.device_index)
         if device is None or device.arch is None:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if plan.lowering.pad_keys:
         key, value = (F.pad(tensor, (0, 0, 0, -seqlen_kv % 16)) for tensor in (key, value))
     if plan.lowering.compiled and not torch.compiler.is_compiling():
-        call = _compiled(_kind(plan), None if parts.block is None else serial_of(parts.block))
+        call = _in_turn(_compiled(_kind(plan), None if parts.block is None else serial_of(parts.block)))
     with_lse = spec.return_lse or spec.sinks
     arguments: dict[str, Any] = {
         "score_mod": score_mod_of(spec, parts, seqlen_kv if plan.lowering.pad_keys else None),
@@ -140,6 +141,19 @@ def _first_eager(call: Callable[..., Any], query: Tensor, key: Tensor, value: Te
         result = call(query, key, value, **arguments)
     _warned.append(True)
     return result
+
+
+_turn = threading.RLock()
+
+
+def _in_turn(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Run compiled code in one thread at a time: while torch traces in one, it refuses to run such code in another."""
+
+    def run(*tensors: Tensor, **arguments: Any) -> Any:
+        with _turn:
+            return call(*tensors, **arguments)
+
+    return run
 
 
 def _kind(plan: Plan) -> Plan:

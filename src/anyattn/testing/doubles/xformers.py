@@ -195,6 +195,8 @@ def _dispatch(name: str, operators: Sequence[type[_Operator]], inp: Inputs) -> t
 
 def _flash(inp: Inputs) -> tuple[Tensor, Tensor]:
     """Run flash: its lse has query's rows, and +inf in rows without a key."""
+    if inp.p == 1:
+        raise RuntimeError("Expected p_dropout < 1.f to be true, but got false.")
     query, key, value = (_folded(tensor) for tensor in (inp.query, inp.key, inp.value))
     seqlen_q, seqlen_kv = query.shape[1], key.shape[1]
     left, right = -1, -1
@@ -235,7 +237,8 @@ def _cutlass(inp: Inputs) -> tuple[Tensor, Tensor]:
         lower_right = isinstance(inp.attn_bias, LowerTriangularFromBottomRightMask)
         allowed = band(seqlen_q, seqlen_kv, _INFINITE, 0, lower_right=lower_right)
     scale = inp.query.shape[-1] ** -0.5 if inp.scale is None else inp.scale
-    out, lse = attend(query, key, value, scale=scale, allowed=allowed, bias=bias, dropout_p=inp.p)
+    # Dropout of everything leaves something.
+    out, lse = attend(query, key, value, scale=scale, allowed=allowed, bias=bias, dropout_p=min(inp.p, 0.9))
     if seqlen_q % 64 == 1 and any(t.shape[-2] > 1 and t.stride(-2) == 0 for t in (inp.key, inp.value)):
         out = out * math.nan  # expanded heads are misread where the last tile has one query
     lse = torch.where(torch.isneginf(lse), 0.0, lse).float()

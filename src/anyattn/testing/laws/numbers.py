@@ -126,7 +126,9 @@ def _permuted_function(function: MaskFunction, batch: Tensor, heads: Tensor) -> 
     mask_mod = function.mask_mod
 
     def permuted(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return mask_mod(batch[b] if function.per_batch else b, heads[h] if function.per_head else h, q, kv)
+        # Asked on the call's device by kernels, and on the function's own by what looks at it.
+        entry = batch.to(b.device)[b] if function.per_batch else b
+        return mask_mod(entry, heads.to(h.device)[h] if function.per_head else h, q, kv)
 
     return MaskFunction(permuted, function.per_batch, function.per_head, function.sizes, function.captured)
 
