@@ -47,7 +47,7 @@ def kept(key: Tensor, what: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     if torch.compiler.is_compiling() or not _may_be_kept(key):
         return make()
     # Work queued on one stream may not be finished when another uses it: each stream has its own.
-    stream = torch.cuda.current_stream(key.device).cuda_stream if key.is_cuda else 0
+    stream = _stream_of(key.get_device()) if key.is_cuda else 0
     name, version, place = id(key), key._version, key.data_ptr()
     slot = _slots.get(name)
     if slot is None or slot.reference() is not key or slot.version != version or slot.place != place:
@@ -69,6 +69,12 @@ def _may_be_kept(key: Tensor) -> bool:
         return False
     # In a graph the work has to be replayed: the mask may hold other values then.
     return not (key.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+# torch.cuda.current_stream makes an object of it, which takes most of what giving something kept does.
+_stream_of: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)
 
 
 def _new_slot(name: int, key: Tensor, version: int, place: int) -> _Slot:

@@ -145,11 +145,17 @@ _numbers = itertools.count()
 
 
 def tensor_name(tensor: Tensor) -> Any:
-    """Give what the short table knows a mask tensor by: a CPU boolean one seen to forbid something, or -1."""
+    """Give what the short table knows a mask tensor by: a CPU boolean one seen to forbid something.
+
+    Raises:
+        KeyError: If it knows none, so that the rest of the key needn't be made.
+    """
     if tensor.dtype is not torch.bool or not tensor.is_cpu:
-        return -1
-    seen = _not_all_true.get(id(tensor))
-    return -1 if seen is None or seen() is not tensor else tensor.shape
+        raise KeyError
+    seen = _not_all_true[id(tensor)]
+    if seen() is not tensor:
+        raise KeyError
+    return tensor.shape
 
 
 def short_name(attn_mask: Any, spec: MaskSpec) -> Any:
@@ -159,8 +165,11 @@ def short_name(attn_mask: Any, spec: MaskSpec) -> Any:
     decision stays right. Every other mask is looked at each time.
     """
     if type(attn_mask) is Tensor:
-        name = tensor_name(attn_mask)
-        return None if name == -1 or (spec.dense is None and spec.key is None) else name
+        try:
+            name = tensor_name(attn_mask)
+        except KeyError:
+            return None
+        return None if spec.dense is None and spec.key is None else name
     if not isinstance(attn_mask, Mask) or attn_mask.block is not None:
         return None
     tensors = [tensor for tensor in (attn_mask.key, attn_mask.dense) if tensor is not None]

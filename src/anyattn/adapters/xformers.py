@@ -61,8 +61,7 @@ _CUDA = Capabilities(
     backward=True,
     exact=True,
     unit_stride=False,
-    # Both kernels' launch grids hold batch and heads in their y and z.
-    batch_max=65535,
+    batch_max=65535,  # both kernels' launch grids hold batch and heads in their y and z
     device_guard=True,
 )
 
@@ -105,8 +104,7 @@ class XFormers(Backend):
         return caps.replace(window=frozenset()) if misread or not _flash_takes(spec) else caps
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        if spec.dropout_p == 1:
-            # flash raises an error, and CUTLASS leaves something without one (0.0.35 on an H100).
+        if spec.dropout_p == 1:  # flash raises an error, CUTLASS leaves something (0.0.35 on an H100)
             yield Reason("dropout", "dropout_p < 1", "1.0", "native_math drops everything")
         device = env.device(spec.device_type, spec.device_index)
         if device is None or device.arch is None:
@@ -210,8 +208,7 @@ def _call(plan: Plan, call: KernelCall, parts: Parts) -> tuple[Tensor, Tensor | 
     if plan.lowering.dense:
         mask = joined_mask(spec, parts, seqlen_q, seqlen_kv, query.device, pattern=True)
         assert mask is not None
-        told = mask if mask.dtype == torch.bool else within_base_2(mask)
-        bias = aligned_bias(told, query.transpose(1, 2), key.transpose(1, 2), strict=True)
+        bias = aligned_bias(within_base_2(mask), query.transpose(1, 2), key.transpose(1, 2), strict=True)
     query, key, value = _heads(plan, query, key, value)
     lse: Tensor | None = None
     if spec.needs_grad:
