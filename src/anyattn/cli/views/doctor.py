@@ -150,11 +150,10 @@ def _absent(rows: Iterable[BackendReport]) -> list[RenderableType]:
         absent = [row for row in unusable if row.cure and {reason.code for reason in row.reasons} == {"not_installed"}]
         lines = [(_names(group), f"cure: {group[0].cure}") for group in grouped(absent, lambda row: row.cure)]
         groups = grouped((row for row in unusable if row not in absent), lambda row: (row.reasons, row.cure, row.ended))
-        if lines:
-            parts.append(section("Not installed", facts(lines)))
-        if groups:
-            why = [(_names(group), _unusable(group[0])) for group in groups]
-            parts.append(section("Not usable here", table(("backend", "why, and the cure"), why, first=24)))
+        broken = table(
+            ("backend", "why, and the cure"), [(_names(group), _unusable(group[0])) for group in groups], first=24
+        )
+        parts.append(section("Not usable here", facts(lines), *([broken] if groups else [])))
     unbuilt = [row for row in rows if row.state == "not built"]
     if unbuilt:
         groups = grouped(unbuilt, lambda row: (row.wanted, row.found))
