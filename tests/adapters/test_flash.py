@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import anyattn
-from anyattn import masks
+from anyattn import known_bad, masks
 from anyattn.environment import Environment, preset
 from anyattn.spec import AttentionSpec, MaskSpec, PatternSpec, Storage
 from anyattn.testing import doubles
@@ -123,6 +123,8 @@ def test_flash4_pads_head_dims_further_for_gradients_on_hopper(
     decision = anyattn.explain(spec, env=_machine(machine, FLASH4), backend="flash4")
     assert decision.chosen == "flash4"
     assert [note.text for note in decision.conversions if note.code == "pad_head_dim"] == said
+    known = known_bad.hits(("flash4 (backward)",), spec, _machine(machine, FLASH4))
+    assert bool(known) == bool(said and grads), "padded for gradients where the table says so, and nowhere else"
 
 
 def test_fa3_fwd_refuses_what_its_build_lacks() -> None:

@@ -97,7 +97,7 @@ class Flash4(Backend):
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
         caps, arch = self.declarations[spec.device_type], _arch(spec, env)
         if spec.needs_grad and arch[0] == 9:
-            # See the module's words on the backward.
+            # See the module's words on the backward, and `flash4-backward-head-dims` among the known bad.
             lowering = flash_like.lower(entry, caps, spec, head_dim_multiple=32, same_head_dims=True)
         else:
             lowering = flash_like.lower(entry, caps, spec)
