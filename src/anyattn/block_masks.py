@@ -60,7 +60,7 @@ def _is_of_first_entry(block_mask: Any, batch: int, heads: int) -> bool:
     return torch.equal(made.to_dense() != 0, block_mask.to_dense() != 0)
 
 
-_BLOCK = (128, 128)
+BLOCK = (128, 128)
 """Rows and columns of a block: torch's default."""
 
 _AT_ONCE = 1 << 26
@@ -74,7 +74,7 @@ def make_block_mask(
     seqlen_q: int,
     seqlen_kv: int,
     device: torch.device,
-    block_size: tuple[int, int] = _BLOCK,
+    block_size: tuple[int, int] = BLOCK,
 ) -> Any:
     """Make what torch's `create_block_mask` makes, a band of rows at a time where the whole would take much memory."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -113,7 +113,15 @@ def make_band_block_mask(
         high: The largest.
         keys: Boolean `(B or 1, S_kv)`: which keys are allowed; None is all.
     """
-    rows, columns = _BLOCK
+    some, whole = band_blocks(seqlen_q, seqlen_kv, device, low=low, high=high, keys=keys)
+    return _of_blocks(mask_mod, some, whole, (seqlen_q, seqlen_kv), BLOCK)
+
+
+def band_blocks(
+    seqlen_q: int, seqlen_kv: int, device: torch.device, *, low: int | None, high: int | None, keys: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Say which blocks may have an allowed position, and which have no other: `(B or 1, 1, rows, columns)` each."""
+    rows, columns = BLOCK
     top = torch.arange(0, seqlen_q, rows, device=device)[:, None]
     first = torch.arange(0, seqlen_kv, columns, device=device)
     least = first - (top + (rows - 1)).clamp(max=seqlen_q - 1)
@@ -128,15 +136,15 @@ def make_band_block_mask(
     if keys is not None:
         each = F.pad(keys, (0, -seqlen_kv % columns)).view(keys.shape[0], 1, 1, -1, columns)
         some, whole = some & each.any(-1), whole & each.all(-1)
-    return _of_blocks(mask_mod, some, whole, (seqlen_q, seqlen_kv), _BLOCK)
+    return some, whole
 
 
 def _of_blocks(mask_mod: MaskMod, some: Tensor, whole: Tensor, lengths: tuple[int, int], size: tuple[int, int]) -> Any:
     """Make a block mask of which blocks have any allowed position, and which have no other."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    partial = _ordered(some & ~whole)
-    return BlockMask.from_kv_blocks(*partial, *_ordered(whole), BLOCK_SIZE=size, mask_mod=mask_mod, seq_lengths=lengths)
+    partial = ordered(some & ~whole)
+    return BlockMask.from_kv_blocks(*partial, *ordered(whole), BLOCK_SIZE=size, mask_mod=mask_mod, seq_lengths=lengths)
 
 
 def _from_row(mask_mod: MaskMod, start: int) -> MaskMod:
@@ -163,7 +171,7 @@ def _counts(
     return counts
 
 
-def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Give how many blocks each row has, and their columns first."""
     number = blocks.sum(-1, dtype=torch.int32)
     order = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)

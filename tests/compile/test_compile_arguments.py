@@ -98,3 +98,37 @@ def test_flex_with_a_bias_at_dynamic_lengths_compiles_with_inductor() -> None:
         q, k, v = tensors(seqlen)
         bias = torch.randn(seqlen, seqlen)
         assert_close(run(q, k, v, bias), reference.attention(q, k, v, masks.Bias(bias))[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lengths", "padding", "padding & causal"])
+def test_flex_with_key_masks_compiles_with_inductor(kind: str) -> None:
+    def mask_of(lengths: Any, keep: Any) -> Any:
+        found = masks.KeyLengths(lengths) if kind == "lengths" else masks.KeyPadding(keep)
+        return found & masks.Causal() if "causal" in kind else found
+
+    def call(q: Any, k: Any, v: Any, lengths: Any, keep: Any) -> Any:
+        return anyattn.attention(q, k, v, mask_of(lengths, keep), backend="flex")
+
+    run = torch.compile(call, fullgraph=True, dynamic=False)
+    q, k, v = tensors(140)
+    lengths = torch.tensor([9, 140])
+    keep = torch.arange(140).flip(0) < lengths[:, None]
+    assert_close(run(q, k, v, lengths, keep), reference.attention(q, k, v, mask_of(lengths, keep))[0])
+
+
+def test_blocks_made_outside_of_traced_code_are_those_made_within() -> None:
+    from anyattn.adapters.flex import traced
+    from anyattn.block_masks import make_band_block_mask
+
+    keep = torch.rand(2, 300) < 0.05
+    keep[:, 128:256] = True
+    keys = torch.ops.anyattn.flex_keys(keep, 300, 300)
+    assert torch.equal(keys, keep)
+    made = traced.band_block_mask(None, keys, None, 0, 200)
+    same = make_band_block_mask(None, 200, 300, keep.device, high=0, keys=keep)  # type: ignore[arg-type]
+    for name in ("kv", "full_kv", "q", "full_q"):
+        assert torch.equal(getattr(made, f"{name}_num_blocks"), getattr(same, f"{name}_num_blocks")), name
+    assert torch.equal(made.to_dense(), same.to_dense())
+    torch.library.opcheck(torch.ops.anyattn.flex_keys, (torch.tensor([3, 9]), 20, 32))
+    torch.library.opcheck(torch.ops.anyattn.flex_blocks, (keys, -60, 3, 200))

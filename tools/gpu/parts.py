@@ -102,12 +102,16 @@ def _raised(error: Exception) -> dict[str, Any]:
     return {"outcome": outcome, "why": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
-def compile(device: str, backends: str) -> dict[str, Any]:
+KINDS = "causal,key lengths,mask function"
+"""What is traced."""
+
+
+def compile(device: str, backends: str, kinds: str = KINDS) -> dict[str, Any]:
     """Trace each backend with fullgraph=True and dynamic lengths, with inductor, forward and backward."""
     found: dict[str, Any] = {}
     for name in backends.split(","):
         found[name] = {}
-        for kind in ("causal", "key lengths", "mask function"):
+        for kind in kinds.split(","):
             forward = _compiled(name, device, kind, grad=False)
             found[name][kind] = {"forward": forward}
             if forward["outcome"] == "right":

@@ -166,13 +166,20 @@ def part(name: str, options: argparse.Namespace, save: Save) -> Any:
     if name == "laws":
         return laws(device, backends, options, save)
     if name == "compile":
+        sys.path.insert(0, str(HERE))
+        from parts import KINDS
 
-        def compiled(backend: str) -> dict[str, Any]:
-            row = child([str(HERE / "parts.py"), name, device, backend], options.timeout)
-            return row.get(backend, row)  # type: ignore[no-any-return]
+        pieces = [(backend, kind) for backend in backends for kind in KINDS.split(",")]
 
+        def compiled(piece: tuple[str, str]) -> dict[str, Any]:
+            row = child([str(HERE / "parts.py"), name, device, *piece], options.timeout)
+            return row.get(piece[0], {piece[1]: row})  # type: ignore[no-any-return]
+
+        found: dict[str, Any] = {backend: {} for backend in backends}
         with ThreadPoolExecutor(options.workers) as pool:
-            return dict(zip(backends, pool.map(compiled, backends), strict=True))
+            for piece, row in zip(pieces, pool.map(compiled, pieces), strict=True):
+                found[piece[0]] |= row
+        return found
     return child([str(HERE / "parts.py"), name, device, options.backends], options.timeout)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyattn.adapters.flex import traced
 from anyattn.backend import Parts, Plan
 from anyattn.block_masks import make_band_block_mask, make_block_mask
 from anyattn.lowering import HUGE, key_mask
@@ -53,6 +54,8 @@ def block_mask_of(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_k
     """Make the block mask of a pattern, a key mask and padding, joined with the caller's."""
     spec, given = plan.spec, parts.block
     block = spec.mask.block
+    if parts.key is not None and torch.compiler.is_compiling():
+        parts = parts._replace(key=torch.ops.anyattn.flex_keys(parts.key, seqlen_kv, key.shape[2]))
     if isinstance(given, MaskFunction):
         return _function_block_mask(plan, parts, given, query, key, seqlen_kv)
     eager = parts.key is None and not plan.lowering.pad_keys and not torch.compiler.is_compiling()
@@ -121,6 +124,8 @@ def _band_block_mask(plan: Plan, parts: Parts, mask_mod: Mod, query: Tensor, key
     """Make the block mask of a pattern, a key mask and padded keys, whose blocks follow from their bounds."""
     pattern, seqlen_q, padded = plan.spec.mask.pattern, query.shape[2], key.shape[2]
     low, high = (None, None) if pattern is None else _bounds(pattern, seqlen_q, seqlen_kv)
+    if parts.key is not None and torch.compiler.is_compiling():
+        return traced.band_block_mask(mask_mod, parts.key, low, high, seqlen_q)
     keys = None if parts.key is None else key_mask(parts.key, seqlen_kv)[:, 0, 0]
     if keys is None and plan.lowering.pad_keys:
         keys = torch.arange(padded, device=query.device)[None] < seqlen_kv
@@ -179,7 +184,7 @@ def _key_mod(key: Tensor, seqlen_kv: int, *, padded: bool) -> Mod:
         return lambda b, h, q, kv: kv < key[b]
     keys = key.squeeze(1).squeeze(1) if key.dim() == 4 else key
     per_batch = keys.shape[0] > 1
-    if padded:
+    if padded and not torch.compiler.is_compiling():
         keys = F.pad(keys, (0, -seqlen_kv % 16))
     return lambda b, h, q, kv: keys[b if per_batch else b * 0, kv]
 
