@@ -132,3 +132,61 @@ def test_blocks_made_outside_of_traced_code_are_those_made_within() -> None:
     assert torch.equal(made.to_dense(), same.to_dense())
     torch.library.opcheck(torch.ops.anyattn.flex_keys, (torch.tensor([3, 9]), 20, 32))
     torch.library.opcheck(torch.ops.anyattn.flex_blocks, (keys, -60, 3, 200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["padding", "lengths", "window"])
+def test_compiled_flex_takes_one_length_after_another(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    from anyattn.adapters import flex
+
+    monkeypatch.setattr(flex, "_PAYS_ON_CPU", 0)
+    anyattn.reset()
+    for seqlen in (64, 72, 100):
+        q, k, v = tensors(seqlen)
+        keep = torch.rand(len(q), seqlen) < 0.5
+        mask = {
+            "padding": masks.KeyPadding(keep),
+            "lengths": masks.KeyLengths(keep.sum(-1)),
+            "window": masks.SlidingWindow(30, 2, "lower_right"),
+        }[kind]
+        assert "compiled" in anyattn.explain(q, k, v, mask, backend="flex").kernel
+        assert_close(anyattn.attention(q, k, v, mask, backend="flex"), reference.attention(q, k, v, mask)[0])
+    anyattn.reset()
+
+
+def test_lengths_are_compiled_one_by_one_where_dynamic_code_is_no_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyattn.adapters.flex import kernels
+
+    made: list[Any] = []
+
+    def compiled(kind: Any, block_mask: Any, lengths: Any) -> Any:
+        def run(*tensors: Any, **arguments: Any) -> Any:
+            made.append(lengths)
+            if lengths is None:
+                raise RuntimeError("InductorError: CppCompileError: C++ compile error")
+            return lengths
+
+        return run
+
+    monkeypatch.setattr(kernels, "_compiled", compiled)
+    monkeypatch.setattr(kernels, "_not_dynamic", set())
+    kind: Any = "kind"
+    assert kernels._in_turn(kind, None, (1, 2, 3))() == (1, 2, 3)
+    assert kernels._in_turn(kind, None, (1, 2, 4))() == (1, 2, 4)
+    assert made == [None, (1, 2, 3), (1, 2, 4)]
+
+
+def test_other_errors_of_compiled_flex_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyattn.adapters.flex import kernels
+
+    def compiled(kind: Any, block_mask: Any, lengths: Any) -> Any:
+        def run(*tensors: Any, **arguments: Any) -> Any:
+            assert lengths is None
+            raise RuntimeError("out of resource")
+
+        return run
+
+    monkeypatch.setattr(kernels, "_compiled", compiled)
+    kind: Any = "another kind"
+    with pytest.raises(RuntimeError, match="out of resource"):
+        kernels._in_turn(kind, None, (1, 2, 3))()

@@ -42,7 +42,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if plan.lowering.pad_keys:
         key, value = (F.pad(tensor, (0, 0, 0, -seqlen_kv % 16)) for tensor in (key, value))
     if plan.lowering.compiled and not torch.compiler.is_compiling():
-        call = _in_turn(_compiled(_kind(plan), None if parts.block is None else serial_of(parts.block)))
+        lengths = (query.shape[0], query.shape[2], key.shape[2])
+        call = _in_turn(_kind(plan), None if parts.block is None else serial_of(parts.block), lengths)
     with_lse = spec.return_lse or spec.sinks
     arguments: dict[str, Any] = {
         "score_mod": score_mod_of(spec, parts, seqlen_kv if plan.lowering.pad_keys else None),
@@ -146,12 +147,26 @@ def _first_eager(call: Callable[..., Any], query: Tensor, key: Tensor, value: Te
 _turn = threading.RLock()
 
 
-def _in_turn(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Run compiled code in one thread at a time: while torch traces in one, it refuses to run such code in another."""
+_not_dynamic: set[tuple[Plan, int | None]] = set()
+
+
+def _in_turn(kind: Plan, block_mask: int | None, lengths: tuple[int, int, int]) -> Callable[..., Any]:
+    """Give compiled code that runs in one thread at a time: while torch traces in one, others may not run such code.
+
+    Where inductor's C++ for dynamic lengths doesn't compile (in torch 2.13 it replaces names by text, also inside
+    longer ones: ks3 in ks30), the call is compiled for its lengths alone, and so are the next of its kind.
+    """
 
     def run(*tensors: Tensor, **arguments: Any) -> Any:
         with _turn:
-            return call(*tensors, **arguments)
+            if (kind, block_mask) not in _not_dynamic:
+                try:
+                    return _compiled(kind, block_mask, None)(*tensors, **arguments)
+                except Exception as error:
+                    if "C++ compile error" not in str(error):
+                        raise
+                    _not_dynamic.add((kind, block_mask))
+            return _compiled(kind, block_mask, lengths)(*tensors, **arguments)
 
     return run
 
@@ -163,8 +178,8 @@ def _kind(plan: Plan) -> Plan:
 
 
 @functools.lru_cache(maxsize=128)
-def _compiled(kind: Plan, block_mask: int | None) -> Callable[..., Any]:
-    """Compile a copy of flex_attention for one kind of call, and one block mask of the caller's.
+def _compiled(kind: Plan, block_mask: int | None, lengths: tuple[int, int, int] | None) -> Callable[..., Any]:
+    """Compile a copy of flex_attention for one kind of call, one block mask of the caller's, and any lengths or some.
 
     torch.compile counts recompilations per code object and beyond its limit silently runs the slow eager
     path, so every kind of call gets a code object of its own.
@@ -175,5 +190,5 @@ def _compiled(kind: Plan, block_mask: int | None) -> Callable[..., Any]:
     code = function.__code__.replace(co_name=f"flex_attention_{abs(hash(kind.spec)):x}")
     copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
-    compiled: Callable[..., Any] = torch.compile(copy, fullgraph=True)
+    compiled: Callable[..., Any] = torch.compile(copy, fullgraph=True, dynamic=None if lengths is None else False)
     return compiled

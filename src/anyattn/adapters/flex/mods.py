@@ -164,11 +164,12 @@ def _mask_mod(plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Mod | 
     pattern = plan.spec.mask.pattern
     inside = None if pattern is None else _pattern_mod(pattern, seqlen_q, seqlen_kv)
     allowed_key = None if parts.key is None else _key_mod(parts.key, seqlen_kv, padded=plan.lowering.pad_keys)
-    if inside is None and allowed_key is None and not plan.lowering.pad_keys:
+    padded = plan.lowering.pad_keys
+    if inside is None and allowed_key is None and not padded:
         return None
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        allowed = kv < seqlen_kv
+        allowed = kv < seqlen_kv if padded else kv >= 0
         if inside is not None:
             allowed = allowed & inside(b, h, q, kv)
         if allowed_key is not None:
