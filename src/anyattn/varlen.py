@@ -6,6 +6,7 @@ key lengths for a mask, and the result is packed again: exact, and without readi
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn import policy
+from anyattn import policy, registry
 from anyattn.backend import Output, Parts, Plan, Run
+from anyattn.checks import check_output
 from anyattn.decision import Decision
 from anyattn.describe import Facts, MaskFacts, Options, build_spec
 from anyattn.dispatch import Backends, autocast_dtype, is_aligned, make_first, scope_of_call
+from anyattn.environment import detect
 from anyattn.errors import InvalidCallError
 from anyattn.faults import is_kernels, passes_over
 from anyattn.masks import Mask
@@ -129,7 +132,7 @@ def _attend(
     if cast is not None:
         query, key, value = (_cast(tensor, cast) for tensor in (query, key, value))
     while True:
-        plan, run, decision = _planned(scope, query, key, value, lengths, attn_mask, sinks, options)
+        plan, run, decision, compared = _planned(scope, query, key, value, lengths, attn_mask, sinks, options)
         try:
             with torch.autocast(query.device.type, enabled=False):
                 result = _run(plan, run, query, key, value, lengths, sinks)
@@ -142,7 +145,41 @@ def _attend(
                 raise_kernel_error(error, decision)
             raise
         _record(scope, decision)
+        if policy.checks_enabled() and not compared:
+            _check_result(plan, decision.spec, query, key, value, lengths, sinks, result)
+            compared.append(True)
         return result
+
+
+def _check_result(
+    plan: Plan,
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: _Lengths,
+    sinks: Tensor | None,
+    result: Output,
+) -> None:
+    """Compare the first, the last and the longest sequence that see anything with the reference.
+
+    Raises:
+        KernelError: If one leaves the error budget.
+    """
+    ends = [list(itertools.pairwise(starts.tolist())) for starts in lengths[:2]]
+    seen = [pair for pair in zip(*ends, strict=True) if all(stop > start for start, stop in pair)]
+    if not seen:
+        return
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    backend = registry.get(plan.backend)
+    caps = None if backend is None else backend.capabilities(plan.spec, detect())
+    quantised = caps is not None and not caps.exact and bool(caps.quantised)
+    for rows, keys in dict.fromkeys((seen[0], seen[-1], max(seen, key=lambda pair: pair[0][1] - pair[0][0]))):
+        q, k = slice(*rows), slice(*keys)
+        alone = spec.replace(packed=False, batch=1, seqlen_q=rows[1] - rows[0], seqlen_kv=keys[1] - keys[0])
+        found = out[None, q] if lse is None else (out[None, q], lse[None, :, q])
+        one = dataclasses.replace(plan, spec=alone)
+        check_output(one, query[None, q], key[None, k], value[None, k], Parts(sinks=sinks), found, quantised=quantised)
 
 
 def _record(scope: policy.Scope, decision: Decision) -> None:
@@ -272,17 +309,17 @@ def _planned(
     attn_mask: Mask | None,
     sinks: Tensor | None,
     options: Options,
-) -> tuple[Plan, Run, Decision]:
-    """Find the call in the scope's table, or decide it."""
+) -> tuple[Plan, Run, Decision, list[bool]]:
+    """Find the call in the scope's table, or decide it; the list is empty until its results were compared."""
     base = scope if scope.recorder is None else policy.scope_for(scope.settings)
     spec = describe_packed(query, key, value, lengths, attn_mask, sinks, options)
     table_key = ("varlen", spec)
-    found: tuple[Plan, Run, Decision] | None = base.table.get(table_key)
+    found: tuple[Plan, Run, Decision, list[bool]] | None = base.table.get(table_key)
     if found is None:
         generation = policy.generation()
 
-        def make(decision: Decision) -> tuple[Plan, Run, Decision]:
-            return (*make_plan(decision), decision)
+        def make(decision: Decision) -> tuple[Plan, Run, Decision, list[bool]]:
+            return (*make_plan(decision), decision, [])
 
         found = make_first(spec, base, make)
         if generation == policy.generation():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -243,3 +244,55 @@ def test_lse_of_rows_that_a_pattern_cuts_off_is_the_sink() -> None:
         lse = anyattn.attention(q, k, v, mask, sinks=sinks, return_lse=True, backend="flash4")[1]
     truth = reference.attention(q, k, v, mask, sinks=sinks)[1]
     assert torch.allclose(lse.double(), truth, atol=1e-5)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ANYATTN_CHECKS", "1")
+    anyattn.reset()
+    yield
+    monkeypatch.undo()
+    anyattn.reset()
+
+
+@pytest.mark.usefixtures("checks")
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("backend", ["native", "flex", "flash4"])
+def test_value_checks_pass_what_is_right(backend: str, kind: str) -> None:
+    dtype = torch.bfloat16 if backend in DOUBLES else torch.float32
+    starts = (_starts(LENGTHS_Q), _starts(LENGTHS_K))
+    with _there(backend), contextlib.suppress(anyattn.UnsupportedCallError):
+        for _ in range(2):
+            anyattn.attention_varlen(
+                *_packed(LENGTHS_Q, LENGTHS_K, dtype),
+                *starts,
+                5,
+                max(LENGTHS_K),
+                MASKS[kind],
+                enable_gqa=True,
+                return_lse=True,
+                backend=backend,
+            )
+
+
+@pytest.mark.usefixtures("checks")
+@pytest.mark.parametrize("which", ["out", "lse", "last"])
+def test_value_checks_find_a_kernel_that_lies(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    from anyattn import varlen
+
+    honest = varlen._run
+
+    def lying(*arguments: Any) -> Any:
+        out, lse = honest(*arguments)
+        if which == "lse":
+            return out, lse + 0.01
+        wrong = out.clone()
+        wrong[slice(None) if which == "out" else slice(-1, None)] *= 1.01
+        return wrong, lse
+
+    monkeypatch.setattr(varlen, "_run", lying)
+    starts = (_starts((3, 4)), _starts((5, 2)))
+    tensors = _packed((3, 4), (5, 2), torch.float32, kv_heads=4)
+    for _ in range(2):
+        with pytest.raises(anyattn.KernelError, match="disagrees with the reference"):
+            anyattn.attention_varlen(*tensors, *starts, 4, 5, return_lse=True)
