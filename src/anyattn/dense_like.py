@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyattn.alignment import realigned
 from anyattn.backend import Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities, kernel_pattern, needs_dense
-from anyattn.lowering import joined_mask, live_rows, mask_conversions, realigned
+from anyattn.lowering import joined_mask, live_rows, mask_conversions
 from anyattn.patterns import trimmed
 from anyattn.reasons import Conversion
 from anyattn.spec import AttentionSpec

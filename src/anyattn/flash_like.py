@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyattn.alignment import realigned
 from anyattn.backend import Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities, kernel_pattern
 from anyattn.key_layout import key_layout, packed_keys, to_front, to_packed
-from anyattn.lowering import realigned
 from anyattn.patterns import KernelPattern
 from anyattn.reasons import Conversion
 from anyattn.spec import AttentionSpec

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyattn.alignment import realigned, starts_aligned
 from anyattn.backend import Output, Parts
 from anyattn.block_masks import written_out
 from anyattn.capabilities import Capabilities, needs_dense
@@ -181,8 +182,8 @@ def aligned_bias(mask: Tensor, query: Tensor, key: Tensor, *, strict: bool = Fal
 def _rows_are_aligned(bias: Tensor, strict: bool, *, made_here: bool) -> bool:
     if bias.stride(-1) != 1:
         return False
-    # torch.compile can't read where a tensor starts; one that was just made starts where its memory does.
-    if not made_here and (torch.compiler.is_compiling() or bias.storage_offset() % 16):
+    # One that was just made starts where its memory does.
+    if not made_here and not starts_aligned(bias, 16 * bias.element_size()):
         return False
     return all((bias.shape[axis] == 1 and not strict) or bias.stride(axis) % 16 == 0 for axis in range(bias.dim() - 1))
 
@@ -207,11 +208,6 @@ def normalise_lse(lse: Tensor, mask: Tensor | None, *, keep: bool = False) -> Te
     if mask is not None:
         lse = torch.where(live_rows(mask), lse, float("-inf"))
     return lse
-
-
-def realigned(tensor: Tensor) -> Tensor:
-    """Copy to contiguous storage, which torch's allocators align to at least 16 bytes."""
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def repeat_heads(tensor: Tensor, times: int) -> Tensor:

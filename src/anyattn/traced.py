@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anyattn import _in_force, _runs, policy
+from anyattn.alignment import starts_aligned
 from anyattn.backend import Output, Plan, Run
 from anyattn.block_masks import block_at
 from anyattn.capabilities import MAX_LOWERED_MASK_BYTES
@@ -199,23 +200,16 @@ def _traced_storage(
     aligned, unit, expanded = True, True, False
     for tensor in (query, key, value):
         padded = tensor.shape[-1] * tensor.element_size() % 16 != 0  # the kernel's wrapper pads head_dim, which copies
-        if not padded and not (_is_dense(tensor) and _rows_aligned(tensor)):
+        if not padded and not (_rows_aligned(tensor) and starts_aligned(tensor)):
             aligned = False
         if tensor.stride(-1) != 1:
             unit = False
         if tensor is not query and tensor.shape[3 - axis] > 1 and tensor.stride(3 - axis) == 0:
             expanded = True
-    masked = dense is None or dense.dtype == torch.bool or (dense.stride(-1) == 1 and _rows_aligned(dense))
+    masked = dense is None or dense.dtype == torch.bool or dense.stride(-1) == 1
+    if masked and dense is not None and dense.dtype != torch.bool:
+        masked = _rows_aligned(dense) and starts_aligned(dense)
     return (aligned, unit, expanded, True if masked else False)  # noqa: SIM210
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills its storage as far as strides tell: torch.compile can't read where a tensor starts.
-
-    A view that leaves gaps may start anywhere, and is copied. What is dense starts where it was allocated; an input of
-    the compiled code that doesn't is copied by inductor (`copy_misaligned_inputs`) if it was aligned when traced.
-    """
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.transpose(1, 2).is_contiguous())
 
 
 def _rows_aligned(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ ROOT = Path(anyattn.__file__).parent
 
 LAYERS = {
     0: ("errors", "reasons", "names", "mask_functions", "masks", "spec", "environment", "version", "decision", "_runs"),
-    1: ("policy", "patterns", "capabilities", "kernel_source", "_in_force"),
+    1: ("alignment", "policy", "patterns", "capabilities", "kernel_source", "_in_force"),
     2: (
         "kept",
         "key_layout",

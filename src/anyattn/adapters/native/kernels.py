@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyattn.alignment import realigned
 from anyattn.backend import Output, Parts, Plan
 from anyattn.key_layout import kept_padding
 from anyattn.lowering import (
@@ -22,7 +23,6 @@ from anyattn.lowering import (
     kept_key_bias,
     kept_within_base_2,
     normalise_lse,
-    realigned,
     repeat_heads,
     with_huge_biases,
     within_base_2,
