@@ -84,9 +84,10 @@ def make_block_mask(
         return create_block_mask(mask_mod, batch, heads, seqlen_q, seqlen_kv, **options)
     rows = block_size[0]
     band = max(1, _AT_ONCE // ((batch or 1) * (heads or 1) * rows * seqlen_kv)) * rows
+    sizes = [(start, min(band, seqlen_q - start)) for start in range(0, seqlen_q, band)]
     counts = [
-        _counts(_from_row(mask_mod, start), batch, heads, min(band, seqlen_q - start), seqlen_kv, device, block_size)
-        for start in range(0, seqlen_q, band)
+        block_counts(_from_row(mask_mod, start), batch, heads, height, seqlen_kv, device, block_size)
+        for start, height in sizes
     ]
     found = torch.cat(counts, -2)
     return _of_blocks(mask_mod, found > 0, found == block_size[0] * block_size[1], (seqlen_q, seqlen_kv), block_size)
@@ -151,7 +152,7 @@ def _from_row(mask_mod: MaskMod, start: int) -> MaskMod:
     return lambda b, h, q, kv: mask_mod(b, h, q + start, kv)
 
 
-def _counts(
+def block_counts(
     mask_mod: MaskMod,
     batch: int | None,
     heads: int | None,

@@ -102,7 +102,7 @@ def _raised(error: Exception) -> dict[str, Any]:
     return {"outcome": outcome, "why": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
-KINDS = "causal,key lengths,mask function"
+KINDS = "causal,key lengths,mask function,function and lengths,storage,views"
 """What is traced."""
 
 
@@ -119,26 +119,40 @@ def compile(device: str, backends: str, kinds: str = KINDS) -> dict[str, Any]:
     return found
 
 
-def _compiled(name: str, device: str, kind: str, *, grad: bool) -> dict[str, Any]:
-    torch._dynamo.reset()
-    frames = anyattn.masks.frame_causal(64)
+def _mask_of(kind: str, lengths: torch.Tensor) -> Any:
+    if kind == "mask function":
+        return anyattn.masks.frame_causal(64)
+    if kind == "function and lengths":
+        return anyattn.masks.frame_causal(64) & anyattn.masks.KeyLengths(lengths)
+    return anyattn.masks.KeyLengths(lengths) if kind == "key lengths" else anyattn.masks.Causal()
 
-    def mask_of(lengths: torch.Tensor) -> Any:
-        if kind == "causal":
-            return anyattn.masks.Causal()
-        return anyattn.masks.KeyLengths(lengths) if kind == "key lengths" else frames
+
+def _off_by(elements: int, tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to where its storage is off by some elements."""
+    storage = tensor.new_empty(tensor.numel() + elements)
+    return storage[elements:].view(tensor.shape).copy_(tensor)
+
+
+def _compiled(name: str, device: str, kind: str, *, grad: bool) -> dict[str, Any]:
+    """Compile one call; what is told apart by lengths, and by where tensors start, follows one after the other."""
+    torch._dynamo.reset()
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        return anyattn.attention(q, k, v, mask_of(lengths), backend=name)  # type: ignore[return-value]
+        if kind == "views":
+            q, k, v = torch.stack((q, k, v), 2).unbind(2)
+        return anyattn.attention(q, k, v, _mask_of(kind, lengths), backend=name)  # type: ignore[return-value]
 
     run = torch.compile(call, fullgraph=True, dynamic=True)
     worst = 0.0
     try:
         with torch.set_grad_enabled(grad):
-            for seqlen in (192, 200, 256):
-                inputs = [tensor.requires_grad_(grad) for tensor in _inputs(device, (2, seqlen, 4, 64))]
+            for seqlen, off in ((192, 1), (200, 0), (256, 3), (192, 8), (192, 0), (200, 5)):
+                inputs = _inputs(device, (2, seqlen, 4, 64))
+                if kind == "storage":
+                    inputs = [_off_by(off, tensor) for tensor in inputs]
+                inputs = [tensor.requires_grad_(grad) for tensor in inputs]
                 lengths = torch.tensor([seqlen, seqlen - 70], device=device)
-                out, truth = run(*inputs, lengths), reference.attention(*inputs, mask_of(lengths))[0]
+                out, truth = run(*inputs, lengths), reference.attention(*inputs, _mask_of(kind, lengths))[0]
                 pairs = [(out, truth)]
                 if grad:
                     flow = torch.randn_like(out)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyattn import block_masks
 from anyattn.adapters.flex import traced
 from anyattn.backend import Parts, Plan
-from anyattn.block_masks import make_band_block_mask, make_block_mask
+from anyattn.block_masks import make_band_block_mask
 from anyattn.lowering import HUGE, key_mask
 from anyattn.mask_functions import MaskFunction
 from anyattn.masks import serial_of
@@ -77,6 +78,7 @@ def block_mask_of(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_k
     per_batch = parts.key is not None or block.per_batch or block.batch > 1
     per_head = block.per_head or block.heads > 1
     batch, heads = query.shape[0] if per_batch else None, query.shape[1] if per_head else None
+    make_block_mask = traced.function_block_mask if torch.compiler.is_compiling() else block_masks.make_block_mask
     made = make_block_mask(mask_mod, batch, heads, query.shape[2], key.shape[2], query.device)
     if name is not None and not torch.is_inference_mode_enabled():
         _keep(name, made, query.device)
@@ -94,6 +96,7 @@ def _function_block_mask(
     def make() -> Any:
         first = _mask_mod(plan, parts, seqlen_q, seqlen_kv)
         mask_mod = _both(first, function.mask_mod, seqlen_kv if padded else None)
+        make_block_mask = traced.function_block_mask if torch.compiler.is_compiling() else block_masks.make_block_mask
         return make_block_mask(mask_mod, batch, heads, seqlen_q, key.shape[2], query.device)
 
     if parts.key is not None or torch.compiler.is_compiling():

@@ -1,7 +1,9 @@
-"""Operators for key masks in code that torch.compile traces: what reads them is kept out of the graph.
+"""Operators for masks in code that torch.compile traces: what makes block masks of them is kept out of the graph.
 
-Inductor's CPU code (torch 2.13) takes no tensor made in the graph inside a mask function, and none of lengths. Through
-these operators the kernel gets what it gets outside compiled code: a boolean mask and block indices, in memory.
+Inductor's CPU code (torch 2.13) takes no tensor made in the graph inside a mask function, and none of lengths; and it
+can't split what orders the blocks of a function's mask for gradients, at dynamic lengths (torch 2.11 on an H100:
+CantSplit). Through these operators the kernel gets what it gets outside compiled code: a boolean mask and block
+indices, in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyattn.block_masks import BLOCK, band_blocks, ordered
+from anyattn.block_masks import BLOCK, band_blocks, block_counts, ordered
 from anyattn.lowering import key_mask
 
 
@@ -33,17 +35,47 @@ def flex_blocks(
     keys: Tensor, low: int | None, high: int | None, seqlen_q: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Give what a BlockMask of a band and of keys holds, in the order in which it takes them."""
-    some, whole = band_blocks(seqlen_q, keys.shape[1], keys.device, low=low, high=high, keys=keys)
+    return _blocks(*band_blocks(seqlen_q, keys.shape[1], keys.device, low=low, high=high, keys=keys))
+
+
+@flex_blocks.register_fake
+def _(keys: Tensor, low: int | None, high: int | None, seqlen_q: int) -> tuple[Tensor, ...]:
+    rows, columns = -(-seqlen_q // BLOCK[0]), -(-keys.shape[1] // BLOCK[1])
+    return _blank(keys, keys.shape[0], 1, rows, columns)
+
+
+def _blocks(some: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     partial = some & ~whole
     columns = partial.transpose(-1, -2), whole.transpose(-1, -2)
     return (*ordered(partial), *ordered(whole), *ordered(columns[0]), *ordered(columns[1]))
 
 
-@flex_blocks.register_fake
-def _(keys: Tensor, low: int | None, high: int | None, seqlen_q: int) -> tuple[Tensor, ...]:
-    batch, rows, columns = keys.shape[0], -(-seqlen_q // BLOCK[0]), -(-keys.shape[1] // BLOCK[1])
-    shapes = ((batch, 1, rows), (batch, 1, rows, columns), (batch, 1, columns), (batch, 1, columns, rows))
-    return tuple(keys.new_empty(shapes[place], dtype=torch.int32) for place in (0, 1, 0, 1, 2, 3, 2, 3))
+def _blank(like: Tensor, batch: int, heads: int, rows: int, columns: int) -> tuple[Tensor, ...]:
+    shapes = tuple((batch, heads, *sizes) for sizes in ((rows,), (rows, columns), (columns,), (columns, rows)))
+    return tuple(like.new_empty(shapes[place], dtype=torch.int32) for place in (0, 1, 0, 1, 2, 3, 2, 3))
+
+
+@torch.library.custom_op("anyattn::flex_counted_blocks", mutates_args=())
+def flex_counted_blocks(counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Give the same of how many positions each block `(B or 1, H or 1, rows, columns)` allows."""
+    return _blocks(counts > 0, counts == BLOCK[0] * BLOCK[1])
+
+
+@flex_counted_blocks.register_fake
+def _(counts: Tensor) -> tuple[Tensor, ...]:
+    return _blank(counts, *counts.shape)
+
+
+def function_block_mask(
+    mask_mod: Any, batch: int | None, heads: int | None, seqlen_q: int, seqlen_kv: int, device: torch.device
+) -> Any:
+    """Make the block mask of a function, in traced code; inductor counts without writing the whole mask out."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    counts = block_counts(mask_mod, batch, heads, seqlen_q, seqlen_kv, device, BLOCK)
+    blocks = torch.ops.anyattn.flex_counted_blocks(counts)
+    arguments: tuple[Any, ...] = ((seqlen_q, seqlen_kv), *blocks, BLOCK, mask_mod)
+    return BlockMask(*arguments)
 
 
 def band_block_mask(mask_mod: Any, keys: Tensor, low: int | None, high: int | None, seqlen_q: int) -> Any:
