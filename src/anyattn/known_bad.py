@@ -314,15 +314,6 @@ TABLE: tuple[KnownBad, ...] = (
         "seen on an H100 with torch 2.11",
     ),
     KnownBad(
-        "flex-cuda-traced-keys",
-        ("flex",),
-        "a CUDA error that loses the context",
-        "a key mask, in code that torch.compile traces",
-        lambda s: s.compiled and s.mask.key is not None,
-        "native or a flash backend, or leave the call out of torch.compile",
-        "seen on an H100 with torch 2.11, with key lengths at dynamic lengths",
-    ),
-    KnownBad(
         "flex-block-mask-one-head",
         ("flex (compiled)",),
         "head 0's blocks are used for every head",

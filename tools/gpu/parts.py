@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -165,6 +167,83 @@ def _compiled(name: str, device: str, kind: str, *, grad: bool) -> dict[str, Any
     return {"outcome": "right" if worst < _allowed(name) else "WRONG", "relative_error": worst}
 
 
+PACKED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "empty sequences, lengths apart": {"lengths_k": (1, 70, 0, 330, 129), "lengths_q": (200, 0, 5, 129, 300)},
+    "causal": {"mask": anyattn.masks.Causal()},
+    "causal lower right, lengths apart": {
+        "mask": anyattn.masks.Causal("lower_right"),
+        "lengths_k": (257, 70, 33, 330, 129),
+    },
+    "window": {"mask": anyattn.masks.SlidingWindow(60, 0)},
+    "shared heads, odd head_dim": {"kv_heads": 2, "dim": 44, "mask": anyattn.masks.Causal()},
+    "off by one element": {"off": 1},
+}
+"""Packed calls: what is asked for beside 4 heads of 64, and sequences of the same lengths."""
+
+
+def packed(device: str, backends: str) -> dict[str, Any]:
+    """Attend over packed sequences, and compare each with the reference, with lse and gradients where there are any."""
+    with torch.enable_grad():
+        return {name: {kind: _packed(name, device, **PACKED[kind]) for kind in PACKED} for name in backends.split(",")}
+
+
+def _packed(
+    name: str,
+    device: str,
+    mask: Any = None,
+    lengths_q: tuple[int, ...] = (200, 1, 33, 129, 300),
+    lengths_k: tuple[int, ...] | None = None,
+    kv_heads: int = 4,
+    dim: int = 64,
+    off: int = 0,
+) -> dict[str, Any]:
+    both = [torch.tensor((0, *n), device=device).cumsum(0).int() for n in (lengths_q, lengths_k or lengths_q)]
+    starts_q, starts_k = both if lengths_k else (both[0], both[0])
+    shapes = [(int(starts_q[-1]), 4, dim), *((int(starts_k[-1]), kv_heads, dim),) * 2]
+    tensors = [_off_by(off, torch.randn(shape, device=device, dtype=torch.bfloat16)) for shape in shapes]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    options: dict[str, Any] = {"attn_mask": mask, "enable_gqa": kv_heads != 4, "backend": name}
+
+    def call(**more: Any) -> Any:
+        most = max(lengths_q), max(lengths_k or lengths_q)
+        return anyattn.attention_varlen(*tensors, starts_q, starts_k, *most, **options, **more)
+
+    try:
+        graded = _unless_refused(call)
+        with torch.no_grad(), anyattn.record() as calls:
+            out, with_lse = call(), _unless_refused(call, return_lse=True)
+        out = out if graded is None else graded
+        ends = zip(*(itertools.pairwise(starts.tolist()) for starts in (starts_q, starts_k)), strict=True)
+        each = [
+            reference.attention(*(t[None, slice(*r)] for t, r in zip(tensors, (q, k, k), strict=True)), mask)
+            for q, k in ends
+        ]
+        truth = torch.cat([found[0] for found, _ in each])
+        pairs = [(out, truth)]
+        if graded is not None:
+            flow = torch.randn_like(out)
+            pairs += zip(*(torch.autograd.grad(o, tensors, flow.to(o.dtype)) for o in (out, truth)), strict=True)
+        worst = max(float(((one.double() - other).norm() / other.norm()).detach()) for one, other in pairs)
+        if with_lse is not None:
+            true = torch.cat([lse[0] for _, lse in each], -1)
+            far = (with_lse[1] - true).abs() >= (5e-2 if format_of(name) else 1e-2)
+            worst = float("inf") if bool((far | (true.isneginf() != with_lse[1].isneginf())).any()) else worst
+    except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the finding
+        return _raised(error)
+    outcome = "right" if worst < _allowed(name) else "WRONG"
+    padded = "unpacked" in {note.code for note in calls[0].conversions}
+    shown = {"gradients": graded is not None, "lse": with_lse is not None, "padded": padded}
+    return {"outcome": outcome, "relative_error": worst} | shown
+
+
+def _unless_refused(call: Callable[..., Any], **options: Any) -> Any:
+    try:
+        return call(**options)
+    except (anyattn.UnsupportedCallError, anyattn.BackendUnavailableError):
+        return None
+
+
 def devices(device: str, backends: str) -> dict[str, Any]:
     """Give masks on two devices, alike and unlike, from threads and with either as the current one, and compare."""
     if torch.cuda.device_count() < 2:
@@ -255,7 +334,15 @@ def speed(device: str, backends: str) -> dict[str, Any]:
     return found
 
 
-PARTS = {"about": about, "laws": laws, "graphs": graphs, "compile": compile, "devices": devices, "speed": speed}
+PARTS = {
+    "about": about,
+    "laws": laws,
+    "graphs": graphs,
+    "compile": compile,
+    "packed": packed,
+    "devices": devices,
+    "speed": speed,
+}
 
 if __name__ == "__main__":
     with torch.no_grad() if sys.argv[1] != "laws" else torch.enable_grad():

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from anyattn.adapters.native import kernels, short
+from anyattn.adapters.native import kernels, packed, short
 from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE
 from anyattn.backend import Backend, Lowering, MaskedRunner, Plan, Runner
 from anyattn.capabilities import Capabilities, lowered_mask_reasons, needs_dense, pattern_is_native
@@ -84,6 +84,16 @@ class NativeFlash(_Kernel):
     declarations = FLASH
     avoids = frozenset(("cpu-flash-causal-scale", "cpu-flash-float32-bias"))
 
+    def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
+        caps = super().capabilities(spec, env)
+        return packed.declared(caps) if caps is not None and packed.takes(spec, env) else caps
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        return iter(()) if spec.packed else super().rejects(spec, env)
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        return packed.lower(spec) if spec.packed else super().lower(spec, env)
+
 
 class NativeEfficient(_Kernel):
     """SDPA's memory-efficient kernel alone."""
@@ -146,7 +156,13 @@ class Native(Backend):
     declarations = NATIVE
     run = staticmethod(kernels.run)
 
+    def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
+        caps = super().capabilities(spec, env)
+        return packed.declared(caps) if caps is not None and packed.takes(spec, env) else caps
+
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        if spec.packed:
+            return
         yield from _dense_causal("sdpa", spec)
         if spec.return_lse or spec.sinks:
             options = _with_lse(spec, env)
@@ -161,6 +177,8 @@ class Native(Backend):
         return iter(())
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        if spec.packed:
+            return packed.lower(spec)
         if spec.return_lse or spec.sinks:
             return next(sub.lower(spec, env) for sub in _with_lse(spec, env) if not sub.reasons(spec, env))
         plain = lower_to("sdpa", self.declarations[spec.device_type], spec)

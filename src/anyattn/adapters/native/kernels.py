@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyattn.adapters.native import packed
 from anyattn.alignment import realigned
 from anyattn.backend import Output, Parts, Plan
 from anyattn.key_layout import kept_padding
@@ -145,6 +146,8 @@ _ENTRIES: Mapping[str, _Entry] = {
 def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
     """Call the entry that the plan names; tensors come and go in the spec's layout."""
     spec, lowering = plan.spec, plan.lowering
+    if spec.packed:
+        return packed.run(plan, query, key, value, parts)
     if spec.layout == "BSHD":
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if lowering.copy:

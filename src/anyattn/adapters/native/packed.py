@@ -1,0 +1,100 @@
+"""Packed sequences on torch's own flash kernel: `torch.nn.attention.varlen.varlen_attn`, since torch 2.10.
+
+Source: torch 2.11 and 2.13, `torch/nn/attention/varlen.py`; an H100 with torch 2.11. For CUDA, in half precision. It
+aligns causal attention, said as the window (-1, 0), to the lower right, and gives lse as `(H, T_q)`, with +inf in rows
+without a key. There is no dropout; heads are shared from torch 2.12 on alone, and so are repeated before it. Nothing is
+read on the host.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from packaging.version import Version
+from torch import Tensor
+
+from anyattn.alignment import realigned
+from anyattn.backend import Lowering, Output, Parts, Plan
+from anyattn.capabilities import Capabilities
+from anyattn.environment import Environment
+from anyattn.reasons import Conversion
+from anyattn.spec import AttentionSpec
+
+ENTRY = "varlen_attn"
+
+_SINCE = Version("2.10")
+
+
+def takes(spec: AttentionSpec, env: Environment) -> bool:
+    """Whether torch's own entry takes a packed call as it is; otherwise the call is padded. Law: pure."""
+    pattern = spec.mask.pattern
+    if pattern is not None and not (pattern.is_causal and (spec.same_lengths or pattern.align == "lower_right")):
+        return False
+    device = env.device(spec.device_type, spec.device_index)
+    if not spec.packed or device is None or device.arch is None or device.rocm or device.arch < (8, 0):
+        return False
+    wide = spec.head_dim != spec.head_dim_v or spec.head_dim > 256
+    plain = spec.scale > 0 and not spec.dropout_p and spec.softcap is None and not (spec.deterministic or wide)
+    return plain and spec.dtype.itemsize == 2 and env.torch >= _SINCE
+
+
+def declared(caps: Capabilities) -> Capabilities:
+    """Give a kernel's declaration for the calls that `takes` takes."""
+    return caps.replace(varlen=True, causal=frozenset(("lower_right",)), causal_square=False, dead_rows=True)
+
+
+def lower(spec: AttentionSpec) -> Lowering:
+    """Describe how a packed call reaches the entry."""
+    notes = [Conversion("packed", "torch's own entry for packed sequences, on its flash kernel")]
+    copy = not (spec.storage.aligned and spec.storage.unit_stride)
+    if copy:
+        text = "query, key and value copied: the kernel needs 16-byte aligned rows and a contiguous head_dim"
+        notes.append(Conversion("copy", text))
+    if spec.head_dim % 8:
+        notes.append(Conversion("pad_head_dim", f"head_dim {spec.head_dim} padded to a multiple of 8"))
+    if spec.is_gqa:
+        notes.append(
+            Conversion("repeat_heads", "key and value heads repeated in memory: torch shares none before 2.12")
+        )
+    return Lowering(ENTRY, copy=copy, conversions=tuple(notes))
+
+
+@functools.cache
+def _functions() -> tuple[Any, Any]:
+    from torch.nn.attention import varlen
+
+    return varlen.varlen_attn, varlen.AuxRequest(lse=True)
+
+
+def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+    """Call it, on `(T, H, D)`."""
+    spec = plan.spec
+    if plan.lowering.copy:
+        query, key, value = realigned(query), realigned(key), realigned(value)
+    if spec.is_gqa:
+        times = spec.num_heads // spec.num_kv_heads
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    left_over = -spec.head_dim % 8
+    if left_over:
+        query, key, value = (F.pad(tensor, (0, left_over)) for tensor in (query, key, value))
+    attend, with_lse = _functions()
+    found = attend(
+        query,
+        key,
+        value,
+        parts.cu_seqlens_q,
+        parts.cu_seqlens_k,
+        spec.seqlen_q,
+        spec.seqlen_kv,
+        return_aux=with_lse,
+        scale=spec.scale,
+        window_size=(-1, -1) if spec.mask.pattern is None else (-1, 0),
+    )
+    out: Tensor = found[0][..., : spec.head_dim_v]
+    if not (spec.return_lse or spec.sinks):
+        return out
+    lse = found[1].detach().float()
+    return out, torch.where(lse == float("inf"), float("-inf"), lse)
