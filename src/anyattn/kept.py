@@ -41,8 +41,8 @@ def kept(key: Tensor, what: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     Args:
         key: The tensor.
         what: What is worked out, with everything that it depends on besides the tensor.
-        make: Works it out; never asks the device for values. It must not be, or hold, the tensor or a view of it: that
-            would keep it alive.
+        make: Works it out; asks the device for values only where integers are what is kept (`host_lengths`). It must
+            not be, or hold, the tensor or a view of it: that would keep it alive.
     """
     if torch.compiler.is_compiling() or not _may_be_kept(key):
         return make()

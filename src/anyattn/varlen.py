@@ -1,7 +1,8 @@
 """Packed sequences: attention over `(T, H, D)`, each sequence by itself, on every backend.
 
-A backend whose kernel takes packed sequences gets them as they are. For every other they are padded on the device, with
-key lengths for a mask, and the result is packed again: exact, and without reading a length.
+A backend whose kernel takes packed sequences gets them as they are (`host_lengths` where it wants integers). For every
+other they are padded on the device, with key lengths for a mask, and the result is packed again: exact, and without
+reading a length.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from anyattn.dispatch import Backends, autocast_dtype, is_aligned, make_first, s
 from anyattn.environment import detect
 from anyattn.errors import InvalidCallError
 from anyattn.faults import is_kernels, passes_over
+from anyattn.host_lengths import check_starts
 from anyattn.masks import Mask
 from anyattn.pins import live_scope
 from anyattn.running import execute, make_plan, raise_kernel_error
@@ -80,7 +82,8 @@ def attention_varlen(
 
     Raises:
         InvalidCallError: If the call is wrong for any backend. The values of cumulative lengths are checked where that
-            needs no synchronisation (on a CPU), and with the value checks elsewhere.
+            needs no synchronisation (on a CPU), where the kernel takes integers (`host_lengths` in the decision: they
+            are read on the host, once per tensor), and with the value checks elsewhere.
         AnyattnError: As for `attention`.
 
     Under torch.compile this call is made outside the compiled graph.
@@ -228,20 +231,8 @@ def _check(query: object, key: object, value: object, cu_q: object, cu_k: object
             f"cu_seqlens_q and cu_seqlens_k need one length, batch + 1; given {len(cu_q)} and {len(cu_k)}."
         )
     if query.is_cpu or policy.checks_enabled():
-        _check_values("q", cu_q, max_q, query.shape[0])
-        _check_values("k", cu_k, max_k, key.shape[0])
-
-
-def _check_values(name: str, starts: Tensor, most: int, total: int) -> None:
-    found: list[int] = starts.tolist()
-    longest = max((end - start for start, end in itertools.pairwise(found)), default=0)
-    if found[0] != 0 or found[-1] != total or sorted(found) != found:
-        raise InvalidCallError(
-            f"cu_seqlens_{name} must begin with 0, never decrease, and end with the number of tokens, {total}; "
-            f"{found[:8]}{'...' if len(found) > 8 else ''} ending with {found[-1]} was given."
-        )
-    if longest > most:
-        raise InvalidCallError(f"max_seqlen_{name} is {most}, but a sequence has {longest} tokens.")
+        check_starts("q", cu_q.tolist(), max_q, query.shape[0])
+        check_starts("k", cu_k.tolist(), max_k, key.shape[0])
 
 
 def describe_packed(
@@ -334,8 +325,9 @@ def _run(
     if 0 in (query.shape[0], key.shape[0]) or plan.lowering.entry == "empty":
         return _nothing_to_see(plan.spec, query, key, value, sinks)
     if plan.spec.packed:
-        starts = {"cu_seqlens_q": cu_q.contiguous(), "cu_seqlens_k": cu_k.contiguous()}
-        return execute(run, plan, query, key, value, Parts(sinks=sinks, **starts))
+        starts = cu_q.contiguous()
+        other = starts if cu_k is cu_q else cu_k.contiguous()
+        return execute(run, plan, query, key, value, Parts(sinks=sinks, cu_seqlens_q=starts, cu_seqlens_k=other))
     starts_q, starts_k = cu_q.long(), cu_k.long()
     lengths_k = starts_k.diff()
     parts = Parts(key=lengths_k, sinks=sinks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -170,3 +172,103 @@ def test_lse_is_made_of_the_first_of_eight_and_minus_infinity_without_a_key() ->
     assert lse.shape == (1, 2, 4)
     assert torch.allclose(lse.double(), reference.attention(q, k, v, mask)[1], atol=1e-5)
     assert bool((lse[:, :, 1] == float("-inf")).all())
+
+
+def _packed(**changes: Any) -> AttentionSpec:
+    return _spec(**({"packed": True, "same_lengths": False} | changes))
+
+
+UPPER = MaskSpec(PatternSpec(-1, 0, "upper_left"))
+LOWER = MaskSpec(PatternSpec(-1, 0, "lower_right"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "packs"),
+    [
+        ({}, True),
+        ({"dtype": torch.float32, "dropout_p": 0.5, "requires_grad": ("query",)}, True),
+        ({"num_kv_heads": 2, "batch": 1024}, True),
+        ({"mask": UPPER, "same_lengths": True}, True),
+        ({"mask": LOWER, "same_lengths": True}, True),
+        # A row without a key, a window, too many sequences or tokens.
+        ({"mask": UPPER}, False),
+        ({"mask": LOWER}, False),
+        ({"mask": MaskSpec(PatternSpec(3, 0, "upper_left")), "same_lengths": True}, False),
+        ({"batch": 1025}, False),
+        ({"batch": 17, "seqlen_kv": 1 << 16}, False),
+        # Maximum and sum come in an order that their shape doesn't tell.
+        ({"return_lse": True}, False),
+        ({"sinks": True}, False),
+    ],
+)
+def test_packed_sequences_are_given_as_they_are_or_padded(changes: dict[str, Any], packs: bool) -> None:
+    decision = anyattn.explain(_packed(**changes), env=NPU, backend="npu")
+    assert decision.chosen == "npu"
+    codes = {conversion.code for conversion in decision.conversions}
+    assert ("host_lengths" in codes) == packs
+    assert ("unpacked" in codes) != packs
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Told]:
+    torch.manual_seed(0)
+    with doubles.installed("npu"):
+        anyattn.attention(*(torch.randn(1, 3, 2, 16) for _ in range(3)), backend="npu")
+        kernel = _Told(FUNCTIONS["npu"].npu_fusion_attention)
+        monkeypatch.setattr(FUNCTIONS["npu"], "npu_fusion_attention", kernel)
+        yield kernel
+
+
+def _starts(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def _tokens(total: int, heads: int = 4) -> torch.Tensor:
+    return torch.randn(total, heads, 16)
+
+
+def test_packed_sequences_are_told_as_ends_in_lists(told: _Told) -> None:
+    q, k, v = _tokens(7), _tokens(8, 2), _tokens(8, 2)
+    out = anyattn.attention_varlen(
+        q, k, v, _starts(3, 0, 4), _starts(2, 0, 6), 4, 6, enable_gqa=True, scale=0.5, backend="npu"
+    )
+    assert told.given[3:] == (4, "TND")
+    assert told.options == {"scale": 0.5, "keep_prob": 1.0, "actual_seq_qlen": [3, 7], "actual_seq_kvlen": [2, 8]}
+    for rows, keys in ((slice(3), slice(2)), (slice(3, 7), slice(2, 8))):
+        truth, _ = reference.attention(q[None, rows], k[None, keys], v[None, keys], scale=0.5)
+        assert torch.allclose(out[rows].double(), truth[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("align", ["upper_left", "lower_right"])
+def test_packed_causal_goes_with_the_compressed_mask(told: _Told, align: Any) -> None:
+    q, k, v, starts = _tokens(7), _tokens(7), _tokens(7), _starts(3, 4)
+    out = anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, masks.Causal(align), backend="npu")
+    assert told.options["sparse_mode"] == 2, "of the same lengths both alignments are one"
+    assert told.options["atten_mask"].shape == (2048, 2048)
+    for rows in (slice(3), slice(3, 7)):
+        truth, _ = reference.attention(q[None, rows], k[None, rows], v[None, rows], masks.Causal())
+        assert torch.allclose(out[rows].double(), truth[0], atol=1e-5)
+
+
+def test_sequences_with_one_side_empty_never_reach_the_kernel(told: _Told) -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in (_tokens(9), _tokens(8), _tokens(8)))
+    out = anyattn.attention_varlen(q, k, v, _starts(3, 0, 2, 4), _starts(2, 5, 0, 1), 4, 5, backend="npu")
+    assert (told.options["actual_seq_qlen"], told.options["actual_seq_kvlen"]) == ([3, 7], [2, 3])
+    out.square().sum().backward()
+    assert q.grad is not None
+    assert k.grad is not None
+    assert not out[3:5].any()
+    assert not q.grad[3:5].any()
+    assert not k.grad[2:7].any()
+    assert bool(q.grad.isfinite().all() and k.grad.isfinite().all() and q.grad[:3].any())
+
+
+def test_lse_and_sinks_of_packed_sequences_come_of_padded_ones(told: _Told) -> None:
+    q, k, v, starts = _tokens(7), _tokens(7), _tokens(7), _starts(3, 4)
+    out, lse = anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, return_lse=True, backend="npu")
+    assert told.given[4] == "BSND"
+    assert lse.shape == (4, 7)
+    for rows in (slice(3), slice(3, 7)):
+        truth, true_lse = reference.attention(q[None, rows], k[None, rows], v[None, rows])
+        assert torch.allclose(out[rows].double(), truth[0], atol=1e-5)
+        assert torch.allclose(lse[:, rows].double(), true_lse[0], atol=1e-5)

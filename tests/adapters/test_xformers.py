@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import types
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import anyattn
-from anyattn import registry
+from anyattn import kept, masks, registry
 from anyattn.backend import Lowering
 from anyattn.decision import Decision
 from anyattn.environment import Environment, preset
 from anyattn.errors import BackendUnavailableError
+from anyattn.kernel_source import FUNCTIONS
 from anyattn.masks import Mask
 from anyattn.patterns import KernelPattern
 from anyattn.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
@@ -307,3 +311,185 @@ def test_failing_import_is_reported_with_its_cause(
         with pytest.raises(BackendUnavailableError, match=cause) as raised:
             anyattn.attention(q, k, v, backend="xformers")
     assert str(error) in str(raised.value)
+
+
+PACKED = {"packed": True, "same_lengths": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "packs"),
+    [
+        ({}, True),
+        ({"dropout_p": 0.1, "requires_grad": ("query",)}, True),
+        ({"num_kv_heads": 2, "return_lse": True}, True),
+        ({"head_dim": 44, "head_dim_v": 48}, True),
+        ({"mask": MaskSpec(PatternSpec(-1, -1, "lower_right"))}, True),
+        ({"mask": UPPER, "same_lengths": True}, True),
+        ({"mask": LOWER, "same_lengths": True}, True),
+        ({"mask": MaskSpec(PatternSpec(3, 0, "upper_left")), "same_lengths": True}, True),
+        # One alignment alone, no right side, and nothing for CUTLASS, whose lse is another.
+        ({"mask": UPPER}, False),
+        ({"mask": LOWER}, False),
+        ({"mask": MaskSpec(PatternSpec(3, 0, "lower_right"))}, False),
+        ({"mask": WINDOW, "same_lengths": True}, False),
+        ({"mask": MaskSpec(PatternSpec(3, -1, "upper_left")), "same_lengths": True}, False),
+        ({"dtype": torch.float32}, False),
+        ({"head_dim_v": 32}, False),
+    ],
+)
+def test_packed_sequences_are_given_to_flash_or_padded(changes: dict[str, object], packs: bool) -> None:
+    decision = _explain(_spec(**(PACKED | changes)), _machine())
+    assert decision.chosen == "xformers"
+    codes = {conversion.code for conversion in decision.conversions}
+    assert ("host_lengths" in codes) == packs
+    assert ("unpacked" in codes) != packs
+    assert packs == (decision.kernel == "flash")
+
+
+def test_packed_sequences_are_taken_after_hopper() -> None:
+    spec = _spec(**(PACKED | {"mask": UPPER, "same_lengths": True}))
+    assert not _codes(spec, _machine("b200"))
+    assert _codes(spec.replace(dtype=torch.float32), _machine("b200")) == {"arch"}
+
+
+class _Biases:
+    """Stands for the kernel, and keeps the biases that it was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given: list[object] = []
+        self.made = 0
+        for name, honest in xf.CALLS.items():
+            monkeypatch.setattr(FUNCTIONS["xformers"], name, self._spy(honest))
+        kind = xf.BlockDiagonalMask
+        make = kind.from_seqlens
+
+        def counted(*lengths: list[int], device: torch.device) -> xf.BlockDiagonalMask:
+            self.made += 1
+            return make(*lengths, device=device)
+
+        monkeypatch.setattr(kind, "from_seqlens", counted)
+
+    def _spy(self, honest: Callable[..., object]) -> Callable[..., object]:
+        def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: object, *rest: object) -> object:
+            self.given.append(bias)
+            return honest(query, key, value, bias, *rest)
+
+        return call
+
+
+def _starts(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def _tokens(total: int, heads: int = 4) -> torch.Tensor:
+    return torch.randn(total, heads, 16).bfloat16()
+
+
+@pytest.fixture
+def biases(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Biases]:
+    torch.manual_seed(0)
+    kept.forget()
+    with doubles.installed("xformers"):
+        anyattn.attention(*_qkv(), backend="xformers")
+        yield _Biases(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind"),
+    [
+        (None, "BlockDiagonalMask"),
+        (masks.Causal(), "BlockDiagonalCausalMask"),
+        (masks.Causal("lower_right"), "BlockDiagonalCausalMask"),
+        (masks.SlidingWindow(1, 0), "BlockDiagonalCausalLocalAttentionMask"),
+        # It reaches every key.
+        (masks.SlidingWindow(4, 0), "BlockDiagonalCausalMask"),
+    ],
+)
+def test_pattern_of_packed_sequences_has_its_bias(biases: _Biases, mask: Mask | None, kind: str) -> None:
+    starts = _starts(3, 0, 5)
+    q, k, v = _tokens(8), _tokens(8), _tokens(8)
+    found = anyattn.attention_varlen(q, k, v, starts, starts, 5, 5, mask, backend="xformers")
+    (bias,) = biases.given
+    assert type(bias).__name__ == kind
+    assert isinstance(bias, xf.BlockDiagonalMask)
+    assert bias.q_seqinfo is bias.k_seqinfo
+    assert bias.q_seqinfo.seqstart_py == [0, 3, 8], "the sequence without anything is left out"
+    for rows in (slice(0, 3), slice(3, 8)):
+        truth, _ = anyattn.reference.attention(q[None, rows], k[None, rows], v[None, rows], mask)
+        assert torch.allclose(found[rows].double(), truth[0], atol=2e-2)
+
+
+def test_bias_is_copied_to_the_device_once_for_every_layer(biases: _Biases) -> None:
+    starts_q, starts_k = _starts(3, 5), _starts(2, 4)
+    for _ in range(3):
+        anyattn.attention_varlen(_tokens(8), _tokens(6), _tokens(6), starts_q, starts_k, 5, 4, backend="xformers")
+        anyattn.attention_varlen(_tokens(8), _tokens(8), _tokens(8), starts_q, starts_q, 5, 5, backend="xformers")
+    assert biases.made == 2
+    assert len(biases.given) == 6
+
+
+def test_kept_bias_of_packed_sequences_does_not_keep_their_lengths_alive(biases: _Biases) -> None:
+    starts = _starts(3, 5)
+    anyattn.attention_varlen(_tokens(8), _tokens(8), _tokens(8), starts, starts, 5, 5, backend="xformers")
+    gone = weakref.ref(starts)
+    biases.given.clear()
+    del starts
+    assert gone() is None
+
+
+def test_sequences_with_one_side_empty_never_reach_the_kernel(biases: _Biases) -> None:
+    starts_q, starts_k = _starts(3, 0, 2, 4), _starts(2, 5, 0, 1)
+    q, k, v = (tensor.requires_grad_() for tensor in (_tokens(9), _tokens(8), _tokens(8)))
+    out = anyattn.attention_varlen(q, k, v, starts_q, starts_k, 4, 5, backend="xformers")
+    (bias,) = biases.given
+    assert isinstance(bias, xf.BlockDiagonalMask)
+    assert bias.q_seqinfo.seqstart_py == [0, 3, 7]
+    assert bias.k_seqinfo.seqstart_py == [0, 2, 3]
+    out.float().square().sum().backward()
+    assert q.grad is not None
+    assert k.grad is not None
+    assert not out[3:5].any()
+    assert not q.grad[3:5].any()
+    assert not k.grad[2:7].any()
+    assert k.grad[7:].isfinite().all()
+    assert q.grad[:3].any()
+
+
+def test_packed_groups_share_keys_without_gradients_and_are_repeated_with_them(biases: _Biases) -> None:
+    starts = _starts(3, 5)
+    q, k, v = _tokens(8), _tokens(8, 2), _tokens(8, 2)
+    call = {"enable_gqa": True, "backend": "xformers"}
+    plain, lse = anyattn.attention_varlen(q, k, v, starts, starts, 5, 5, return_lse=True, **call)
+    assert lse.shape == (4, 8)
+    with_grad = anyattn.attention_varlen(q.clone().requires_grad_(), k, v, starts, starts, 5, 5, **call)
+    assert torch.equal(plain, with_grad)
+    for rows in (slice(0, 3), slice(3, 8)):
+        truth, true_lse = anyattn.reference.attention(q[None, rows], k[None, rows], v[None, rows])
+        assert torch.allclose(plain[rows].double(), truth[0], atol=2e-2)
+        assert torch.allclose(lse[:, rows].double(), true_lse[0], atol=1e-5)
+
+
+def test_lse_that_an_old_flash_pads_per_sequence_is_packed(monkeypatch: pytest.MonkeyPatch, biases: _Biases) -> None:
+    starts = _starts(3, 5)
+    q, k, v = _tokens(8), _tokens(8), _tokens(8)
+    call = {"return_lse": True, "backend": "xformers"}
+    _, lse = anyattn.attention_varlen(q, k, v, starts, starts, 5, 5, **call)
+    name = "memory_efficient_attention_forward_requires_grad"
+    honest = xf.CALLS[name]
+
+    def padding(*given: object) -> tuple[torch.Tensor, torch.Tensor]:
+        out, packed = honest(*given)
+        return out, torch.stack([F.pad(packed[0, :, :3], (0, 2), value=7.0), packed[0, :, 3:]])
+
+    monkeypatch.setattr(FUNCTIONS["xformers"], name, padding)
+    assert torch.equal(anyattn.attention_varlen(q, k, v, starts, starts, 5, 5, **call)[1], lse)
+
+
+def test_dropout_of_packed_sequences_is_told(biases: _Biases) -> None:
+    starts = _starts(300, 200)
+    q, k = torch.zeros(500, 4, 16).bfloat16(), torch.zeros(500, 4, 16).bfloat16()
+    v = torch.ones(500, 4, 16).bfloat16()
+    out = anyattn.attention_varlen(q, k, v, starts, starts, 300, 300, dropout_p=0.5, backend="xformers")
+    assert biases.given
+    assert abs(float(out.float().mean()) - 1) < 0.05
+    assert float(out.float().std()) > 0.01

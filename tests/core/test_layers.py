@@ -16,6 +16,7 @@ LAYERS = {
     1: ("alignment", "policy", "patterns", "capabilities", "kernel_source", "_in_force"),
     2: (
         "kept",
+        "host_lengths",
         "key_layout",
         "known_bad",
         "backend",

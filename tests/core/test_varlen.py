@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import anyattn
-from anyattn import masks, reference, tolerance
+from anyattn import host_lengths, kept, masks, reference, tolerance
 from anyattn.masks import Mask
 from anyattn.testing import doubles
 
 REAL = ("native", "native_flash", "native_math", "flex")
-DOUBLES = ("flash2", "flash3", "flash4")
+DOUBLES = ("flash2", "flash3", "flash4", "xformers", "npu")
 LENGTHS_Q = (3, 0, 5, 1)
 LENGTHS_K = (4, 2, 3, 0)
 
@@ -95,7 +95,7 @@ def _compare(out: Tensor, lse: Tensor, tensors: list[Tensor], starts: tuple[Tens
     assert torch.allclose(lse[finite].double(), true_lse[finite], atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["native", "flash2", "flash4"])
+@pytest.mark.parametrize("backend", ["native", "flash2", "flash4", "xformers", "npu"])
 def test_gradients_are_each_sequences_own(backend: str) -> None:
     dtype = torch.bfloat16 if backend in DOUBLES else torch.float32
     starts = (_starts(LENGTHS_Q), _starts(LENGTHS_K))
@@ -111,7 +111,7 @@ def test_gradients_are_each_sequences_own(backend: str) -> None:
         )
 
 
-@pytest.mark.parametrize("backend", ["native", "flash2", "flash4"])
+@pytest.mark.parametrize("backend", ["native", "flash2", "flash4", "xformers", "npu"])
 def test_sinks_are_in_the_denominator(backend: str) -> None:
     dtype = torch.bfloat16 if backend in DOUBLES else torch.float32
     starts = (_starts((3, 4)), _starts((5, 2)))
@@ -126,12 +126,14 @@ def test_sinks_are_in_the_denominator(backend: str) -> None:
 
 def test_decision_says_whether_sequences_were_padded() -> None:
     starts = _starts((3, 4))
-    for backend, padded in (("native", True), ("flash2", False)):
+    for backend, padded in (("native", True), ("flash2", False), ("xformers", False), ("npu", False)):
         dtype = torch.bfloat16
         q, k, v = _packed((3, 4), (3, 4), dtype, kv_heads=4)
         with _there(backend), anyattn.record() as calls:
             anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, backend=backend)
-        assert ("unpacked" in {c.code for c in calls[0].conversions}) == padded
+        codes = {conversion.code for conversion in calls[0].conversions}
+        assert ("unpacked" in codes) == padded
+        assert ("host_lengths" in codes) == (backend in ("xformers", "npu"))
         assert calls[0].spec.packed
 
 
@@ -257,7 +259,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("checks")
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("backend", ["native", "flex", "flash4"])
+@pytest.mark.parametrize("backend", ["native", "flex", "flash4", "xformers", "npu"])
 def test_value_checks_pass_what_is_right(backend: str, kind: str) -> None:
     dtype = torch.bfloat16 if backend in DOUBLES else torch.float32
     starts = (_starts(LENGTHS_Q), _starts(LENGTHS_K))
@@ -296,3 +298,115 @@ def test_value_checks_find_a_kernel_that_lies(monkeypatch: pytest.MonkeyPatch, w
     for _ in range(2):
         with pytest.raises(anyattn.KernelError, match="disagrees with the reference"):
             anyattn.attention_varlen(*tensors, *starts, 4, 5, return_lse=True)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Give a list that grows by a name whenever cumulative lengths are read for a kernel that takes integers."""
+    kept.forget()
+    found: list[str] = []
+    honest = host_lengths.check_starts
+
+    def counted(name: str, *arguments: Any) -> None:
+        found.append(name)
+        honest(name, *arguments)
+
+    monkeypatch.setattr(host_lengths, "check_starts", counted)
+    return found
+
+
+@pytest.mark.parametrize("backend", ["xformers", "npu"])
+def test_lengths_are_read_once_per_tensor_and_again_when_written_to(backend: str, reads: list[str]) -> None:
+    starts = (_starts((3, 4)), _starts((2, 5)))
+    q, k, v = _packed((3, 4), (2, 5), torch.bfloat16, kv_heads=4)
+    with _there(backend):
+        for _ in range(3):
+            anyattn.attention_varlen(q, k, v, *starts, 4, 5, backend=backend)
+        assert reads == ["q", "k"]
+        starts[1].copy_(_starts((4, 3)))
+        found = anyattn.attention_varlen(q, k, v, *starts, 4, 5, backend=backend)
+        assert reads == ["q", "k", "k"]
+    assert torch.allclose(found.double(), _truth([q, k, v], starts, None)[0], atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["xformers", "npu"])
+def test_one_tensor_for_both_lengths_is_read_once_strided_or_not(backend: str, reads: list[str]) -> None:
+    starts = _starts((3, 4))
+    strided = torch.stack((starts, starts), 1)[:, 0]
+    q, k, v = _packed((3, 4), (3, 4), torch.bfloat16, kv_heads=4)
+    with _there(backend):
+        first = anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, is_causal=True, backend=backend)
+        assert reads == ["q"]
+        second = anyattn.attention_varlen(q, k, v, strided, strided, 4, 4, is_causal=True, backend=backend)
+        assert reads == ["q", "q"]
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", ["xformers", "npu"])
+def test_lengths_made_in_inference_mode_are_read_at_each_call(backend: str, reads: list[str]) -> None:
+    q, k, v = _packed((3, 4), (3, 4), torch.bfloat16, kv_heads=4)
+    with _there(backend), torch.inference_mode():
+        starts = _starts((3, 4))
+        for lengths in ((3, 4), (5, 2)):
+            starts.copy_(_starts(lengths))
+            found = anyattn.attention_varlen(q, k, v, starts, starts, 5, 5, backend=backend)
+            assert torch.allclose(found.double(), _truth([q, k, v], (starts, starts), None)[0], atol=2e-2)
+    assert reads == ["q", "q"]
+
+
+@pytest.mark.parametrize("lengths", [((3, 0, 2), (0, 4, 0)), ((0, 3), (5, 0))])
+@pytest.mark.parametrize("backend", ["xformers", "npu"])
+def test_no_sequence_with_queries_and_keys_gives_zeros_and_keeps_the_graph(
+    backend: str, lengths: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    tensors = [t.requires_grad_() for t in _packed(*lengths, torch.bfloat16, kv_heads=2)]
+    starts = [_starts(each) for each in lengths]
+    sizes = [max(each) for each in lengths]
+    with _there(backend):
+        out = anyattn.attention_varlen(*tensors, *starts, *sizes, enable_gqa=True, backend=backend)
+        out.sum().backward()
+        _, lse = anyattn.attention_varlen(
+            *(t.detach() for t in tensors), *starts, *sizes, enable_gqa=True, return_lse=True, backend=backend
+        )
+    assert out.shape == (sum(lengths[0]), 4, 16)
+    assert not out.any()
+    assert torch.isneginf(lse).all()
+    assert lse.dtype == torch.float32
+    for tensor in tensors:
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
+
+
+@pytest.mark.parametrize("backend", ["xformers", "npu"])
+def test_sinks_of_rows_without_keys_are_their_lse(backend: str) -> None:
+    starts = (_starts((3, 2)), _starts((4, 0)))
+    q, k, v = _packed((3, 2), (4, 0), torch.bfloat16, kv_heads=4)
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    with _there(backend):
+        out, lse = anyattn.attention_varlen(q, k, v, *starts, 3, 4, sinks=sinks, return_lse=True, backend=backend)
+    assert not out[3:].any()
+    assert torch.equal(lse[:, 3:], sinks[:, None].expand(-1, 2))
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ([1, 3, 7], "begin with 0"),
+        ([0, 8, 7], "never decrease"),
+        ([0, 3, 9], "number of tokens, 7"),
+        ([0, 1, 7], "a sequence has 6"),
+    ],
+)
+def test_lengths_that_would_be_read_past_the_end_never_reach_the_kernel(starts: list[int], message: str) -> None:
+    # On a GPU nobody else looks at them.
+    q, k, v = _packed((3, 4), (3, 4), torch.bfloat16, kv_heads=4)
+    wrong = torch.tensor(starts, dtype=torch.int32)
+    with _there("xformers"), anyattn.record() as calls:
+        anyattn.attention_varlen(q, k, v, _starts((3, 4)), _starts((3, 4)), 4, 4, backend="xformers")
+
+    def kernel(*arguments: Any) -> Any:
+        raise AssertionError("reached")
+
+    for _ in range(2):
+        with pytest.raises(anyattn.InvalidCallError, match=message):
+            host_lengths.attend(calls[0].spec, q, k, v, _starts((3, 4)), wrong, kernel, with_lse=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -121,3 +123,77 @@ def test_layout_bsnd_is_the_same_transposed_and_heads_are_shared() -> None:
     assert torch.equal(out, swapped.transpose(1, 2))
     repeated = npu_fusion_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), 4, "BNSD")[0]
     assert torch.equal(out, repeated)
+
+
+def _packed(lengths_q: list[int], lengths_k: list[int], heads: int = 2, kv_heads: int = 2) -> tuple[Tensor, ...]:
+    q, k, v = _qkv(sum(lengths_q), sum(lengths_k), heads, kv_heads)
+    return tuple(tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v))
+
+
+def _ends(lengths: list[int]) -> list[int]:
+    return list(itertools.accumulate(lengths))
+
+
+def _tnd(lengths_q: list[int], lengths_k: list[int], **options: Any) -> tuple[Any, ...]:
+    ends = {"actual_seq_qlen": _ends(lengths_q), "actual_seq_kvlen": _ends(lengths_k)}
+    return npu_fusion_attention(*_packed(lengths_q, lengths_k), 2, "TND", **(ends | options))  # type: ignore[arg-type]
+
+
+def _alone(lengths_q: list[int], lengths_k: list[int], index: int, **options: Any) -> tuple[Any, ...]:
+    rows, keys = (slice(sum(lengths[:index]), sum(lengths[: index + 1])) for lengths in (lengths_q, lengths_k))
+    q, k, v = _packed(lengths_q, lengths_k)
+    return npu_fusion_attention(q[None, rows], k[None, keys], v[None, keys], 2, "BSND", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"sparse_mode": 2, "atten_mask": TRIANGLE}])
+def test_layout_tnd_attends_in_each_sequence_and_has_ends_without_the_0(options: dict[str, Any]) -> None:
+    lengths = [3, 4], [2, 6]
+    out = _tnd(*lengths, **options)[0]
+    alone = torch.cat([_alone(*lengths, index, **options)[0][0] for index in (0, 1)])
+    assert torch.allclose(out, alone, atol=1e-6)
+
+
+def test_mode_3_is_aligned_to_each_sequences_lower_right() -> None:
+    lengths = [3, 4], [3, 6]
+    options = {"sparse_mode": 3, "atten_mask": TRIANGLE}
+    alone = torch.cat([_alone(*lengths, index, **options)[0][0] for index in (0, 1)])
+    assert torch.allclose(_tnd(*lengths, **options)[0], alone, atol=1e-6)
+    full = _tnd(*lengths)[0]
+    assert torch.equal(_tnd(*lengths, sparse_mode=3)[0], full), "without a mask the mode is ignored"
+    assert torch.equal(_tnd(*lengths, sparse_mode=3, atten_mask=~TRIANGLE)[0], full)
+
+
+def test_maximum_and_sum_have_one_shape_and_two_orders() -> None:
+    lengths = [3, 4], [2, 6]
+    plain, asked = _tnd(*lengths), _tnd(*lengths, softmax_layout="TND")
+    assert plain[1].shape == asked[1].shape == (7, 2, 8)
+    assert not torch.equal(plain[1], asked[1])
+    alone = [_alone(*lengths, index)[1][0] for index in (0, 1)]
+    assert torch.allclose(asked[1], torch.cat([one.transpose(0, 1) for one in alone]))
+    assert torch.allclose(plain[1].flatten(), torch.cat([one.flatten() for one in alone]))
+
+
+@pytest.mark.parametrize("lengths", [([3, 2], [4, 0]), ([3, 0], [4, 2])])
+def test_sequence_with_one_side_empty_spoils_the_call(lengths: tuple[list[int], list[int]]) -> None:
+    out, largest, total, *_ = _tnd(*lengths)
+    assert out.isnan().all()
+    assert (largest + total.log()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"actual_seq_qlen": torch.tensor([3, 7])}, TypeError, "lists of int"),
+        ({"actual_seq_qlen": None}, TypeError, "lists of int"),
+        ({"actual_seq_qlen": [0, 3, 7]}, RuntimeError, "one length"),
+        ({"actual_seq_qlen": [3, 6]}, RuntimeError, "T = 7"),
+        ({"actual_seq_kvlen": [5, 4]}, RuntimeError, "T = 8"),
+        ({"actual_seq_qlen": [0] * 1024 + [7]}, RuntimeError, "1024"),
+        ({"atten_mask": torch.zeros(4, 6, dtype=torch.bool)}, NotImplementedError, "2 and 3"),
+        ({"atten_mask": TRIANGLE[:4, :6], "sparse_mode": 2}, RuntimeError, "2048"),
+        ({"softmax_layout": "NTD"}, RuntimeError, "softmax_layout"),
+    ],
+)
+def test_refusals_of_layout_tnd(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _tnd([3, 4], [2, 6], **change)

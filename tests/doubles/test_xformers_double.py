@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -182,3 +183,96 @@ def test_unequal_heads_and_dropout_with_lse_are_refused() -> None:
         xf.memory_efficient_attention(q, k[:, :, :2], v[:, :, :2])
     with pytest.raises(NotImplementedError, match="dropout"):
         xf.memory_efficient_attention_forward_requires_grad(q, k, v, p=0.5)
+
+
+def _blocks(lengths_q: list[int], lengths_k: list[int] | None = None) -> xf.BlockDiagonalMask:
+    return xf.BlockDiagonalMask.from_seqlens(lengths_q, lengths_k, device=torch.device("cpu"))
+
+
+def _packed(total_q: int, total_k: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(t[:1] for t in _qkv(total_q, total_k, dtype=dtype))  # type: ignore[return-value]
+
+
+def test_blocks_see_themselves_alone_and_lse_is_packed() -> None:
+    q, k, v = _packed(5, 6)
+    out, lse = xf.memory_efficient_attention_forward_requires_grad(q, k, v, _blocks([2, 3], [4, 2]))
+    assert lse.shape == (1, 4, 5)
+    first, first_lse = xf.memory_efficient_attention_forward_requires_grad(q[:, :2], k[:, :4], v[:, :4])
+    last, last_lse = xf.memory_efficient_attention_forward_requires_grad(q[:, 2:], k[:, 4:], v[:, 4:])
+    assert torch.equal(out, torch.cat((first, last), 1))
+    assert torch.equal(lse, torch.cat((first_lse, last_lse), -1))
+
+
+def test_lse_of_packed_groups_has_four_dimensions() -> None:
+    q, k, v = (t[:1] for t in _grouped(*_qkv(5, 5)))
+    _, lse = xf.memory_efficient_attention_forward_requires_grad(q, k, v, _blocks([2, 3]))
+    assert lse.shape == (1, 2, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("made", "alone"),
+    [
+        (lambda mask: mask.make_causal(), xf.LowerTriangularMask()),
+        (lambda mask: mask.make_causal_from_bottomright(), xf.LowerTriangularFromBottomRightMask()),
+        # The window's size counts a row's own position.
+        (lambda mask: mask.make_local_attention(2), xf.LocalAttentionFromBottomRightMask(1, 0)),
+    ],
+)
+def test_pattern_of_blocks_is_each_blocks_own(
+    made: Callable[[xf.BlockDiagonalMask], xf.BlockDiagonalMask], alone: xf.AttentionBias
+) -> None:
+    q, k, v = _packed(7, 7)
+    out = xf.memory_efficient_attention(q, k, v, made(_blocks([4, 3])))
+    parts = [
+        xf.memory_efficient_attention(q[:, rows], k[:, rows], v[:, rows], alone) for rows in (slice(4), slice(4, 7))
+    ]
+    assert torch.equal(out, torch.cat(parts, 1))
+
+
+def test_blocks_are_lists_on_the_host_and_starts_on_the_device_that_is_named() -> None:
+    with pytest.raises(AssertionError):
+        _blocks(torch.tensor([2, 3]))  # type: ignore[arg-type]
+    mask = _blocks([2, 0, 3], [1, 4, 0])
+    assert mask.q_seqinfo.seqstart.tolist() == mask.q_seqinfo.seqstart_py == [0, 2, 2, 5]
+    assert mask.k_seqinfo.seqstart.dtype == torch.int32
+    assert (mask.k_seqinfo.min_seqlen, mask.k_seqinfo.max_seqlen) == (0, 4)
+    assert _blocks([2, 3]).k_seqinfo is not _blocks([2, 3]).q_seqinfo
+    same = _blocks([2, 3], [2, 3])
+    assert same.k_seqinfo is same.q_seqinfo
+    elsewhere = xf.BlockDiagonalMask.from_seqlens([2, 3])
+    with pytest.raises(ValueError, match="same device"):
+        xf.memory_efficient_attention(*_packed(5, 5), elsewhere)
+
+
+def test_block_without_keys_gets_rubbish_and_an_infinite_lse() -> None:
+    q, k, v = _packed(5, 3)
+    out, lse = xf.memory_efficient_attention_forward_requires_grad(q, k, v, _blocks([2, 3], [0, 3]))
+    assert (lse[:, :, :2] == math.inf).all()
+    assert out[:, :2].isnan().all()
+    assert out[:, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: _blocks([2, 3], [5]), AssertionError, None),
+        (lambda: _blocks([3], [2]).make_causal_from_bottomright(), ValueError, "num_keys >= num_queries"),
+        (lambda: _blocks([3]).make_local_attention(0), ValueError, "window_size > 0"),
+        (lambda: _blocks([3], [1]).make_local_attention(2), RuntimeError, "No keys"),
+        (lambda: xf.memory_efficient_attention(*_qkv(5, 5), _blocks([2, 3])), ValueError, "batch_size=1"),
+        (lambda: xf.memory_efficient_attention(*_packed(5, 5), _blocks([2, 2])), RuntimeError, "illegal memory"),
+        (
+            lambda: xf.memory_efficient_attention(*_packed(5, 6), _blocks([2, 3], [3, 3]).make_causal()),
+            NotImplementedError,
+            "equal numbers",
+        ),
+        (
+            lambda: xf.memory_efficient_attention(*_packed(5, 5, torch.float32), _blocks([2, 3])),
+            NotImplementedError,
+            "attn_bias type",
+        ),
+    ],
+)
+def test_refusals_of_blocks(call: Callable[[], object], error: type[Exception], message: str | None) -> None:
+    with pytest.raises(error, match=message):
+        call()

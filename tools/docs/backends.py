@@ -31,7 +31,8 @@ they differ. A declaration is what selection goes by: a call outside it is refus
 explain` says which.
 
 "turned dense" means that the kernel has no such mask of its own: it is given a dense mask with exactly that meaning,
-and the decision says so. "padded" means that packed sequences are padded for it.
+and the decision says so. "padded" means that packed sequences are padded for it; a native entry may be for some calls
+alone (xformers, npu), and the others are padded: the decision says that too.
 
 "verified" is what the files under `verified/` show, each of which names its device, versions and counts. A "contract
 double" is a fake of the kernel's package with its conventions, which the tests run on a CPU: it proves the adapter, and

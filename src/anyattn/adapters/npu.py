@@ -5,25 +5,32 @@ document in torch_npu 2.14. No NPU has run this adapter: a contract double stand
 
 Its mask says True for what is *not* seen, its scale defaults to 1, and without a mask tensor its causal modes are full
 attention without a word: the compressed 2048 x 2048 mask goes with them always. Its additive input (`pse`) isn't used:
-document and example disagree on whether it is scaled. Packed sequences (cumulative lengths as host integers) aren't
-either.
+document and example disagree on whether it is scaled.
+
+Packed sequences are its layout TND. What it gives of softmax's maximum and sum has the shape `(T, N, 8)` there, but is
+stored one sequence after the other as `(N, S, 8)` unless `softmax_layout="TND"`, which older versions don't know, says
+otherwise (MindSpeed's `flatten_softmax` undoes it): where lse is wanted, sequences are padded instead.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from anyattn import dense_like
+from anyattn import dense_like, host_lengths
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities
 from anyattn.dense_like import KernelCall
 from anyattn.environment import Environment
+from anyattn.host_lengths import Sequences
 from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
+from anyattn.lowering import realigned
 from anyattn.reasons import Reason
 from anyattn.spec import AttentionSpec
 
@@ -49,10 +56,16 @@ _NPU = Capabilities(
     backward=True,
     exact=True,
     unit_stride=False,
+    varlen=True,
 )
 
 _MOST = {"batch": 2 << 20, "num_heads": 256, "seqlen_q": 1 << 20, "seqlen_kv": 1 << 20}
 """The document's limits of sizes."""
+
+_MOST_PACKED = 1 << 10
+"""How many packed sequences: the document says 2K in one place, and 1K in another."""
+
+_MOST_TOKENS = 1 << 20
 
 _COMPRESSED = 2048
 _UPPER_LEFT, _LOWER_RIGHT = 2, 3
@@ -75,6 +88,10 @@ class Npu(Backend):
         package = first_that_serves(self.packages, env)
         return "" if package is None else f"{package.distribution} {env.packages[package.distribution]}"
 
+    def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
+        caps = self.declarations.get(spec.device_type)
+        return caps.replace(varlen=False) if caps is not None and spec.packed and not _packs(spec) else caps
+
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         for name, most in _MOST.items():
             size = getattr(spec, name)
@@ -84,23 +101,70 @@ class Npu(Backend):
             yield Reason("dropout", "dropout_p < 1 (keep_prob is in (0, 1])", "1.0", "the result is zeros")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
-        return dense_like.lower("npu_fusion_attention", self.declarations[spec.device_type], spec)
+        lowering = dense_like.lower("npu_fusion_attention", self.declarations[spec.device_type], spec)
+        if not spec.packed:
+            return lowering
+        return dataclasses.replace(lowering, conversions=(*lowering.conversions, host_lengths.READ))
 
     def load(self) -> None:
         FUNCTIONS[self.name] = self.packages[0].load()
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        if plan.spec.packed:
+            return _attend_packed(plan, query, key, value, parts)
         return dense_like.attend(plan, query, key, value, parts, _call)
 
 
-def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
+def _packs(spec: AttentionSpec) -> bool:
+    """Whether packed sequences are given as they are.
+
+    Its causal modes leave rows without a key where lengths differ; windows would need a dense mask.
+    """
+    pattern = spec.mask.pattern
+    full = pattern is None or pattern.left == pattern.right == -1
+    causal = pattern is not None and pattern.is_causal and spec.same_lengths
+    few = spec.batch <= _MOST_PACKED and spec.batch * max(spec.seqlen_q, spec.seqlen_kv) <= _MOST_TOKENS
+    return few and (full or causal) and not (spec.return_lse or spec.sinks)
+
+
+def _attend_packed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Tensor:
+    spec, starts_q, starts_k = plan.spec, parts.cu_seqlens_q, parts.cu_seqlens_k
+    assert starts_q is not None
+    assert starts_k is not None
+    if plan.lowering.copy:
+        query, key, value = realigned(query), realigned(key), realigned(value)
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences) -> tuple[Tensor, None]:
+        result = FUNCTIONS[plan.backend].npu_fusion_attention(
+            query,
+            key,
+            value,
+            spec.num_heads,
+            "TND",
+            actual_seq_qlen=list(itertools.accumulate(sequences.lengths_q)),
+            actual_seq_kvlen=list(itertools.accumulate(sequences.lengths_k)),
+            **_options(plan, query.device),
+        )
+        return result[0], None
+
+    return host_lengths.attend(spec, query, key, value, starts_q, starts_k, kernel, with_lse=False)[0]
+
+
+def _options(plan: Plan, device: torch.device) -> dict[str, Any]:
+    """Give what the kernel is told whatever the layout: the scale, the dropout and a causal pattern."""
     spec, pattern = plan.spec, plan.lowering.pattern
     options: dict[str, Any] = {"scale": spec.scale, "keep_prob": 1.0 - spec.dropout_p}
     if plan.lowering.is_causal and pattern is not None:
         options["sparse_mode"] = _UPPER_LEFT if pattern.align == "upper_left" else _LOWER_RIGHT
-        options["atten_mask"] = _compressed(call.query.device)
-    elif call.mask is not None:
+        options["atten_mask"] = _compressed(device)
+    return options
+
+
+def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
+    spec = plan.spec
+    options = _options(plan, call.query.device)
+    if not plan.lowering.is_causal and call.mask is not None:
         options["atten_mask"] = _hidden(spec, call)
     if call.live is not None:
         options["inner_precise"] = _INVALID_ROWS

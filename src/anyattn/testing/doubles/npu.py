@@ -1,10 +1,12 @@
 """A double of torch_npu's fused attention.
 
-Source: op-plugin's `op_plugin_functions.yaml` (517f2e7d), and the API document in torch_npu 2.14. No NPU was run.
+Source: op-plugin's `op_plugin_functions.yaml` (517f2e7d), and the API document in torch_npu 2.14; for how softmax's
+maximum and sum are stored in the layout TND also MindSpeed (`flatten_softmax`). No NPU was run.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import types
 from collections.abc import Mapping
@@ -13,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn.testing.doubles.double import Double, attend, band, module
+from anyattn.testing.doubles.double import Double, attend, band, module, packed_band
 
 _MOST = 2147483647
 _COMPRESSED = 2048
+_MOST_PACKED = 1024
 
 
 def npu_fusion_attention(
@@ -46,11 +49,16 @@ def npu_fusion_attention(
     seed: int = 0,
     offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
-    """Attention in the layout BSND or BNSD; `atten_mask` says True for what is hidden."""
-    if input_layout not in ("BSND", "BNSD") or actual_seq_qlen is not None or actual_seq_kvlen is not None:
-        raise NotImplementedError("the double has the layouts BSND and BNSD alone")
+    """Attention in the layout BSND, BNSD or TND; `atten_mask` says True for what is hidden."""
     if pse is not None or padding_mask is not None or prefix is not None or sink is not None:
         raise NotImplementedError("the double has no pse, padding_mask, prefix and sink")
+    if input_layout == "TND":
+        options = (atten_mask, scale, keep_prob, sparse_mode, softmax_layout)
+        return _packed(query, key, value, head_num, actual_seq_qlen, actual_seq_kvlen, *options)
+    if input_layout not in ("BSND", "BNSD") or actual_seq_qlen is not None or actual_seq_kvlen is not None:
+        raise NotImplementedError("the double has the layouts BSND, BNSD and TND, and lengths for TND alone")
+    if softmax_layout:
+        raise RuntimeError("softmax_layout is for the layout TND")
     if input_layout == "BNSD":
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     _check(query, key, value, head_num, keep_prob)
@@ -68,6 +76,67 @@ def npu_fusion_attention(
     largest, total = _as_pair(lse)
     out = out if input_layout == "BSND" else out.transpose(1, 2)
     return out, largest, total, torch.empty(0), 0, 0, 0
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_num: int,
+    lengths_q: list[int] | None,
+    lengths_k: list[int] | None,
+    mask: Tensor | None,
+    scale: float,
+    keep_prob: float,
+    sparse_mode: int,
+    softmax_layout: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
+    """Attend over `(T, N, D)`; what a sequence with one side empty gets is rubbish, in all of the call."""
+    query, key, value = query[None], key[None], value[None]
+    _check(query, key, value, head_num, keep_prob)
+    ends_q, ends_k = (_ends(lengths, tensor.shape[1]) for lengths, tensor in ((lengths_q, query), (lengths_k, key)))
+    starts_q, starts_k = (torch.tensor([0, *ends], dtype=torch.int32) for ends in (ends_q, ends_k))
+    if len(ends_q) != len(ends_k):
+        raise RuntimeError("actual_seq_qlen and actual_seq_kvlen must be of one length")
+    right, lower_right = math.inf, False
+    if mask is not None:
+        if sparse_mode not in (2, 3):
+            raise NotImplementedError("the double has the sparse modes 2 and 3 for TND")
+        right, lower_right = (0, sparse_mode == 3) if _is_compressed(mask) else (math.inf, False)
+    allowed = packed_band(starts_q, starts_k, query.shape[1], key.shape[1], math.inf, right, lower_right=lower_right)
+    out, lse = attend(query, key, value, scale=scale, allowed=allowed, dropout_p=1.0 - keep_prob)
+    lse = lse.detach()
+    if bool(torch.isneginf(lse).any()) or bool(((starts_q.diff() == 0) != (starts_k.diff() == 0)).any()):
+        out, lse = out * math.nan, torch.zeros_like(lse)
+    if softmax_layout not in ("", "TND"):
+        raise RuntimeError("softmax_layout must be TND")
+
+    def stored(pair: Tensor) -> Tensor:
+        """Store `(1, N, T, 8)` as `(T, N, 8)`; by default the sequences' `(N, S, 8)` one after the other."""
+        if softmax_layout == "TND":
+            return pair[0].transpose(0, 1).contiguous()
+        parts = [pair[0, :, start:end].flatten() for start, end in itertools.pairwise([0, *ends_q])]
+        return torch.cat(parts).view(pair.shape[2], pair.shape[1], 8)
+
+    largest, total = _as_pair(lse)
+    return out[0], stored(largest), stored(total), torch.empty(0), 0, 0, 0
+
+
+def _ends(lengths: list[int] | None, total: int) -> list[int]:
+    if type(lengths) is not list or not all(type(end) is int for end in lengths):
+        raise TypeError(f"actual_seq_qlen and actual_seq_kvlen must be lists of int, not {lengths!r}")
+    if not 1 <= len(lengths) <= _MOST_PACKED:
+        raise RuntimeError(f"there must be 1 to {_MOST_PACKED} sequences")
+    if sorted(lengths) != lengths or lengths[-1] != total:
+        raise RuntimeError(f"cumulative lengths must end with T = {total}")
+    return lengths
+
+
+def _is_compressed(mask: Tensor) -> bool:
+    """Whether the mask is what the causal modes take; another of its shape is a wrong result without a word."""
+    if tuple(mask.shape) != (_COMPRESSED, _COMPRESSED):
+        raise RuntimeError("sparse_mode 2 and 3 take the compressed mask of 2048 x 2048")
+    return torch.equal(mask.bool(), torch.ones_like(mask, dtype=torch.bool).triu(1))
 
 
 def _sizes(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
@@ -104,10 +173,8 @@ def _hidden(
         raise RuntimeError("atten_mask must be bool or uint8")
     batch, heads, rows, keys = _sizes(query, key)
     if sparse_mode in (2, 3):
-        if tuple(mask.shape) != (_COMPRESSED, _COMPRESSED):
-            raise RuntimeError("sparse_mode 2 and 3 take the compressed mask of 2048 x 2048")
-        if not torch.equal(mask.bool(), torch.ones_like(mask, dtype=torch.bool).triu(1)):
-            return torch.zeros(rows, keys, dtype=torch.bool)  # a wrong mask gives a wrong result, without a word
+        if not _is_compressed(mask):
+            return torch.zeros(rows, keys, dtype=torch.bool)
         return ~band(rows, keys, math.inf, 0, lower_right=sparse_mode == 3)
     if sparse_mode not in (0, 1):
         raise NotImplementedError("the double has the sparse modes 0 to 3")

@@ -16,39 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyattn.testing.doubles.double import Double, attend, band, module
+from anyattn.testing.doubles import xformers_masks
+from anyattn.testing.doubles.double import Double, attend, band, module, packed_band
+from anyattn.testing.doubles.xformers_masks import (
+    AttentionBias,
+    BlockDiagonalCausalFromBottomRightMask,
+    BlockDiagonalCausalLocalAttentionMask,
+    BlockDiagonalCausalMask,
+    BlockDiagonalMask,
+    LocalAttentionFromBottomRightMask,
+    LowerTriangularFromBottomRightMask,
+    LowerTriangularMask,
+)
 
 _INFINITE = math.inf
-
-
-class AttentionBias:
-    """The base of masks that aren't tensors."""
-
-
-class LowerTriangularMask(AttentionBias):
-    """Causal, aligned to the upper left."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        del device  # upstream ignores it too
-
-
-class LowerTriangularFromBottomRightMask(AttentionBias):
-    """Causal, aligned to the lower right."""
-
-
-@dataclass
-class LocalAttentionFromBottomRightMask(AttentionBias):
-    """A window, aligned to the lower right."""
-
-    window_left: int
-    window_right: int
-
-    def __post_init__(self) -> None:
-        for side in ("window_left", "window_right"):
-            if getattr(self, side) < 0:
-                raise ValueError(
-                    f"Invalid window value passed to `LocalAttentionFromBottomRightMask`: expected `{side}`"
-                )
 
 
 @dataclass
@@ -71,6 +52,11 @@ class Inputs:
             raise NotImplementedError("the double has no BMK shape")
         if not query.dtype == key.dtype == value.dtype:
             raise ValueError("Query/Key/Value should either all have the same dtype")
+        if isinstance(self.attn_bias, BlockDiagonalMask):
+            if self.attn_bias.q_seqinfo.seqstart.device != query.device:
+                raise ValueError("Attention bias and Query/Key/Value should be on the same device")
+            if query.shape[0] != 1:
+                raise ValueError("Expected batch_size=1 when using block-diagonal bias")
         if not 0.0 <= self.p <= 1.0:
             raise ValueError(f"Invalid dropout probability: p={self.p}")
         if query.ndim == 4 and isinstance(self.attn_bias, Tensor):
@@ -131,12 +117,19 @@ class FlashFwOp(_Operator):
         LowerTriangularMask,
         LowerTriangularFromBottomRightMask,
         LocalAttentionFromBottomRightMask,
+        BlockDiagonalMask,
+        BlockDiagonalCausalMask,
+        BlockDiagonalCausalFromBottomRightMask,
+        BlockDiagonalCausalLocalAttentionMask,
     )
 
     @classmethod
     def not_supported_reasons(cls, inp: Inputs) -> list[str]:
         """Give every reason against a call."""
         found = super().not_supported_reasons(inp)
+        bias = inp.attn_bias
+        if isinstance(bias, BlockDiagonalCausalMask) and bias.k_seqinfo.seqstart_py != bias.q_seqinfo.seqstart_py:
+            found.append("Only support BlockDiagonalCausalMask if equal numbers of keys and queries")
         if isinstance(inp.attn_bias, LowerTriangularMask) and inp.query.shape[1] != inp.key.shape[1]:
             found.append("Only support LowerTriangularMask if equal number of keys and queries")
         return found
@@ -157,6 +150,7 @@ class CutlassFwOp(_Operator):
     NAME = "cutlassF-pt"
     DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
     MAX_K = 65536
+    # Upstream's takes blocks too, with another lse, which the adapter doesn't ask it for.
     BIASES = (type(None), Tensor, LowerTriangularMask, LowerTriangularFromBottomRightMask)
     DIFFERENT_VALUE_EMBED = True
 
@@ -199,22 +193,33 @@ def _flash(inp: Inputs) -> tuple[Tensor, Tensor]:
         raise RuntimeError("Expected p_dropout < 1.f to be true, but got false.")
     query, key, value = (_folded(tensor) for tensor in (inp.query, inp.key, inp.value))
     seqlen_q, seqlen_kv = query.shape[1], key.shape[1]
-    left, right = -1, -1
-    if isinstance(inp.attn_bias, LocalAttentionFromBottomRightMask):
-        left, right = inp.attn_bias.window_left, inp.attn_bias.window_right
-    elif inp.attn_bias is not None:
-        right = 0
-    # FlashAttention-2 takes either side that is not below S_kv for unbounded, wrong on the right where S_q > S_kv.
-    sides = [_INFINITE if side < 0 or side >= seqlen_kv else side for side in (left, right)]
+    left, right = xformers_masks.sides_of(inp.attn_bias)
+    bias = inp.attn_bias
+    if isinstance(bias, BlockDiagonalMask):
+        allowed = _blocks(bias, seqlen_q, seqlen_kv, left, right)
+    else:
+        sides = [xformers_masks.infinite(side, seqlen_kv) for side in (left, right)]
+        allowed = band(seqlen_q, seqlen_kv, *sides, lower_right=True)
     scale = inp.query.shape[-1] ** -0.5 if inp.scale is None else inp.scale
-    allowed = band(seqlen_q, seqlen_kv, *sides, lower_right=True)
     out, lse = attend(query, key, value, scale=scale, allowed=allowed, dropout_p=inp.p)
+    if isinstance(bias, BlockDiagonalMask):
+        # What a block without keys gets is the kernel's own affair: FlashAttention-2 and -3 both come here.
+        out = torch.where(torch.isneginf(lse).transpose(1, 2).unsqueeze(-1), math.nan, out)
     if scale <= 0:
         out = out * math.nan
     lse = torch.where(torch.isneginf(lse), _INFINITE, lse).float()
     if inp.query.ndim == 5:
         lse = lse.view(lse.shape[0], *inp.query.shape[2:4], -1)
     return out.reshape(*inp.query.shape[:-1], inp.value.shape[-1]), lse
+
+
+def _blocks(bias: BlockDiagonalMask, seqlen_q: int, seqlen_kv: int, left: int, right: int) -> Tensor:
+    """Say which positions blocks allow; totals aren't checked by upstream, which reads past the end."""
+    rows, keys = bias.q_seqinfo, bias.k_seqinfo
+    if (rows.seqstart_py[-1], keys.seqstart_py[-1]) != (seqlen_q, seqlen_kv):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    sides = [xformers_masks.infinite(side, keys.max_seqlen) for side in (left, right)]
+    return packed_band(rows.seqstart, keys.seqstart, seqlen_q, seqlen_kv, *sides, lower_right=True)
 
 
 def _folded(tensor: Tensor) -> Tensor:
@@ -334,6 +339,10 @@ def fmha(name: str) -> dict[str, types.ModuleType]:
             LowerTriangularMask,
             LowerTriangularFromBottomRightMask,
             LocalAttentionFromBottomRightMask,
+            BlockDiagonalMask,
+            BlockDiagonalCausalMask,
+            BlockDiagonalCausalFromBottomRightMask,
+            BlockDiagonalCausalLocalAttentionMask,
         )
     }
     attn_bias = module(f"{name}.attn_bias", **masks)

@@ -4,6 +4,8 @@ Sources: `xformers/ops/fmha` of xformers 0.0.29 to 0.0.35 (`dispatch.py`, `flash
 0.0.35 on an H100. Flash takes half precision, equal head_dims and masks of lower-right alignment. CUTLASS, the kernel
 of SDPA's efficient attention, takes the rest up to sm90: float32, other value dims, tensor biases, causal of upper-left
 alignment; no windows.
+
+Packed sequences (`BlockDiagonalMask` and its kin) are given to flash alone, whose lse is packed too; CUTLASS pads it.
 """
 
 from __future__ import annotations
@@ -11,19 +13,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from packaging.version import Version
 from torch import Tensor
 
-from anyattn import flash_like
+from anyattn import flash_like, host_lengths
+from anyattn.adapters.xformers import kernels
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities, kernel_pattern, needs_dense
 from anyattn.environment import Arch, Environment
-from anyattn.flash_like import KernelCall
 from anyattn.kernel_source import FUNCTIONS, Package, package_reasons
-from anyattn.lowering import aligned_bias, joined_mask, mask_conversions, normalise_lse, with_huge_biases, within_base_2
+from anyattn.lowering import mask_conversions
 from anyattn.patterns import KernelPattern
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import UNKNOWN, AttentionSpec, MaskSpec
@@ -33,7 +35,12 @@ _CALLS = (
     "memory_efficient_attention_forward",
     "memory_efficient_attention_forward_requires_grad",
 )
-_BIASES = ("LowerTriangularMask", "LowerTriangularFromBottomRightMask", "LocalAttentionFromBottomRightMask")
+_BIASES = (
+    "LowerTriangularMask",
+    "LowerTriangularFromBottomRightMask",
+    "LocalAttentionFromBottomRightMask",
+    "BlockDiagonalMask",
+)
 
 PACKAGE = Package(
     "xformers", "xformers.ops.fmha", _CALLS, ">=0.0.29", "pip install 'xformers>=0.0.29'", found_by="xformers.ops"
@@ -62,6 +69,7 @@ _CUDA = Capabilities(
     exact=True,
     unit_stride=False,
     batch_max=65535,  # both kernels' launch grids hold batch and heads in their y and z
+    varlen=True,
     device_guard=True,
 )
 
@@ -91,6 +99,8 @@ class XFormers(Backend):
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = self.declarations.get(spec.device_type)
+        if caps is not None and spec.packed:
+            return caps if _packs(spec) else caps.replace(varlen=False)
         asked = spec.mask.pattern
         if caps is None or asked is None:
             return caps
@@ -152,12 +162,23 @@ class XFormers(Backend):
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        return flash_like.attend(plan, query, key, value, parts, lambda lowered, call: _call(lowered, call, parts))
+        return flash_like.attend(plan, query, key, value, parts, lambda plan, call: kernels.attend(plan, call, parts))
 
 
 def _flash_takes(spec: AttentionSpec) -> bool:
     """Whether flash takes the dtype and head_dims, padded to multiples of 8."""
     return spec.dtype.itemsize == 2 and (spec.head_dim + 7) // 8 == (spec.head_dim_v + 7) // 8
+
+
+def _packs(spec: AttentionSpec) -> bool:
+    """Whether flash takes packed sequences as they are.
+
+    Its biases for them are of one alignment, so that causal needs the same lengths, and windows have no right side.
+    """
+    pattern = spec.mask.pattern
+    full = pattern is None or pattern.left == pattern.right == -1
+    causal = pattern is not None and pattern.right == 0 and spec.same_lengths
+    return _flash_takes(spec) and (full or causal)
 
 
 def _why_cutlass(spec: AttentionSpec, lowering: Lowering) -> str:
@@ -187,6 +208,8 @@ def _without_dead_rows(pattern: KernelPattern | None, spec: AttentionSpec) -> Ke
 def _conversions(caps: Capabilities, spec: AttentionSpec, lowering: Lowering) -> Iterator[Conversion]:
     yield from lowering.conversions
     yield from mask_conversions(caps, spec)
+    if spec.packed:
+        yield host_lengths.READ
     if lowering.dense and (spec.mask.dense is None or spec.mask.dense.kind == "boolean"):
         yield Conversion("additive_mask", "the mask made additive, with -inf")
     cutlass = lowering.entry == "cutlass"
@@ -197,64 +220,3 @@ def _conversions(caps: Capabilities, spec: AttentionSpec, lowering: Lowering) ->
         yield Conversion("copy", "key and value copied: its CUTLASS operator misreads expanded heads")
     if spec.return_lse and spec.needs_grad:
         yield Conversion("second_forward", "lse by a second forward: xformers gives none together with gradients")
-
-
-def _call(plan: Plan, call: KernelCall, parts: Parts) -> tuple[Tensor, Tensor | None]:
-    spec = plan.spec
-    functions = FUNCTIONS[plan.backend]
-    query, key, value = call.query, call.key, call.value
-    seqlen_q, seqlen_kv = query.shape[1], key.shape[1]
-    mask, bias = None, _bias(functions, plan.lowering.pattern, seqlen_q, seqlen_kv)
-    if plan.lowering.dense:
-        mask = joined_mask(spec, parts, seqlen_q, seqlen_kv, query.device, pattern=True)
-        assert mask is not None
-        bias = aligned_bias(within_base_2(mask), query.transpose(1, 2), key.transpose(1, 2), strict=True)
-    query, key, value = _heads(plan, query, key, value)
-    lse: Tensor | None = None
-    if spec.needs_grad:
-        out = functions.memory_efficient_attention(query, key, value, bias, spec.dropout_p, spec.scale)
-    elif not (spec.return_lse or plan.rescale):
-        out = functions.memory_efficient_attention_forward(query, key, value, bias, spec.dropout_p, spec.scale)
-    if spec.return_lse or plan.rescale:
-        with torch.no_grad():
-            result = functions.memory_efficient_attention_forward_requires_grad(
-                query.detach(), key.detach(), value.detach(), bias, 0.0, spec.scale
-            )
-        out = out if spec.needs_grad else result[0]
-        lse = result[1]
-    if out.dim() == 5:
-        out = out.flatten(2, 3)
-        lse = None if lse is None else lse.flatten(1, 2)
-    if lse is not None:
-        lse = normalise_lse(lse[..., :seqlen_q], mask)
-        if mask is not None and mask.dtype in (torch.bfloat16, torch.float32):
-            lse = with_huge_biases(lse, mask)
-    return out, lse
-
-
-def _bias(functions: Any, pattern: KernelPattern | None, seqlen_q: int, seqlen_kv: int) -> Any:
-    """Make the bias object of a pattern; sides that cut nothing off are as long as they can be."""
-    if pattern is None or (pattern.left == -1 and pattern.right == -1):
-        return None
-    if pattern.left == -1 and pattern.right == 0:
-        upper = pattern.align == "upper_left"
-        return functions.LowerTriangularMask() if upper else functions.LowerTriangularFromBottomRightMask()
-    left = seqlen_kv if pattern.left == -1 else pattern.left
-    return functions.LocalAttentionFromBottomRightMask(left, seqlen_q if pattern.right == -1 else pattern.right)
-
-
-def _heads(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bring heads to xformers' terms: grouped `(B, S, H_kv, H / H_kv, D)` where it takes that, else repeated."""
-    group = query.shape[2] // key.shape[2]
-    if group == 1:
-        if plan.lowering.entry == "cutlass":
-            # A stride of 0 along heads is misread by CUTLASS where the last tile has one query (torch's #191937).
-            key, value = (tensor if tensor.stride(2) else tensor.contiguous() for tensor in (key, value))
-        return query, key, value
-    if plan.lowering.entry == "cutlass" or plan.spec.needs_grad:
-        return query, key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
-    # A stride of 0 along query's heads would be taken for one head.
-    query = query if query.stride(2) else query.contiguous()
-    query = query.view(*query.shape[:2], key.shape[2], group, query.shape[3])
-    key, value = (tensor.unsqueeze(3).expand(-1, -1, -1, group, -1) for tensor in (key, value))
-    return query, key, value
