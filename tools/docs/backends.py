@@ -31,7 +31,8 @@ they differ. A declaration is what selection goes by: a call outside it is refus
 explain` says which.
 
 "turned dense" means that the kernel has no such mask of its own: it is given a dense mask with exactly that meaning,
-and the decision says so. "padded" means that packed sequences are padded for it.
+and the decision says so. "padded" means that packed sequences are padded for it. `sage` and `sage_int8_fp16_triton`
+take packed sequences and key masks to a function of their own, which computes in int8 on sm80 to sm103 without lse.
 
 "verified" is what the files under `verified/` show, each of which names its device, versions and counts. A "contract
 double" is a fake of the kernel's package with its conventions, which the tests run on a CPU: it proves the adapter, and
