@@ -37,11 +37,7 @@ def check_inputs(
             raise InvalidCallError(
                 f"{name} holds NaN or infinity. Masked positions must be finite too: fill padding with zeros."
             )
-    if value_max is not None and value.numel() and float(value.detach().abs().max()) > value_max:
-        raise InvalidCallError(
-            f"value holds magnitudes above {value_max:g}, which the kernel chosen can't hold, whatever value's dtype: "
-            "scale value down and the output up, or choose another backend."
-        )
+    check_magnitude(value, value_max)
     if parts.dense is not None and parts.dense.is_floating_point():
         meaningless = torch.isnan(parts.dense) | (parts.dense == float("inf"))
         if bool(meaningless.any()):
@@ -51,6 +47,19 @@ def check_inputs(
         if low < 0 or high > spec.seqlen_kv:
             raise InvalidCallError(f"Key lengths must lie in [0, {spec.seqlen_kv}]; they go from {low} to {high}.")
     _warn_of_dead_rows(spec, parts)
+
+
+def check_magnitude(value: Tensor, value_max: float | None) -> None:
+    """Look for magnitudes in value above what the kernel holds; None is whatever its dtype holds.
+
+    Raises:
+        InvalidCallError: If there are any.
+    """
+    if value_max is not None and value.numel() and float(value.detach().abs().max()) > value_max:
+        raise InvalidCallError(
+            f"value holds magnitudes above {value_max:g}, which the kernel chosen can't hold, whatever value's dtype: "
+            "scale value down and the output up, or choose another backend."
+        )
 
 
 def _warn_of_dead_rows(spec: AttentionSpec, parts: Parts) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from anyattn import policy, registry
 from anyattn.backend import Output, Parts, Plan, Run
-from anyattn.checks import check_output
+from anyattn.capabilities import Capabilities
+from anyattn.checks import check_magnitude, check_output
 from anyattn.decision import Decision
 from anyattn.describe import Facts, MaskFacts, Options, build_spec
 from anyattn.dispatch import Backends, autocast_dtype, is_aligned, make_first, scope_of_call
@@ -136,6 +137,8 @@ def _attend(
         query, key, value = (_cast(tensor, cast) for tensor in (query, key, value))
     while True:
         plan, run, decision, compared = _planned(scope, query, key, value, lengths, attn_mask, sinks, options)
+        caps = _declared(plan) if policy.checks_enabled() else None
+        check_magnitude(value, None if caps is None else caps.value_max)
         try:
             with torch.autocast(query.device.type, enabled=False):
                 result = _run(plan, run, query, key, value, lengths, sinks)
@@ -152,6 +155,11 @@ def _attend(
             _check_result(plan, decision.spec, query, key, value, lengths, sinks, result)
             compared.append(True)
         return result
+
+
+def _declared(plan: Plan) -> Capabilities | None:
+    backend = registry.get(plan.backend)
+    return None if backend is None else backend.capabilities(plan.spec, detect())
 
 
 def _check_result(
@@ -174,8 +182,7 @@ def _check_result(
     if not seen:
         return
     out, lse = result if isinstance(result, tuple) else (result, None)
-    backend = registry.get(plan.backend)
-    caps = None if backend is None else backend.capabilities(plan.spec, detect())
+    caps = _declared(plan)
     quantised = caps is not None and not caps.exact and bool(caps.quantised)
     for rows, keys in dict.fromkeys((seen[0], seen[-1], max(seen, key=lambda pair: pair[0][1] - pair[0][0]))):
         q, k = slice(*rows), slice(*keys)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import anyattn
 from anyattn import masks, running
-from anyattn.adapters.sage import PARAMETERS, SageInt8Fp8, SageInt8Fp16Triton
+from anyattn.adapters.sage import SageInt8Fp8, SageInt8Fp16Triton
+from anyattn.adapters.sage.kernels import PARAMETERS, readable
 from anyattn.environment import Device, Environment, preset
 from anyattn.kernel_source import FUNCTIONS
 from anyattn.registry import get
@@ -140,8 +141,6 @@ def test_versions_that_serve(version: str) -> None:
         ({"compiled": True}, "compile"),
         ({"batch": 70000, "seqlen_q": 1, "seqlen_kv": 1}, "size"),
         ({"batch": 8, "seqlen_q": 1 << 20, "num_heads": 4, "same_lengths": False}, "size"),
-        ({"mask": MaskSpec(key="padding")}, "mask"),
-        ({"mask": MaskSpec(key="lengths", prefix=True)}, "mask"),
         ({"mask": MaskSpec(dense=DenseSpec("boolean", torch.bool, (1, 1, 64, 64)))}, "mask"),
         ({"mask": MaskSpec(dense=DenseSpec("bias", torch.bfloat16, (1, 1, 64, 64)))}, "mask"),
         ({"mask": MaskSpec(pattern=PatternSpec(3, 0, "upper_left"))}, "mask"),
@@ -299,11 +298,9 @@ def test_traced_call_is_refused_with_the_way_out(backend: str) -> None:
 
 def test_what_lies_beyond_32_bits_is_copied() -> None:
     far = torch.empty(2, 3, 2, 64, dtype=torch.float16).as_strided((2, 3, 2, 64), (128, 256, 64, 1))
-    from anyattn.adapters.sage import _readable
-
-    assert _readable(far) is far
+    assert readable(far) is far
     meta = torch.empty_strided((2, 3, 2, 64), (1 << 31, 128, 64, 1), dtype=torch.float16, device="meta")
-    assert _readable(meta).is_contiguous()
+    assert readable(meta).is_contiguous()
 
 
 @pytest.mark.parametrize(("name", "limit"), [("sage_int8_fp16", 65504.0), ("sage_int8_fp16_triton", 1023.5)])

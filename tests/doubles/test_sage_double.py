@@ -164,9 +164,68 @@ def test_accumulators_are_upstreams() -> None:
         sage.sageattn_qk_int8_pv_fp16_triton(q, k, v, quantization_backend="cpu")
 
 
+def _starts(*lengths: int) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def _packed(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> tuple[list[Tensor], tuple[Any, ...]]:
+    tensors = [t[0].transpose(0, 1) for t in _qkv(sum(lengths_q), sum(lengths_k))]
+    return tensors, (_starts(*lengths_q), _starts(*lengths_k), max(lengths_q), max(lengths_k))
+
+
 def test_packed_sequences_are_each_aligned_to_the_upper_left() -> None:
-    q, k, v = (t[0].transpose(0, 1) for t in _qkv(6, 6))
-    cu_q, cu_k = torch.tensor([0, 2, 6], dtype=torch.int32), torch.tensor([0, 5, 6], dtype=torch.int32)
-    out = sage.sageattn_varlen(q, k, v, cu_q, cu_k, 4, 5, is_causal=True)
-    assert torch.equal(out[0], v[0])
-    assert torch.equal(out[2:], v[5:].expand(4, -1, -1)), "every query of the second sees its one key"
+    tensors, lengths = _packed((2, 4, 1), (5, 1, 70))
+    out = sage.sageattn_varlen(*tensors, *lengths, is_causal=True)
+    assert torch.equal(out[0], tensors[2][0])
+    assert torch.equal(out[2:6], tensors[2][5:6].expand(4, -1, -1)), "every query of the second sees its one key"
+    assert torch.equal(out[6], tensors[2][6])
+
+
+def test_packed_sequences_have_no_lse_and_no_gradient_and_say_neither() -> None:
+    tensors, lengths = _packed((2, 4), (5, 1))
+    out = sage.sageattn_varlen(*(t.requires_grad_() for t in tensors), *lengths, return_lse=True, softcap=1.0)
+    assert isinstance(out, Tensor)
+    assert not out.requires_grad
+    assert torch.equal(out, sage.sageattn_varlen(*tensors, *lengths))
+
+
+def test_packed_sequences_that_are_empty_are_never_right() -> None:
+    tensors, lengths = _packed((2, 4), (0, 6))
+    out = sage.sageattn_varlen(*tensors, *lengths)
+    assert out[:2].isnan().all()
+    assert out[2:].isfinite().all()
+    for tokens in (0, 1):
+        tensors[tokens] = tensors[tokens][:0]
+        with pytest.raises(RuntimeError, match="invalid argument"):
+            sage.sageattn_varlen(*tensors, *lengths)
+
+
+def test_packed_keys_of_no_sequence_are_in_the_mean_of_all() -> None:
+    (q, k, v), lengths = _packed((2, 4), (5, 2))
+    lengths = (lengths[0], _starts(5, 1), *lengths[2:])
+    assert sage.sageattn_varlen(q, k, v, *lengths).isfinite().all()
+    k[-1] = torch.nan
+    assert sage.sageattn_varlen(q, k, v, *lengths).isnan().all()
+    assert sage.sageattn_varlen(q, k, v, *lengths, smooth_k=False).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k", "right"),
+    [((50,), (50,), 0), ((50,), (70,), 50), ((200,), (200,), 200), ((130,), (130,), 128), ((300, 1), (100, 1), 128)],
+)
+def test_packed_causal_rows_read_the_scale_of_keys_that_are_not_there(
+    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], right: int
+) -> None:
+    tensors, lengths = _packed(lengths_q, lengths_k)
+    out = sage.sageattn_varlen(*tensors, *lengths, is_causal=True)[: lengths_q[0]]
+    assert out[:right].isfinite().all()
+    assert out[right:].isnan().all()
+    assert sage.sageattn_varlen(*tensors, *lengths).isfinite().all()
+
+
+def test_packed_sequences_longer_than_said_are_left_unwritten() -> None:
+    tensors, (cu_q, cu_k, _, _) = _packed((200,), (100,))
+    assert sage.sageattn_varlen(*tensors, cu_q, cu_k, 100, 100)[128:].isnan().all()
+    assert sage.sageattn_varlen(*tensors, cu_q, cu_k, 200, 60).isnan().all()
+    with pytest.raises(AssertionError, match="contiguous"):
+        sage.sageattn_varlen(*tensors, torch.stack((cu_q, cu_q), 1)[:, 0], cu_k, 200, 100)

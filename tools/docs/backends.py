@@ -32,7 +32,9 @@ explain` says which.
 
 "turned dense" means that the kernel has no such mask of its own: it is given a dense mask with exactly that meaning,
 and the decision says so. "padded" means that packed sequences are padded for it; a native entry may be for some calls
-alone (xformers, npu), and the others are padded: the decision says that too.
+alone (native and native_flash on CUDA, xformers, npu), and the others are padded: the decision says that too. `sage`
+and `sage_int8_fp16_triton` take packed sequences and key masks to a function of their own, which computes in int8 on
+sm80 to sm103, without lse.
 
 "verified" is what the files under `verified/` show, each of which names its device, versions and counts. A "contract
 double" is a fake of the kernel's package with its conventions, which the tests run on a CPU: it proves the adapter, and

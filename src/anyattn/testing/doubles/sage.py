@@ -6,6 +6,7 @@ quantised there is not here: a double proves the adapter, and so computes exactl
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from anyattn.testing.doubles.double import Double, attend, band, module
+
+_ROWS_OF_TILE, _KEYS_OF_SCALE = 128, 64
 
 
 def sageattn(
@@ -69,13 +72,32 @@ def sageattn_varlen(
     smooth_k: bool = True,
     **kwargs: Any,
 ) -> Tensor:
-    """Attend over packed sequences, (T, H, D), each aligned to its upper left; there is no lse."""
+    """Attend over packed sequences, (T, H, D), each aligned to its upper left; there is no lse.
+
+    What the real one never writes, and what it makes of sequences without keys, is NaN here. So is what it reads beyond
+    the last key's scale (`attn_qk_int8_per_block_causal_varlen.py`): its causal loop goes by queries, 128 at a time.
+    """
+    contiguous = cu_seqlens_q.is_contiguous() and cu_seqlens_k.is_contiguous()
+    assert contiguous, "cu_seqlens_q and cu_seqlens_k must be contiguous."
+    if 0 in (len(q), len(k), max_seqlen_q, max_seqlen_k, len(cu_seqlens_q) - 1) or len(cu_seqlens_q) > 65536:
+        raise RuntimeError("Triton Error [CUDA]: invalid argument")
+    out = torch.full_like(q, torch.nan, requires_grad=False)
+    if smooth_k and not bool(k.isfinite().all()):
+        return out  # the mean of all keys is subtracted, those of no sequence included
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    found = []
-    for i in range(len(starts_q) - 1):
+    counts = [-(-(stop - start) // _KEYS_OF_SCALE) for start, stop in itertools.pairwise(starts_k)]
+    launched = -(-max_seqlen_q // _ROWS_OF_TILE) * _ROWS_OF_TILE
+    quantised = -(-max_seqlen_k // _KEYS_OF_SCALE) * _KEYS_OF_SCALE
+    for i in range(len(counts)):
         rows, keys = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
-        found.append(_attend(q[None, rows], k[None, keys], v[None, keys], "NHD", is_causal, sm_scale, False, half=True))
-    return torch.cat(found, 1)[0]
+        if rows.start == rows.stop or keys.start == keys.stop or keys.stop - keys.start > quantised:
+            continue
+        found = _attend(q[None, rows], k[None, keys], v[None, keys], "NHD", is_causal, sm_scale, False, half=True)[0]
+        # A tile of rows reads two scales more than the one before it, whosever they are.
+        right = sum(counts[i:]) // 2 * _ROWS_OF_TILE if is_causal else len(found)
+        found[min(right, launched) :] = torch.nan
+        out[rows] = found
+    return out
 
 
 def sageattn_qk_int8_pv_fp16_cuda(

@@ -1,0 +1,204 @@
+"""SageAttention 2: its own pick, and four of its kernels by name; the package sageattention, from its sources.
+
+Sources: `sageattention/core.py`, `sageattention/triton/` and `csrc/` of SageAttention 2.1.1 to 2.2.0; a build of 2.2.0
+on an H100. Query and key are quantised to int8, and weights and value to fp16 or fp8, so that a result is off by some
+3e-2 of its size (the 2-norm; 2e-3 is what a bf16 kernel is off by). Forward alone: the output carries no gradient,
+without a word. Causal is aligned to the upper left; lse is natural, float32 and `(B, H, S_q)`.
+
+Every function swallows the keywords that it doesn't know: `load` looks for those that are used here. No dense masks:
+the Triton kernel's `attn_mask` adds biases to scores to base 2, and gives rows without a key what their tile gives.
+Under torch.compile calls are refused: whether a build can be traced can't be told from its version.
+
+`sage` and `sage_int8_fp16_triton` take packed sequences and key masks to `sageattn_varlen`, which is a Triton kernel
+whatever `sageattn` picks on the GPU: scores in int8, value in fp16, no lse, causal aligned to the upper left of each
+sequence, and it waits for the device (see `packed`). A call's declaration is that of the function it goes to. A packed
+call counts as large as all its sequences would be at the longest one's length.
+
+The fp16 kernels cast value, and bf16 values above 65504 (from 1024 on in the Triton kernel, whose tiles sum up in fp16)
+become infinite. That can't be told from a call's shapes: `ANYATTN_CHECKS=1` looks for it (`value_max`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import types
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from anyattn import flash_like, hub_kernels
+from anyattn.adapters.sage import packed
+from anyattn.adapters.sage.declarations import FP8, FP16, PACKED, PICKS, TRITON
+from anyattn.adapters.sage.kernels import INSTALL, NOTE, REACH, call_dense, that_knows_its_parameters
+from anyattn.backend import Backend, Lowering, Output, Parts, Plan
+from anyattn.capabilities import Capabilities
+from anyattn.environment import Environment
+from anyattn.hub import FromHub
+from anyattn.kernel_source import FUNCTIONS, Package
+from anyattn.reasons import Conversion, Reason
+from anyattn.spec import AttentionSpec
+
+_WAITS = Conversion("synchronises", f"{packed.ENTRY} waits for the device, and can't be captured in a CUDA graph")
+
+
+class _Sage(Backend):
+    """One function of SageAttention.
+
+    Attributes:
+        function: Its name.
+        flag: The name in `sageattention.core` that says whether its extension could be imported; empty asks for none.
+        packs: Whether packed sequences and key masks go to `sageattn_varlen`; otherwise they are refused.
+    """
+
+    family = "sage"
+    function: ClassVar[str]
+    flag: ClassVar[str] = ""
+    packs: ClassVar[bool] = False
+
+    @property
+    def package(self) -> Package:
+        """The distribution."""
+        return Package("sageattention", "sageattention", (self.function,), ">=2.1.1,<3", INSTALL, "sageattention", NOTE)
+
+    def availability(self, env: Environment) -> Iterator[Reason]:
+        yield from super().availability(env)
+        for reason in self.package.reasons(env):
+            yield Reason(reason.code, reason.need, reason.got, f"{INSTALL}; {NOTE}")
+
+    def origin(self, env: Environment) -> str:
+        return "" if any(self.package.reasons(env)) else f"sageattention {env.packages['sageattention']}"
+
+    def goes_packed(self, spec: AttentionSpec) -> bool:
+        """Whether a call goes to `sageattn_varlen`. Law: pure."""
+        return self.packs and (spec.packed or spec.mask.key is not None)
+
+    def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
+        caps = super().capabilities(spec, env)
+        return PACKED if caps is not None and self.goes_packed(spec) else caps
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        dim = 64 if spec.head_dim <= 64 else 128
+        size = spec.batch * dim * max(spec.seqlen_q * spec.num_heads, spec.seqlen_kv * spec.num_kv_heads)
+        if size >= REACH:
+            need = f"fewer than {REACH} elements, head_dim padded to {dim}"
+            yield Reason("size", need, str(size), "split the batch")
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        caps = self.capabilities(spec, env)
+        assert caps is not None
+        if not self.goes_packed(spec):
+            return flash_like.lower(self.entry(spec, env), caps, spec, head_dim_multiple=1)
+        lowering = flash_like.lower(packed.ENTRY, caps, spec, packs=True, head_dim_multiple=1)
+        return dataclasses.replace(lowering, conversions=(*lowering.conversions, _WAITS))
+
+    def entry(self, spec: AttentionSpec, env: Environment) -> str:
+        """Say which kernel it will be where the call isn't packed. Law: pure."""
+        return self.function
+
+    def load(self) -> None:
+        found = self.package.load()
+        function = that_knows_its_parameters(getattr(found, self.function), self.function)
+        if self.flag and not getattr(importlib.import_module("sageattention.core"), self.flag):
+            # The package hides what the extension's import raised, and asserts at the call.
+            arch = self.flag.removesuffix("_ENABLED").lower()
+            raise ImportError(f"This sageattention was built without its kernels for {arch}, or they can't be loaded")
+        FUNCTIONS[self.name] = types.SimpleNamespace(attend=function)
+        if self.packs:
+            FUNCTIONS[self.name].varlen = packed.entry_of(found.module)
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        call = packed.call_packed if plan.lowering.entry == packed.ENTRY else call_dense
+        return flash_like.attend(plan, query, key, value, parts, call)
+
+
+_PICK = FP8.replace(arch_min=(8, 0), arch_max=(12, 1))
+
+
+class Sage(_Sage):
+    """What SageAttention itself picks for the GPU, by its compute capability alone; else `sageattn_varlen`."""
+
+    name = "sage"
+    function = "sageattn"
+    packs = True
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _PICK.replace(key_mask=True, varlen=True)}
+
+    def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
+        picked = None if self.goes_packed(spec) else _pick(spec, env)
+        return super().capabilities(spec, env) if picked is None else picked[1]
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        yield from super().rejects(spec, env)
+        if self.goes_packed(spec):
+            return  # it picks nothing there
+        device = env.device(spec.device_type, spec.device_index)
+        if device is None or device.arch is None or not (8, 0) <= device.arch <= (12, 1):
+            return  # the declaration says what there is to say
+        version = env.version("sageattention")
+        name = f"sm{device.arch[0]}{device.arch[1]}"
+        if device.arch not in PICKS:
+            archs = ", ".join(f"sm{major}{minor}" for major, minor in PICKS)
+            yield Reason("arch", archs, f"{name} ({device.name})", "name one of its kernels")
+        elif device.arch == (12, 1) and version is not None and version.release < (2, 2):
+            yield Reason("arch", "sageattention >= 2.2 on sm121", str(version), "name one of its kernels")
+
+    def entry(self, spec: AttentionSpec, env: Environment) -> str:
+        picked = _pick(spec, env)
+        return self.function if picked is None else f"{self.function} ({picked[0]})"
+
+
+def _pick(spec: AttentionSpec, env: Environment) -> tuple[str, Capabilities] | None:
+    device = env.device(spec.device_type, spec.device_index)
+    return None if device is None or device.arch is None else PICKS.get(device.arch)
+
+
+class SageInt8Fp16(_Sage):
+    """Scores in int8, values in fp16, summed in fp32."""
+
+    name = "sage_int8_fp16"
+    function = "sageattn_qk_int8_pv_fp16_cuda"
+    flag = "SM80_ENABLED"
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": FP16}
+
+
+class SageInt8Fp16Triton(_Sage):
+    """Scores in int8, values in fp16, in Triton; causal needs as many queries as keys, once idle ones are left out."""
+
+    name = "sage_int8_fp16_triton"
+    function = "sageattn_qk_int8_pv_fp16_triton"
+    packs = True
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": TRITON.replace(key_mask=True, varlen=True)}
+
+
+class SageInt8Fp8(_Sage):
+    """Scores in int8, weights and values in fp8."""
+
+    name = "sage_int8_fp8"
+    function = "sageattn_qk_int8_pv_fp8_cuda"
+    flag = "SM89_ENABLED"
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": FP8}
+
+
+class SageInt8Fp8Sm90(_Sage):
+    """Scores in int8, weights and values in fp8, for Hopper."""
+
+    name = "sage_int8_fp8_sm90"
+    function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
+    flag = "SM90_ENABLED"
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": FP8.replace(arch_min=(9, 0), arch_max=(9, 0))}
+
+
+class SageHub(FromHub, Sage):
+    """SageAttention's own pick from the Hub, where there is nothing for packed sequences."""
+
+    name = "sage_hub"
+    hub = hub_kernels.SAGE
+    packs = False
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _PICK}
+
+    def load(self) -> None:
+        super().load()
+        function = that_knows_its_parameters(FUNCTIONS[self.name].sageattn, "sageattn")
+        FUNCTIONS[self.name] = types.SimpleNamespace(attend=function)

@@ -1,0 +1,73 @@
+"""The calls of SageAttention's functions that take `(B, S, H, D)`, and what is looked for before the first."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from anyattn.backend import Plan
+from anyattn.flash_like import KernelCall
+from anyattn.kernel_source import FUNCTIONS
+
+PARAMETERS = ("tensor_layout", "is_causal", "sm_scale", "return_lse")
+"""The keywords that are passed; nothing is left to `**kwargs`."""
+
+# PyPI's 1.0.6 gives no lse, and writes to the caller's key.
+INSTALL = "build github.com/thu-ml/SageAttention"
+NOTE = "PyPI has 1.0.6"
+
+REACH = 1 << 31
+"""The elements that 32-bit offsets reach (`triton/quant_per_thread.py`: a block's index times a stride)."""
+
+
+def what_lacks(function: Any, name: str, parameters: Sequence[str]) -> str:
+    """Say which parameters a function would swallow; empty where it knows them all."""
+    known = inspect.signature(function).parameters
+    missing = [parameter for parameter in parameters if parameter not in known]
+    if not missing:
+        return ""
+    return f"{name} has no parameter {' and '.join(missing)}, and would swallow it. {INSTALL}; {NOTE}"
+
+
+def that_knows_its_parameters(function: Any, name: str) -> Any:
+    """Give a function back.
+
+    Raises:
+        ImportError: If it would swallow a keyword that is passed to it.
+    """
+    text = what_lacks(function, name, PARAMETERS)
+    if text:
+        raise ImportError(text)
+    return function
+
+
+def call_dense(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
+    """Call the function of a backend."""
+    with_lse = plan.spec.return_lse or plan.rescale
+    result: Any = FUNCTIONS[plan.backend].attend(
+        readable(call.query),
+        readable(call.key),
+        readable(call.value),
+        tensor_layout="NHD",
+        is_causal=call.left == -1 and call.right == 0,
+        sm_scale=plan.spec.scale,
+        return_lse=with_lse,
+    )
+    if isinstance(result, tuple) != with_lse:
+        raise TypeError(f"{plan.lowering.entry} gave a {type(result).__name__} for return_lse={with_lse}")
+    if not with_lse:
+        return result, None
+    out, lse = result
+    batch, seqlen_q, heads = call.query.shape[:3]
+    if lse.shape != (batch, heads, seqlen_q):
+        raise RuntimeError(f"{plan.lowering.entry} gave an lse of {tuple(lse.shape)}, not (B, H, S_q)")
+    return out, lse
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """Copy what the kernels' offsets don't reach, and on a CPU (where copies aren't planned) what has strides."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor if last < REACH and tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,0 +1,128 @@
+"""The call of `sageattn_varlen`: packed sequences, of which it is given none that it may get wrong.
+
+Source: `sageattention/triton/quant_per_block_varlen.py`, `attn_qk_int8_block_varlen.py` and
+`attn_qk_int8_per_block_causal_varlen.py` of SageAttention 2.1.1 to 2.2.0. It waits for the device to size an
+allocation, so that reading the lengths first costs little. What they are read for:
+
+- Sequences without queries or keys are left out: what it does with them is said nowhere. Their rows are zeros.
+- The mean of all keys that it is given is subtracted from each: keys that belong to no sequence aren't given to it.
+- Its causal loop goes by queries alone, in tiles of 128, and reads the scales of as many keys (one for 64 of them):
+  those of other sequences, and beyond the last one's end whatever lies there, which may be NaN and is multiplied by the
+  scores before they are masked. So rows after a sequence's last key, which see all of it, go in a second call that
+  isn't causal; then the last sequence may miss one scale, and where it does it is followed by one of a single token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn.adapters.sage.kernels import INSTALL, NOTE, readable, what_lacks
+from anyattn.backend import Plan
+from anyattn.flash_like import KernelCall
+from anyattn.kernel_source import FUNCTIONS
+
+ENTRY = "sageattn_varlen"
+PARAMETERS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "is_causal", "sm_scale")
+"""The keywords that are passed; nothing is left to `**kwargs`."""
+
+_ROWS, _KEYS = 128, 64
+"""How many queries and how many keys share a scale."""
+
+_Span = tuple[int, int]
+_Pair = tuple[_Span, _Span]
+"""A sequence: where its rows begin and end, and its keys."""
+
+
+def entry_of(module: Any) -> Callable[..., Any]:
+    """Give a package's function for packed sequences; where it has none, one that says so when it is called."""
+    found = getattr(module, ENTRY, None)
+    text = f"This sageattention has no function {ENTRY}. {INSTALL}; {NOTE}"
+    if callable(found):
+        text = what_lacks(found, ENTRY, PARAMETERS)
+        if not text:
+            return found  # type: ignore[no-any-return]
+
+    def absent(*tensors: Tensor, **options: object) -> Any:
+        raise RuntimeError(text)
+
+    return absent
+
+
+def call_packed(plan: Plan, call: KernelCall) -> tuple[Tensor, None]:
+    """Attend over packed sequences, `(T, H, D)`; there is no lse."""
+    assert call.cu_seqlens_q is not None
+    assert call.cu_seqlens_kv is not None
+    starts: list[list[int]] = torch.stack((call.cu_seqlens_q, call.cu_seqlens_kv)).tolist()
+    pairs = zip(*(itertools.pairwise(ends) for ends in starts), strict=True)
+    seen: list[_Pair] = [pair for pair in pairs if all(start < stop for start, stop in pair)]
+    causal = call.left == -1 and call.right == 0
+    beyond: list[_Pair] = []
+    if causal:
+        seen, beyond = _causal_part(seen), _part_beyond(seen)
+    out = call.query.new_zeros(call.query.shape)
+    for group, flag in ((seen, causal), (beyond, False)):
+        if not group:
+            continue
+        place = _place([rows for rows, _ in group], out.device)
+        found = _attend(plan, call, group, causal=flag)
+        if len(found) == len(out):
+            return found, None
+        out[place] = found
+    return out, None
+
+
+def _causal_part(pairs: Sequence[_Pair]) -> list[_Pair]:
+    """Give each sequence without the rows after its last key."""
+    return [((rows[0], min(rows[1], rows[0] + keys[1] - keys[0])), keys) for rows, keys in pairs]
+
+
+def _part_beyond(pairs: Sequence[_Pair]) -> list[_Pair]:
+    """Give the rows after each sequence's last key, which see all of its keys."""
+    lengths = [(rows, keys, keys[1] - keys[0]) for rows, keys in pairs]
+    return [((rows[0] + count, rows[1]), keys) for rows, keys, count in lengths if rows[1] - rows[0] > count]
+
+
+def _attend(plan: Plan, call: KernelCall, pairs: list[_Pair], *, causal: bool) -> Tensor:
+    """Call the kernel with some sequences alone, and give their rows one after the other."""
+    (start, stop), (first, last) = pairs[-1]
+    guarded = causal and -(-(stop - start) // _ROWS) * _ROWS // _KEYS > -(-(last - first) // _KEYS)
+    if guarded:
+        row, key = pairs[0][0][0], pairs[0][1][0]
+        pairs = [*pairs, ((row, row + 1), (key, key + 1))]
+    device = call.query.device
+    of_rows, of_keys = [rows for rows, _ in pairs], [keys for _, keys in pairs]
+    rows, keys = _place(of_rows, device), _place(of_keys, device)
+    query = call.query[rows]
+    result: Any = FUNCTIONS[plan.backend].varlen(
+        readable(query),
+        readable(call.key[keys]),
+        readable(call.value[keys]),
+        cu_seqlens_q=_starts(of_rows, device),
+        cu_seqlens_k=_starts(of_keys, device),
+        max_seqlen_q=max(stop - start for start, stop in of_rows),
+        max_seqlen_k=max(stop - start for start, stop in of_keys),
+        is_causal=causal,
+        sm_scale=plan.spec.scale,
+    )
+    if not isinstance(result, Tensor) or result.shape != query.shape:
+        got = f"{tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        raise RuntimeError(f"{ENTRY} gave {got} for a query of {tuple(query.shape)}")
+    return result[:-1] if guarded else result
+
+
+def _place(spans: Sequence[_Span], device: torch.device) -> slice | Tensor:
+    """Say where spans lie: a slice where each begins at the end of the one before, else an index."""
+    if all(one[1] == other[0] for one, other in itertools.pairwise(spans)):
+        return slice(spans[0][0], spans[-1][1])
+    return torch.cat([torch.arange(*span) for span in spans]).to(device)
+
+
+def _starts(spans: Sequence[_Span], device: torch.device) -> Tensor:
+    """Give the cumulative lengths of spans."""
+    ends = itertools.accumulate((stop - start for start, stop in spans), initial=0)
+    return torch.tensor(list(ends), dtype=torch.int32, device=device)
