@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from anyattn import dense_like, host_lengths
+from anyattn.alignment import realigned
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities
 from anyattn.dense_like import KernelCall
 from anyattn.environment import Environment
 from anyattn.host_lengths import Sequences
 from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
-from anyattn.lowering import realigned
 from anyattn.reasons import Reason
 from anyattn.spec import AttentionSpec
 
