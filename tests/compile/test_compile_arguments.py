@@ -101,6 +101,32 @@ def test_flex_with_a_bias_at_dynamic_lengths_compiles_with_inductor() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["boolean", "bias", "lengths", "padding & causal", "document"])
+def test_flex_takes_every_mask_at_dynamic_lengths_with_inductor(kind: str) -> None:
+    def mask_of(allowed: Any, lengths: Any, keep: Any, documents: Any) -> Any:
+        return {
+            "boolean": masks.Boolean(allowed),
+            "bias": masks.Bias(torch.where(allowed, 0.5, -torch.inf)),
+            "lengths": masks.KeyLengths(lengths),
+            "padding & causal": masks.KeyPadding(keep) & masks.Causal(),
+            "document": masks.document(documents),
+        }[kind]
+
+    def call(q: Any, k: Any, v: Any, *told: Any) -> Any:
+        return anyattn.attention(q, k, v, mask_of(*told), softcap=3.0, backend="flex")
+
+    run = torch.compile(call, fullgraph=True, dynamic=True)
+    for seqlen in (33, 48, 140):
+        q, k, v = tensors(seqlen)
+        lengths = torch.tensor([0, seqlen - 9])
+        allowed = torch.rand(2, 1, seqlen, seqlen) < 0.7
+        allowed[1, 0, 5] = False
+        documents = (torch.arange(seqlen) // 10).expand(2, -1)
+        told = (allowed, lengths, torch.arange(seqlen).flip(0) < lengths[:, None], documents)
+        assert_close(run(q, k, v, *told), reference.attention(q, k, v, mask_of(*told), softcap=3.0)[0])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lengths", "padding", "padding & causal"])
 def test_flex_with_key_masks_compiles_with_inductor(kind: str) -> None:
     def mask_of(lengths: Any, keep: Any) -> Any:

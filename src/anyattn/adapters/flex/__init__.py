@@ -17,7 +17,7 @@ from anyattn.capabilities import BOTH, Capabilities, lowered_mask_reasons
 from anyattn.environment import Environment
 from anyattn.known_bad import hits
 from anyattn.reasons import Conversion, Reason
-from anyattn.spec import AttentionSpec
+from anyattn.spec import UNKNOWN, AttentionSpec
 
 _CPU = Capabilities(
     dtypes=frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)),
@@ -78,6 +78,9 @@ class Flex(Backend):
             yield from lowered_mask_reasons(spec)
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        if _mixes_names_up(spec):
+            text = "computed without flex_attention: inductor's C++ for tensors of masks at dynamic lengths is no C++"
+            return Lowering(kernels.WRITTEN_OUT, compiled=True, conversions=(Conversion("written_out", text),))
         compiled, why = _compiles(spec, env)
         entry = "flex_attention (compiled)" if compiled else "flex_attention (eager)"
         notes = [Conversion("compiled" if compiled else "eager", why)]
@@ -104,6 +107,20 @@ class Flex(Backend):
 
     def load(self) -> None:
         import torch.nn.attention.flex_attention  # noqa: F401
+
+
+def _mixes_names_up(spec: AttentionSpec) -> bool:
+    """Whether inductor's C++ of a traced call may not compile: it has names of sizes, and replaces some in others.
+
+    In torch 2.13 the names of block sizes, such as ks1, are replaced by text, also inside ks14. Masks that are tensors
+    are indexed with sizes of their own, which dynamic lengths make names of.
+    """
+    block = spec.mask.block
+    if block is not None and not block.is_function:
+        return False
+    tensors = spec.mask.key or spec.mask.dense or (block is not None and block.per_batch)
+    dynamic = UNKNOWN in (spec.batch, spec.seqlen_q, spec.seqlen_kv)
+    return bool(spec.compiled and spec.device_type == "cpu" and dynamic and tensors)
 
 
 def _compiles(spec: AttentionSpec, env: Environment) -> tuple[bool, str]:

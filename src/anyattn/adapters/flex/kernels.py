@@ -17,12 +17,16 @@ from torch import Tensor
 
 from anyattn.adapters.flex.mods import block_mask_of, score_mod_of
 from anyattn.backend import Output, Parts, Plan
-from anyattn.lowering import joined_mask, normalise_lse, with_huge_biases
+from anyattn.lowering import joined_mask, normalise_lse, repeat_heads, with_huge_biases
 from anyattn.masks import serial_of
 from anyattn.spec import UNKNOWN, AttentionSpec, Storage
 
 _BASE_2 = torch.finfo(torch.float32).max * math.log(2)
 """What is below minus this in natural units is -inf in base 2."""
+
+
+WRITTEN_OUT = "written out"
+"""The entry of calls that inductor can't compile flex_attention for."""
 
 
 def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
@@ -36,6 +40,9 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if not spec.needs_grad and spec.device_type == "cpu":
         # The CPU refuses inputs that require a gradient even under no_grad.
         query, key, value = (t.detach() if t.requires_grad else t for t in (query, key, value))
+    if plan.lowering.entry == WRITTEN_OUT:
+        out = _written_out(spec, query, key, value, parts)
+        return out.transpose(1, 2) if spec.layout == "BSHD" else out
     if plan.lowering.copy:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     seqlen_kv = key.shape[2]
@@ -72,6 +79,24 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
             return out, lse if mask is None else with_huge_biases(lse, mask)
         lse = _with_huge_biases(lse, plan, parts, query.shape[2], seqlen_kv)
     return out, lse
+
+
+def _written_out(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Tensor:
+    """Compute attention (B, H, S, D) in plain operations, in float32 at least, as eager FlexAttention does."""
+    mask = joined_mask(spec, parts, query.shape[2], key.shape[2], query.device, pattern=True, batch=query.shape[0])
+    assert mask is not None
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    times = spec.num_heads // spec.num_kv_heads
+    query, key, value = query.to(dtype), repeat_heads(key.to(dtype), times), repeat_heads(value.to(dtype), times)
+    scores = query @ key.transpose(-1, -2) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(dtype)
+    # The softmax of a row of -inf is NaN; what is subtracted is 0 there.
+    top = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - torch.where(top == float("-inf"), 0.0, top))
+    total = weights.sum(-1, keepdim=True)
+    return (weights / torch.where(total == 0, 1.0, total) @ value).to(spec.dtype)
 
 
 def _kernel_options(spec: AttentionSpec, *, blocks: bool) -> dict[str, Any]:
