@@ -1,6 +1,6 @@
 """Run on a GPU what CI can't: the laws, the traps, graph capture, torch.compile and the benchmarks; write JSON.
 
-    python tools/gpu/run.py --out DIR [--device cuda] [--only laws,traps,graphs,compile,devices,speed,overhead]
+    python tools/gpu/run.py --out DIR [--device cuda] [--only laws,traps,graphs,compile,packed,devices,speed,overhead]
         [--backends native,flex] [--cases N] [--shards flex=4] [--workers N] [--timeout SECONDS]
 
 Each part runs in processes of its own, so that one that loses the CUDA context leaves the others be. DIR gets
@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", default="about,traps,graphs,compile,speed,overhead,laws")
+    parser.add_argument("--only", default="about,traps,graphs,compile,packed,speed,overhead,laws")
     parser.add_argument("--cases", type=int, default=60)
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--thin", default="", help="run every Nth case alone: flex=4")
