@@ -74,7 +74,7 @@ WINDOW = MaskSpec(PatternSpec(2, 0, "lower_right"))
         ({"mask": LOWER_RIGHT, "return_lse": True, "requires_grad": ("query",)}, "2.11.0", True),
         ({"mask": CAUSAL, "same_lengths": True}, "2.11.0", True),
         ({"num_kv_heads": 2, "head_dim": 44, "head_dim_v": 44}, "2.11.0", True),
-        ({}, "2.9.1", False),
+        ({}, "2.10.0", False),
         ({"mask": CAUSAL}, "2.11.0", False),
         ({"mask": WINDOW, "same_lengths": True}, "2.11.0", False),
         ({"dropout_p": 0.1}, "2.11.0", False),

@@ -1,9 +1,9 @@
-"""Packed sequences on torch's own flash kernel: `torch.nn.attention.varlen.varlen_attn`, since torch 2.10.
+"""Packed sequences on torch's own flash kernel: `torch.nn.attention.varlen.varlen_attn`, since torch 2.11.
 
-Source: torch 2.11 and 2.13, `torch/nn/attention/varlen.py`; an H100 with torch 2.11. For CUDA, in half precision. It
-aligns causal attention, said as the window (-1, 0), to the lower right, and gives lse as `(H, T_q)`, with +inf in rows
-without a key. There is no dropout; heads are shared from torch 2.12 on alone, and so are repeated before it. Nothing is
-read on the host.
+Source: torch 2.13, `torch/nn/attention/varlen.py`; an H100 with torch 2.11, the oldest that was seen to take these
+parameters. For CUDA, in half precision. It aligns causal attention, said as the window (-1, 0), to the lower right, and
+gives lse as `(H, T_q)`, with +inf in rows without a key. There is no dropout; shared heads take a parameter that isn't
+used here, and so are repeated. Nothing is read on the host.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from anyattn.spec import AttentionSpec
 
 ENTRY = "varlen_attn"
 
-_SINCE = Version("2.10")
+_SINCE = Version("2.11")
 
 
 def takes(spec: AttentionSpec, env: Environment) -> bool:
@@ -56,9 +56,8 @@ def lower(spec: AttentionSpec) -> Lowering:
     if spec.head_dim % 8:
         notes.append(Conversion("pad_head_dim", f"head_dim {spec.head_dim} padded to a multiple of 8"))
     if spec.is_gqa:
-        notes.append(
-            Conversion("repeat_heads", "key and value heads repeated in memory: torch shares none before 2.12")
-        )
+        text = "key and value heads repeated in memory: the entry is called without shared ones"
+        notes.append(Conversion("repeat_heads", text))
     return Lowering(ENTRY, copy=copy, conversions=tuple(notes))
 
 
