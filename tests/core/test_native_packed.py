@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -93,6 +94,27 @@ def test_entry_is_for_what_it_can_say(changes: dict[str, Any], version: str, tak
     assert decision.chosen == "native", decision
     assert (decision.kernel == packed.ENTRY) == taken
     assert ("unpacked" in {note.code for note in decision.conversions}) != taken
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "grad", "taken"),
+    [
+        ((8, 9), 256, (), True),
+        ((8, 9), 256, ("query",), False),
+        ((8, 9), 128, ("query",), True),
+        ((9, 0), 256, ("query",), True),
+        ((7, 5), 64, (), False),
+        ((13, 0), 64, (), False),
+    ],
+)
+def test_entry_is_for_chips_that_have_its_kernel(
+    arch: tuple[int, int], head_dim: int, grad: tuple[str, ...], taken: bool
+) -> None:
+    env = preset("h100", torch_version="2.11.0")
+    devices = [dataclasses.replace(one, arch=arch) if one.type == "cuda" else one for one in env.devices]
+    env = dataclasses.replace(env, devices=tuple(devices))
+    spec = spec_of(head_dim=head_dim, head_dim_v=head_dim, requires_grad=grad)
+    assert packed.takes(spec, env) == taken
 
 
 @pytest.mark.parametrize("mask", [None, masks.Causal("lower_right")])

@@ -34,9 +34,13 @@ def takes(spec: AttentionSpec, env: Environment) -> bool:
     if pattern is not None and not (pattern.is_causal and (spec.same_lengths or pattern.align == "lower_right")):
         return False
     device = env.device(spec.device_type, spec.device_index)
-    if not spec.packed or device is None or device.arch is None or device.rocm or device.arch < (8, 0):
+    if not spec.packed or device is None or device.arch is None or device.rocm:
         return False
-    wide = spec.head_dim != spec.head_dim_v or spec.head_dim > 256
+    if not (8, 0) <= device.arch <= (12, 1):
+        return False
+    # Chips with less shared memory than an A100 have no gradients for wide heads (torch's sdp_utils.cpp).
+    most = 192 if spec.needs_grad and device.arch not in ((8, 0), (9, 0), (10, 0)) else 256
+    wide = spec.head_dim != spec.head_dim_v or spec.head_dim > most
     plain = spec.scale > 0 and not spec.dropout_p and spec.softcap is None and not (spec.deterministic or wide)
     return plain and spec.dtype.itemsize == 2 and env.torch >= _SINCE
 
