@@ -99,7 +99,7 @@ def attention(
         options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
         return traced_call(query, key, value, attn_mask, sinks, options, backend)
     scope = _current()
-    if scope.pinned or _thread.entered:
+    if _thread.entered:
         scope = live_scope(scope)
     if backend is not None:
         scope = scope_of_call(scope, backend)
@@ -173,7 +173,7 @@ def scaled_dot_product_attention(
         options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BHSD")
         return traced_call(query, key, value, attn_mask, sinks, options, backend)
     scope = _current()
-    if scope.pinned or _thread.entered:
+    if _thread.entered:
         scope = live_scope(scope)
     if backend is not None:
         scope = scope_of_call(scope, backend)

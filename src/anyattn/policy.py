@@ -38,28 +38,30 @@ class Settings:
         override: Whether that wish beats pins.
         pin: The wish pinned to the module whose forward is running.
         precision: The loosest precision allowed, where a block or pin says so.
+        routed: Whether the model that is running was given to anyattn by its host's own setter.
     """
 
     context: Preference | None = None
     override: bool = False
     pin: Preference | None = None
     precision: Precision = "exact"
+    routed: bool = False
 
 
 class Scope:
     """Settings in force, with the table of calls decided under them."""
 
-    __slots__ = ("entered", "pinned", "recorder", "serial", "settings", "short", "table")
+    __slots__ = ("entered", "inner", "recorder", "serial", "settings", "short", "table")
 
     def __init__(self, settings: Settings, serial: int, recorder: Recorder | None = None) -> None:
         self.settings = settings
         self.serial = serial
-        self.pinned = settings.pin is not None
         self.recorder = recorder
         # Decided calls; those without mask that need no further look are in `short`, under a shorter key.
         self.table: dict[Any, Any] = {}
         self.short: dict[Any, Any] = {}
         self.entered: dict[tuple[int, bool], tuple[Preference, Scope]] = {}
+        self.inner: dict[int, tuple[Preference | None, Scope]] = {}
 
     def preference(self) -> Preference:
         """Give the wish in force: pin, then block, then process default, then environment, then native."""
@@ -163,6 +165,28 @@ def enter(scope: Scope, wish: Preference, override: bool) -> Scope:
         if scope.recorder is None and len(scope.entered) < _MAX_SCOPES:
             scope.entered[id(wish), override] = found
     return found[1]
+
+
+def inside(scope: Scope, pin: Preference | None) -> Scope:
+    """Give the scope inside a module that has a pin, or (None) that its host's own setter gave to anyattn."""
+    settings = scope.settings
+    if settings.routed if pin is None else settings.pin is pin:
+        return scope
+    # Keyed by identity, as in `enter`.
+    found = scope.inner.get(id(pin))
+    if found is None:
+        found = (pin, derive(scope, routed=True) if pin is None else derive(scope, pin=pin))
+        if scope.recorder is None and len(scope.inner) < _MAX_SCOPES:
+            scope.inner[id(pin)] = found
+    return found[1]
+
+
+def leave(before: Scope, inner: Scope) -> None:
+    """End what `inside` began, and nothing that was begun meanwhile."""
+    scope = current.get()
+    if scope is not inner and scope is not before:
+        before = derive(scope, pin=before.settings.pin, routed=before.settings.routed)
+    current.set(before)
 
 
 def recording(scope: Scope, recorder: Recorder) -> Scope:
@@ -307,6 +331,10 @@ def plain(kind: str, wish: Preference, override: bool = False) -> Entered:
     return (kind, wish.names, wish.mode, wish.source, wish.precision, override)
 
 
+ROUTE: Final[Entered] = ("route", (), "prefer", "", "exact", False)
+"""What compiled code enters where a model was given to anyattn by its host's own setter."""
+
+
 def scope_of_token(text: str, entered: tuple[Entered, ...] = ()) -> Scope:
     """Find the scope that a token names, with what the traced code itself entered on top."""
     return with_entered(_by_serial.get(int(text.partition(".")[0]), _BASE), entered)
@@ -317,7 +345,9 @@ def with_entered(scope: Scope, entered: tuple[Entered, ...]) -> Scope:
     settings = scope.settings
     for kind, names, mode, source, precision, override in entered:
         wish = Preference(names, mode, source, precision)
-        if kind == "pin":
+        if kind == "route":
+            settings = replace(settings, routed=True)
+        elif kind == "pin":
             settings = replace(settings, pin=wish)
         else:
             settings = replace(settings, context=wish, override=override, precision=precision)

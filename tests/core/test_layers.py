@@ -12,7 +12,7 @@ import anyattn
 ROOT = Path(anyattn.__file__).parent
 
 LAYERS = {
-    0: ("errors", "reasons", "names", "mask_functions", "masks", "spec", "environment", "version", "decision", "_runs"),
+    0: ("errors", "reasons", "names", "mask_functions", "masks", "spec", "environment", "version", "decision", "_runs", "attending"),
     1: ("alignment", "policy", "patterns", "capabilities", "kernel_source", "_in_force"),
     2: (
         "kept",
@@ -30,6 +30,7 @@ LAYERS = {
         "describe",
         "prepare",
         "block_masks",
+        "covering",
     ),
     3: ("adapters",),
     4: ("registry",),
