@@ -178,7 +178,41 @@ def scaled_dot_product_attention(
     if backend is not None:
         scope = scope_of_call(scope, backend)
     plain = (dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BHSD")
+    if sinks is None:
+        found = run_decided(scope, query, key, value, attn_mask, plain)
+        if found is not None:
+            return found
     return _general(scope, query, key, value, attn_mask, sinks, plain)
+
+
+def run_decided(
+    scope: policy.Scope, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, plain: tuple[Any, ...]
+) -> Any:
+    """Run a call in the (batch, heads, sequence, head_dim) layout that is in the short table; None where it isn't.
+
+    Args:
+        scope: The scope in force.
+        query: `(B, H, S_q, D)`; key and value likewise, as in `scaled_dot_product_attention`.
+        key: `(B, H_kv, S_kv, D)`.
+        value: `(B, H_kv, S_kv, D_v)`.
+        attn_mask: As there.
+        plain: The fields of `Options`, in their order.
+    """
+    try:
+        name = None
+        if attn_mask is not None:
+            name = tensor_name(attn_mask) if type(attn_mask) is Tensor else attn_mask.short
+        place = query.is_cpu or place_key(query, key, value)
+        call = scope.short[name, query.shape, key.shape, value.shape, query.dtype, place, plain]
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        return None  # not decided yet, or wrong: described elsewhere, with an error that says why
+    try:
+        return call(query, key, value) if attn_mask is None else call(query, key, value, attn_mask)
+    except Exception as error:
+        if not is_kernels(error):
+            raise
+        explain_failure(error, scope, query, key, value, attn_mask, Options(*plain))
+        return None
 
 
 def _general(

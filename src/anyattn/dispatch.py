@@ -59,7 +59,7 @@ def entry_for(
         entry = make_first(spec, base, lambda decision: make_entry(decision, cast))
         if table_key is not None and generation == policy.generation():
             base.remember(table_key, entry)
-            if entry.short and sinks is None and options.layout == "BSHD" and type(query) is Tensor:
+            if entry.short and sinks is None and type(query) is Tensor:
                 _shorten(base, entry, query, key, value, attn_mask, options)
     return entry
 
@@ -96,7 +96,9 @@ def _shorten(
         if name is None:
             return
     place = query.is_cpu or place_key(query, key, value)
-    short_key = (name, query.shape, key.shape, value.shape, query.dtype, place, *options[:7])
+    # As `api.attention` and `api.scaled_dot_product_attention` look it up.
+    rest = options[:7] if options.layout == "BSHD" else (tuple(options),)
+    short_key = (name, query.shape, key.shape, value.shape, query.dtype, place, *rest)
     scope.short[short_key] = entry.call if attn_mask is None else entry.short_masked
 
 

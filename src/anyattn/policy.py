@@ -51,12 +51,14 @@ class Settings:
 class Scope:
     """Settings in force, with the table of calls decided under them."""
 
-    __slots__ = ("entered", "inner", "recorder", "serial", "settings", "short", "table")
+    __slots__ = ("asked", "entered", "inner", "recorder", "serial", "settings", "short", "table")
 
     def __init__(self, settings: Settings, serial: int, recorder: Recorder | None = None) -> None:
         self.settings = settings
         self.serial = serial
         self.recorder = recorder
+        # Whether anything asks a host to come here: not what only says what runs once a call has come.
+        self.asked = settings.context is not None or settings.pin is not None or settings.routed
         # Decided calls; those without mask that need no further look are in `short`, under a shorter key.
         self.table: dict[Any, Any] = {}
         self.short: dict[Any, Any] = {}

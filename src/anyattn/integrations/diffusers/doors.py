@@ -108,6 +108,14 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Any:
     """Stand in for torch's function of this name inside the modules of Diffusers that call it themselves."""
+    if not _tracing():
+        scope = _current()
+        if scope.asked and not (_thread.entered or _modes()):
+            # What was decided for these very shapes needs none of the changes below.
+            plain = (dropout_p, is_causal, scale, enable_gqa, None, None, False, "BHSD")
+            found = api.run_decided(scope, query, key, value, attn_mask, plain)
+            if found is not None:
+                return found
     if not _route(None)[0]:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -115,9 +123,7 @@ def scaled_dot_product_attention(
     if _modes() and _scores_skipped(query, value, -2):
         return value
     headless = query.dim() == 3
-    if not headless and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
-        pass
-    elif headless:
+    if headless:
         attn_mask = attn_mask[:, None] if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
         query, key, value = query[:, None], key[:, None], value[:, None]
     elif not enable_gqa and query.dim() == key.dim() == value.dim():

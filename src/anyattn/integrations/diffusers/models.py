@@ -220,7 +220,9 @@ def _put(module: nn.Module, target: Any, wish: Preference) -> None:
     if wishes is None:
         before = pins.pin_of(module)
         # What is in force may come from an enclosing module, and is then not this module's to put back.
-        wishes = _pinned[module] = _Wishes(before if pins.unpin(module) else None)
+        # A copy of a pinned model brings one that was set here, which the new wish replaces.
+        copied = pins.is_hosted(module, HOST)
+        wishes = _pinned[module] = _Wishes(before if pins.unpin(module) and not copied else None)
     wishes.set(module, target, wish)
     _apply(module, wishes.in_force, HOST)
 
