@@ -6,6 +6,7 @@ a module is judged by itself.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import sys
@@ -100,7 +101,9 @@ def _function(found: Any) -> types.FunctionType | None:
 def _named(function: types.FunctionType, names: set[str], kind: type) -> Iterator[Any]:
     """Give what a function's code names: globals, what is in modules, closures, methods of the class."""
     closure = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-    for found in (*closure, *(function.__globals__[name] for name in names if name in function.__globals__)):
+    known = function.__globals__
+    # An attribute may be called as a global is: only what is loaded as a global counts there.
+    for found in (*closure, *(known[name] for name in _globals_of(function.__code__) if name in known)):
         if isinstance(found, types.ModuleType):
             yield found
             if _is_read(found.__name__):
@@ -147,6 +150,14 @@ def _is_local(function: types.FunctionType) -> bool:
 def _is_read(module_name: str) -> bool:
     top = module_name.partition(".")[0]
     return top not in ("torch", "numpy") and (top == "__main__" or top not in sys.stdlib_module_names)
+
+
+def _globals_of(code: types.CodeType) -> set[str]:
+    names = {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _globals_of(constant)
+    return names
 
 
 def names_of(function: types.FunctionType) -> set[str]:

@@ -12,7 +12,19 @@ import anyattn
 ROOT = Path(anyattn.__file__).parent
 
 LAYERS = {
-    0: ("errors", "reasons", "names", "mask_functions", "masks", "spec", "environment", "version", "decision", "_runs", "attending"),
+    0: (
+        "errors",
+        "reasons",
+        "names",
+        "mask_functions",
+        "masks",
+        "spec",
+        "environment",
+        "version",
+        "decision",
+        "_runs",
+        "attending",
+    ),
     1: ("alignment", "policy", "patterns", "capabilities", "kernel_source", "_in_force"),
     2: (
         "kept",

@@ -37,7 +37,7 @@ def by_file(model):
 
 WAYS = {
     "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),  # noqa: S301 - made in this test
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "torch.save": by_file,
 }
 
@@ -179,7 +179,14 @@ def set_plain(model):
     model.set_attn_processor(AttnProcessor())
 
 
-@pytest.mark.parametrize("how", [lambda m: m.set_attention_slice("auto"), set_plain], ids=["slicing", "set_processor"])
+HOW = {
+    "slicing": lambda model: model.set_attention_slice("auto"),
+    "set_attn_processor": set_plain,
+    "set_default_attn_processor": lambda model: model.set_default_attn_processor(),
+}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 @pytest.mark.parametrize("way", ["pin", "route"])
 def test_processor_that_is_not_reached_is_warned_of_at_the_first_call_and_the_original_works_again(how, way):
     model, inputs = make("unet")
@@ -203,15 +210,13 @@ def test_processor_that_is_not_reached_is_warned_of_at_the_first_call_and_the_or
         assert pins.pin_of(layer).names == ("native",)
 
 
-@pytest.mark.parametrize("name", ["unet", "sd3"])
+@pytest.mark.parametrize("name", ["unet", "flux"])
 def test_processors_that_reach_anyattn_are_followed_without_a_word(name):
     model, inputs = make(name)
     anyattn.set_attention_backend(model, "native")
     model.fuse_qkv_projections()
     assert quiet(name, model, inputs) == ({"native"}, [])
     model.unfuse_qkv_projections()
-    if hasattr(model, "set_default_attn_processor"):
-        model.set_default_attn_processor()
     assert quiet(name, model, inputs) == ({"native"}, [])
 
 
