@@ -4,10 +4,10 @@ Source: `csrc/qattn/qk_int_sv_f16_cuda_sm80.cu`, `csrc/qattn/attn_utils.cuh` (`l
 `sageattention/triton/attn_qk_int8_per_block_causal.py` and `csrc/fused/fused.cu` of SageAttention 2.2.0; NaN seen on an
 H200 at these lengths, where memory held NaN before the call.
 
-- `sageattn_qk_int8_pv_fp16_cuda` takes keys in tiles of 64. Rows of a tile beyond the last key aren't loaded, and aren't
-  cleared either (`SharedMemFillMode::kNoFill`): shared memory keeps what another kernel left there. Their weights are
-  0, and 0 times NaN is NaN. After the first tile what is left there is the value of the tile before, so that this
-  concerns fewer than 64 keys alone. Where they are read from is no matter: zeros behind the tensors wouldn't help.
+- `sageattn_qk_int8_pv_fp16_cuda` takes keys in tiles of 64. Rows of a tile beyond the last key aren't loaded, nor are
+  they cleared (`SharedMemFillMode::kNoFill`): shared memory keeps what another kernel left there. Their weights are 0,
+  and 0 times NaN is NaN. After the first tile what is left there is the value of the tile before, so that this concerns
+  fewer than 64 keys alone. Zeros behind the tensors wouldn't help: nothing is read there.
 - `sageattn_qk_int8_pv_fp16_triton`, causal, goes by queries in tiles of 128 and reads a key scale for each 64 of them.
   Where the last tile has 64 queries or fewer, the second of its scales is another head's, or for the last head whatever
   lies behind the scales. It is multiplied by the scores before they are masked, and so may make NaN of them.
@@ -100,8 +100,9 @@ def _causal_tile(call: KernelCall, kernel: Attend) -> Result:
     beyond = call._replace(query=call.query[:, count:], max_seqlen_q=rows - count, left=-1, right=-1)
     lower, lower_lse = _repeated(beyond, kernel)
     out = torch.cat((upper, lower), 1)
-    both = upper_lse is not None and lower_lse is not None
-    return out, torch.cat((upper_lse, lower_lse), -1) if both else None  # type: ignore[list-item]
+    if upper_lse is None or lower_lse is None:
+        return out, None
+    return out, torch.cat((upper_lse, lower_lse), -1)
 
 
 def _with_all_scales(call: KernelCall, kernel: Attend) -> Result:
