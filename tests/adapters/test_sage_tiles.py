@@ -16,7 +16,8 @@ from anyattn.adapters.sage import tiles
 from anyattn.environment import Device, preset
 from anyattn.kernel_source import FUNCTIONS
 from anyattn.spec import AttentionSpec, MaskSpec, PatternSpec
-from anyattn.testing import doubles
+from anyattn.testing import Case, doubles
+from anyattn.testing.laws import LawBroken, check
 
 Sizes = tuple[int, int, int, int, int, int]
 SIZES: tuple[Sizes, ...] = (
@@ -99,6 +100,18 @@ def test_kernel_is_given_whole_tiles_and_the_keys_mean_stays(
     whole = sizes[2] >= tiles.KEYS if backend == "sage_int8_fp16" else not causal or not 0 < sizes[1] % 128 <= 64
     if whole:
         assert (query.shape[1], key.shape[1]) == (sizes[1], sizes[2]), "nothing is added where nothing has to be"
+
+
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_law_about_unwritten_memory_catches_calls_that_are_not_made_whole(
+    backend: str, mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(seqlen_q=33, seqlen_kv=33, head_dim=96, dtype="bfloat16", mask=mask)
+    assert check("unwritten_memory", backend, case).status == "passed"
+    monkeypatch.setattr(tiles, "note", lambda *sizes, **options: None)
+    if backend == "sage_int8_fp16" or mask == "causal":
+        with pytest.raises(LawBroken, match="unwritten_memory"):
+            check("unwritten_memory", backend, case)
 
 
 def _spec(**changes: object) -> AttentionSpec:

@@ -83,15 +83,15 @@ def surrounded(inputs: Inputs, *, apart: bool) -> Inputs:
 
 
 def _surrounded(tensor: Tensor, behind: int, *, apart: int | None = None) -> Tensor:
+    before = 256 + int(tensor.storage_offset()) % 64
     if apart is not None and tensor.is_contiguous():
         shape = list(tensor.shape)
         shape[apart] += _ROWS // 2
-        wide = _unwritten(math.prod(shape), tensor).view(shape)
+        wide = _unwritten(before + math.prod(shape), tensor)[before:].view(shape)
         view = wide.narrow(apart, 0, tensor.shape[apart])
     else:
         # Where a stride is 0, one element stands for all.
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        before = 256 + int(tensor.storage_offset()) % 64
         storage = _unwritten(before + max(span, 0) + min(max(behind, 64), _MOST), tensor)
         view = storage.as_strided(tensor.shape, tensor.stride(), before)
     written = view
