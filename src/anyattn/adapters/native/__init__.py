@@ -218,7 +218,7 @@ def _by_priority(spec: AttentionSpec, env: Environment) -> tuple[_Kernel, ...]:
 
 def _steer(plain: Lowering, spec: AttentionSpec, env: Environment) -> Lowering:
     """Keep a CUDA call from the kernels that are wrong for it: torch picks only where every pick is right."""
-    rows = hits([sub.name for sub in _FUSED], spec, env)
+    rows = hits([Native.name, *(sub.name for sub in _FUSED)], spec, env)
     misaligned = not (spec.storage.aligned and spec.storage.unit_stride and spec.storage.mask_aligned)
     if not rows and not misaligned:
         return plain

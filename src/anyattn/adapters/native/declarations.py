@@ -82,6 +82,7 @@ EFFICIENT: Mapping[str, Capabilities] = {
         causal=_UPPER,
         boolean=True,
         bias=True,
+        mask_grad=True,
         dead_rows=True,
         scale_any=True,
     ),
