@@ -52,6 +52,7 @@ class Capabilities:
         dead_rows: Whether rows without a key give zeros.
         gqa: Whether query heads may share key/value heads.
         dropout: Whether it does dropout.
+        dropout_of_all: Whether that is right where everything is dropped, dropout_p == 1.
         softcap: Whether it does softcap.
         sinks: Whether it does sinks.
         scale_any: Whether zero and negative scales are right.
@@ -93,6 +94,7 @@ class Capabilities:
     dead_rows: bool = False
     gqa: bool = False
     dropout: bool = False
+    dropout_of_all: bool = False
     softcap: bool = False
     sinks: bool = False
     scale_any: bool = False
@@ -323,6 +325,8 @@ def _unsupported(caps: Capabilities, spec: AttentionSpec) -> str:
 def _features(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     if spec.dropout_p and not caps.dropout:
         yield Reason("dropout", "dropout_p == 0", str(spec.dropout_p))
+    elif spec.dropout_p >= 1 and not caps.dropout_of_all:
+        yield Reason("dropout", "dropout_p < 1", str(spec.dropout_p), "native_math drops everything")
     if spec.softcap is not None and not caps.softcap:
         yield Reason("softcap", "no softcap", str(spec.softcap), "choose flex")
     if spec.sinks and not caps.sinks:

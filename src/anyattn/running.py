@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +18,7 @@ from anyattn.errors import AnyattnError, BackendUnavailableError, KernelError
 from anyattn.faults import broken_import, is_out_of_memory, loses_device
 from anyattn.lowering import apply_sinks, empty_attention
 from anyattn.prepare import as_mask, parts_of
-from anyattn.reasons import Reason
+from anyattn.refusals import listed
 from anyattn.spec import AttentionSpec
 
 
@@ -56,11 +56,6 @@ class Entry:
         backend = registry.get(self.decision.chosen or "")
         caps = None if backend is None else backend.capabilities(self.decision.spec, detect())
         return caps is not None and caps.backward
-
-
-def listed(head: str, reasons: Sequence[Reason]) -> str:
-    """Write reasons under a headline, one a line."""
-    return "\n".join([head, *(f"  - {reason}" for reason in reasons)])
 
 
 _loaded: set[Backend] = set()

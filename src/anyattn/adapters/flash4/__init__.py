@@ -27,6 +27,7 @@ from anyattn.environment import Arch, Environment
 from anyattn.flash_like import KernelCall
 from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package, package_reasons
+from anyattn.names import BY_NAME
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec
 
@@ -35,7 +36,7 @@ PACKAGES = (
         "flash-attn-4",
         "flash_attn.cute",
         ("flash_attn_func", "flash_attn_varlen_func"),
-        install="pip install --pre flash-attn-4",
+        install=BY_NAME["flash4"].install,
         note="flash-attn 2.8.0 to 2.8.3.post1 bring an old flash_attn.cute that shadows it",
     ),
 )
