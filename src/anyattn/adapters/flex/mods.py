@@ -18,6 +18,7 @@ from anyattn.lowering import key_mask
 from anyattn.mask_functions import MaskFunction
 from anyattn.masks import serial_of
 from anyattn.spec import AttentionSpec, PatternSpec
+from anyattn.tracing import has_values
 
 Mod = Callable[..., Tensor]
 """A `mask_mod(b, h, q_idx, kv_idx)` or `score_mod(score, b, h, q_idx, kv_idx)`."""
@@ -140,7 +141,7 @@ def _band_block_mask(plan: Plan, parts: Parts, mask_mod: Mod, query: Tensor, key
 def _keep(key: Any, made: Any, device: torch.device) -> None:
     """Remember a block mask, unless it belongs to a trace or to a CUDA graph being captured."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing or torch._C._len_torch_dispatch_stack() or type(made.kv_num_blocks) is not Tensor:
+    if capturing or not has_values(made.kv_num_blocks):
         return
     if len(_patterns) >= 64:
         _patterns.clear()
