@@ -345,6 +345,9 @@ def _features(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     if spec.compiled and not caps.compile:
         hint = "leave it out of torch.compile (torch.compiler.disable around the call), or choose another backend"
         yield Reason("compile", "a call outside torch.compile", "one that is being traced", hint)
+    if spec.captured and not caps.cuda_graph:
+        hint = "leave it out of the graph, or choose another backend"
+        yield Reason("cuda_graph", "a call outside the capture of a CUDA graph", "one that is being captured", hint)
 
 
 def _gradients(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from anyattn import policy, registry
+from anyattn import policy, registry, tracing
 from anyattn.decision import Decision, Precision, Preference
 from anyattn.describe import Facts, MaskFacts, Options, build_spec, check_tensors, facts_of
 from anyattn.environment import Environment, detect
@@ -45,12 +45,15 @@ def entry_for(
     entry: Entry | None = None
     if scope.recorder is not None and table_key is not None:
         entry = base.table.get(table_key)
-    if entry is None:
+    if entry is None or (not entry.in_graphs and tracing.is_captured(query)):
         generation = policy.generation()
         spec = describe(query, key, value, attn_mask, sinks, options)
+        if tracing.is_captured(query):
+            spec = spec.replace(captured=True)
         cast = autocast_dtype(query.device.type)
         entry = make_first(spec, base, lambda decision: make_entry(decision, cast))
-        if table_key is not None and generation == policy.generation():
+        # What a graph may hold isn't what runs outside of it.
+        if table_key is not None and not spec.captured and generation == policy.generation():
             base.remember(table_key, entry)
             if entry.short and sinks is None and options.layout == "BSHD" and type(query) is Tensor:
                 _shorten(base, entry, query, key, value, attn_mask, options)
