@@ -22,6 +22,34 @@ MAX_LOWERED_MASK_BYTES = 1 << 30
 mask function: see `lowered_mask_bytes`."""
 
 
+@dataclass(frozen=True, slots=True)
+class HeadDims:
+    """Which head dims a kernel has on the CUDA devices of one major compute capability.
+
+    Attributes:
+        major: That capability, such as 9 for sm90.
+        largest: Up to which head_dim and head_dim_v are free.
+        pairs: Further pairs of the two.
+        plain_pairs: Further pairs, of calls without softcap, sinks and key masks alone.
+    """
+
+    major: int
+    largest: int
+    pairs: tuple[tuple[int, int], ...] = ()
+    plain_pairs: tuple[tuple[int, int], ...] = ()
+
+    def takes(self, spec: AttentionSpec) -> bool:
+        """Whether a call's head dims are among them."""
+        pair = (spec.head_dim, spec.head_dim_v)
+        plain = spec.softcap is None and not spec.sinks and spec.mask.key is None
+        return max(pair) <= self.largest or pair in self.pairs or (plain and pair in self.plain_pairs)
+
+    def __str__(self) -> str:
+        said = [f"<= {self.largest}", *(str(pair) for pair in self.pairs)]
+        said += [f"{pair} without softcap, sinks and key masks" for pair in self.plain_pairs]
+        return ", or ".join(said)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """What a backend accepts on one type of device; every default is the pessimistic one.
@@ -35,6 +63,7 @@ class Capabilities:
         arch_max: The highest, or None.
         rocm: Whether AMD GPUs are served.
         head_dim_max: The largest head_dim.
+        head_dims: Which head dims there are where that depends on the compute capability; of others, none.
         head_dim_multiple: What head_dim and head_dim_v must be multiples of.
         head_dim_v: Whether value's head_dim may differ from query's.
         causal: The alignments in which the kernel itself does causal attention.
@@ -78,6 +107,7 @@ class Capabilities:
     arch_max: Arch | None = None
     rocm: bool = False
     head_dim_max: int = 0
+    head_dims: tuple[HeadDims, ...] = ()
     head_dim_multiple: int = 1
     head_dim_v: bool = False
     causal: frozenset[Align] = frozenset()
@@ -192,6 +222,7 @@ def declared_reasons(caps: Capabilities, spec: AttentionSpec, device: Device | N
     """Yield every ground on which the declaration refuses the call."""
     yield from _hardware(caps, spec, device)
     yield from _shape(caps, spec)
+    yield from _head_dims(caps, spec, device)
     yield from _mask(caps, spec)
     yield from _features(caps, spec)
     yield from _gradients(caps, spec)
@@ -236,6 +267,22 @@ def _shape(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
         yield Reason("size", f"batch and num_heads <= {limit}", f"{spec.batch} and {spec.num_heads}", "split the batch")
     if caps.unit_stride and not spec.storage.unit_stride:
         yield Reason("layout", "a contiguous head_dim", "a stride along head_dim", "call .contiguous()")
+
+
+def _head_dims(caps: Capabilities, spec: AttentionSpec, device: Device | None) -> Iterator[Reason]:
+    """Refuse head dims that the kernels for the device's architecture don't have, where its arch is known."""
+    if not caps.head_dims or device is None or device.arch is None:
+        return
+    if max(spec.head_dim, spec.head_dim_v) > caps.head_dim_max:
+        return  # refused everywhere
+    low, high = caps.arch_min, caps.arch_max
+    if (low and device.arch < low) or (high and device.arch > high):
+        return  # refused for the arch
+    major, minor = device.arch
+    found = next((dims for dims in caps.head_dims if dims.major == major), None)
+    if found is None or not found.takes(spec):
+        need = "an arch whose head dims are known" if found is None else f"head_dim {found}"
+        yield Reason("head_dim", f"{need} on sm{major}{minor}", f"{spec.head_dim} and {spec.head_dim_v}")
 
 
 def _mask(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
