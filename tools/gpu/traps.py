@@ -7,6 +7,7 @@ still answers afterwards. `python tools/gpu/traps.py BACKEND DEVICE NAME...` pri
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -188,16 +189,47 @@ TRAPS: dict[str, Callable[[str], Call]] = {
     "added masks of finfo.min": lambda d: _added_masks(d, torch.bfloat16),
     "added masks of float32 finfo.min": lambda d: _added_masks(d, torch.float32),
     **_bias_gradients(),
+    "captured": lambda d: _tensors(d) | {"captured": True},
+    "captured, value checks on": lambda d: _tensors(d) | {"captured": True, "checked": True},
+    "captured, mask": lambda d: _tensors(d) | {"captured": True, "attn_mask": torch.rand(192, 256, device=d) > 0.3},
     "log-sum-exp": lambda d: _tensors(d) | {"return_lse": True},
     "log-sum-exp of rows without a key": lambda d: _dead_rows(d) | {"return_lse": True},
     **_sweep(),
 }
 
 
+def _captured(call: Call, backend: str, *, checked: bool) -> Any:
+    """Make a call twice on a side stream, capture it in a CUDA graph, and give what a replay gives."""
+    if checked:
+        os.environ["ANYATTN_CHECKS"] = "1"
+        anyattn.reset()
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                anyattn.attention(**call, backend=backend)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = anyattn.attention(**call, backend=backend)
+        graph.replay()
+        torch.cuda.synchronize()
+        return result
+    finally:
+        if checked:
+            del os.environ["ANYATTN_CHECKS"]
+            anyattn.reset()
+
+
 def judge(call: Call, backend: str) -> dict[str, Any]:
     """Run one call and compare it with the reference, gradients included where inputs need them."""
+    captured, checked = call.pop("captured", False), call.pop("checked", False)
     try:
-        result = anyattn.attention(**call, backend=backend)
+        if captured:
+            result = _captured(call, backend, checked=checked)
+        else:
+            result = anyattn.attention(**call, backend=backend)
     except (anyattn.UnsupportedCallError, anyattn.BackendUnavailableError) as error:
         return {"outcome": "refused", "why": str(error)}
     out, lse = result if isinstance(result, tuple) else (result, None)
