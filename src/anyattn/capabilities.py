@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from anyattn.environment import Arch, Device
+from anyattn.head_dims import HeadDims
 from anyattn.masks import Align
 from anyattn.patterns import KernelPattern, in_alignment
 from anyattn.reasons import Reason
@@ -20,34 +21,6 @@ BOTH: frozenset[Align] = frozenset(("upper_left", "lower_right"))
 MAX_LOWERED_MASK_BYTES = 1 << 30
 """The most memory (bytes) that is given, behind the caller's back, to a dense mask made of a pattern, a key mask or a
 mask function: see `lowered_mask_bytes`."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeadDims:
-    """Which head dims a kernel has on the CUDA devices of one major compute capability.
-
-    Attributes:
-        major: That capability, such as 9 for sm90.
-        largest: Up to which head_dim and head_dim_v are free.
-        pairs: Further pairs of the two.
-        plain_pairs: Further pairs, of calls without softcap, sinks and key masks alone.
-    """
-
-    major: int
-    largest: int
-    pairs: tuple[tuple[int, int], ...] = ()
-    plain_pairs: tuple[tuple[int, int], ...] = ()
-
-    def takes(self, spec: AttentionSpec) -> bool:
-        """Whether a call's head dims are among them."""
-        pair = (spec.head_dim, spec.head_dim_v)
-        plain = spec.softcap is None and not spec.sinks and spec.mask.key is None
-        return max(pair) <= self.largest or pair in self.pairs or (plain and pair in self.plain_pairs)
-
-    def __str__(self) -> str:
-        said = [f"<= {self.largest}", *(str(pair) for pair in self.pairs)]
-        said += [f"{pair} without softcap, sinks and key masks" for pair in self.plain_pairs]
-        return ", or ".join(said)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ LAYERS = {
         "_runs",
         "tracing",
     ),
-    1: ("alignment", "policy", "patterns", "capabilities", "kernel_source", "_in_force"),
+    1: ("alignment", "policy", "patterns", "head_dims", "capabilities", "kernel_source", "_in_force"),
     2: (
         "kept",
         "host_lengths",

@@ -22,9 +22,10 @@ from torch import Tensor
 from anyattn import flash_like, hub_kernels
 from anyattn.adapters.flash4 import kernels
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
-from anyattn.capabilities import Capabilities, HeadDims
+from anyattn.capabilities import Capabilities
 from anyattn.environment import Arch, Environment
 from anyattn.flash_like import KernelCall
+from anyattn.head_dims import HeadDims
 from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package, package_reasons
 from anyattn.names import BY_NAME
