@@ -27,7 +27,7 @@ class attention_backend:
     Args:
         backend: A name, an alias, `"auto"`, or a list in order of preference.
         override: Whether the block beats pins.
-        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"` or `"fp8"`.
+        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"`, `"fp8"` or `"fp4"`.
 
     Raises:
         UnknownBackendError: If a name is unknown.

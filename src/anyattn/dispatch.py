@@ -263,8 +263,8 @@ def make_preference(backend: Any, source: str, precision: Precision = "exact") -
         TypeError: If it is neither a name nor a list of names.
         InvalidCallError: If the list is empty, or the precision isn't one.
     """
-    if precision not in ("exact", "int8", "fp8"):
-        raise InvalidCallError(f"precision must be 'exact', 'int8' or 'fp8'; {precision!r} was given.")
+    if precision not in ("exact", "int8", "fp8", "fp4"):
+        raise InvalidCallError(f"precision must be 'exact', 'int8', 'fp8' or 'fp4'; {precision!r} was given.")
     if not isinstance(backend, str | list | tuple):
         raise TypeError(f"A backend is a name or a list of names, not {type(backend).__name__}.")
     key = (tuple(backend) if isinstance(backend, list) else backend, source, precision)

@@ -12,6 +12,7 @@ import anyattn
 ROOT = Path(anyattn.__file__).parent
 
 LAYERS = {
+    -1: ("installed",),
     0: ("errors", "reasons", "names", "mask_functions", "masks", "spec", "environment", "version", "decision", "_runs"),
     1: ("alignment", "policy", "patterns", "capabilities", "kernel_source", "_in_force"),
     2: (

@@ -43,6 +43,9 @@ PACKAGES = (
 _CUDA = Capabilities(
     dtypes=frozenset((torch.float16, torch.bfloat16)),
     arch_min=(9, 0),
+    # sm120 and sm121 take another kernel, which betas up to b29 had wrong, or with illegal accesses (flash-attention
+    # issues 2386, 2453 and pull request 2860); nobody ran a later one there, nor anything on sm110.
+    arch_max=(10, 3),
     head_dim_max=512,
     head_dim_v=True,
     causal=frozenset(("lower_right",)),
@@ -88,8 +91,6 @@ class Flash4(Backend):
         if spec.needs_grad and spec.is_gqa and spec.head_dim != spec.head_dim_v:
             got = f"{spec.head_dim} and {spec.head_dim_v} with {spec.num_heads} heads on {spec.num_kv_heads}"
             yield Reason("head_dim_v", "head_dim_v == head_dim for gradients of shared heads", got)
-        if arch[0] == 12 and spec.deterministic and spec.needs_grad:
-            yield Reason("deterministic", "an arch below sm120 for deterministic gradients", f"sm{arch[0]}{arch[1]}")
         if "sinks" in spec.requires_grad:
             yield Reason("backward", "sinks that need no gradient", "sinks that require one", "detach them")
 
@@ -124,16 +125,16 @@ def _arch(spec: AttentionSpec, env: Environment) -> Arch:
 def _head_dims(spec: AttentionSpec, arch: Arch) -> Iterator[Reason]:
     """Refuse head dims that the kernels for an architecture don't have (`_validate_head_dims`)."""
     pair = (spec.head_dim, spec.head_dim_v)
-    if arch[0] in (10, 11):
+    if arch[0] == 10:
         if max(pair) <= 128 or pair == (192, 128):
             return
         if pair == (256, 256) and spec.softcap is None and not spec.sinks and spec.mask.key is None:
             return
         need = "head_dim <= 128, or (192, 128), or (256, 256) without softcap, sinks and key masks"
-    elif max(pair) <= (256 if arch[0] == 9 else 128):
+    elif max(pair) <= 256:
         return
     else:
-        need = f"head_dim <= {256 if arch[0] == 9 else 128}"
+        need = "head_dim <= 256"
     yield Reason("head_dim", f"{need} on sm{arch[0]}{arch[1]}", f"{pair[0]} and {pair[1]}")
 
 
