@@ -289,7 +289,9 @@ def decide(spec: AttentionSpec, scope: policy.Scope) -> Decision:
         BackendUnavailableError: If the one backend required can't be used here.
         UnsupportedCallError: If nothing that was allowed admits the call.
     """
-    decision = decision_for(spec, scope, detect())
+    env = detect()
+    policy.follow(env.overrides)
+    decision = decision_for(spec, scope, env)
     if decision.chosen is None:
         wish = decision.preference
         raise _refusal(decision) from policy.load_error(wish.names[0]) if wish.mode == "require" else None

@@ -14,7 +14,16 @@ ROOT = Path(anyattn.__file__).parent
 LAYERS = {
     -1: ("installed",),
     0: ("errors", "reasons", "names", "mask_functions", "masks", "spec", "environment", "version", "decision", "_runs"),
-    1: ("alignment", "policy", "patterns", "capabilities", "kernel_source", "_in_force"),
+    1: (
+        "alignment",
+        "policy",
+        "patterns",
+        "capabilities",
+        "known_bad_row",
+        "known_bad_mps",
+        "kernel_source",
+        "_in_force",
+    ),
     2: (
         "kept",
         "host_lengths",

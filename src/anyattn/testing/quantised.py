@@ -29,7 +29,7 @@ SHARE = 0.75
 
 
 def format_of(backend: str) -> str:
-    """Say what a backend's kernel computes in where that is coarser than its inputs: `"int8"`, `"fp8"`, `"fp4"`, or nothing."""
+    """Say what a backend's kernel computes in where that is coarser than its inputs, such as `"int8"`, or nothing."""
     found = registry.get(backend)
     if found is None or (found.is_double and not found.quantises):
         return ""
@@ -117,4 +117,5 @@ def as_fp4(tensor: Tensor) -> Tensor:
     step = (blocks.abs().amax(-1, keepdim=True) / FP4[-1]).clamp_min(torch.finfo(torch.float32).tiny)
     grid = torch.tensor(FP4, dtype=tensor.dtype, device=tensor.device)
     nearest = ((blocks / step).abs().unsqueeze(-1) - grid).abs().argmin(-1)
-    return (grid[nearest] * blocks.sign() * step).flatten(-2)
+    rounded: Tensor = (grid[nearest] * blocks.sign() * step).flatten(-2)
+    return rounded
