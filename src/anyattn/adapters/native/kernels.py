@@ -90,7 +90,8 @@ def _written_out(
     top = scores.detach().amax(-1, keepdim=True)
     # A row without a key is -inf throughout: it gives zeros, and finite gradients.
     weights = (scores - torch.where(torch.isneginf(top), 0.0, top)).exp()
-    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total == 0, 1.0, total)
     weights = F.dropout(weights, spec.dropout_p) if spec.dropout_p else weights
     return (weights @ wide[2]).to(query.dtype), None
 
