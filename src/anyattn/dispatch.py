@@ -259,8 +259,8 @@ def make_preference(backend: Any, source: str, precision: Precision = "exact") -
         TypeError: If it is neither a name nor a list of names.
         InvalidCallError: If the list is empty, or the precision isn't one.
     """
-    if precision not in ("exact", "int8", "fp8"):
-        raise InvalidCallError(f"precision must be 'exact', 'int8' or 'fp8'; {precision!r} was given.")
+    if precision not in ("exact", "int8", "fp8", "fp4"):
+        raise InvalidCallError(f"precision must be 'exact', 'int8', 'fp8' or 'fp4'; {precision!r} was given.")
     if not isinstance(backend, str | list | tuple):
         raise TypeError(f"A backend is a name or a list of names, not {type(backend).__name__}.")
     key = (tuple(backend) if isinstance(backend, list) else backend, source, precision)
@@ -285,7 +285,9 @@ def decide(spec: AttentionSpec, scope: policy.Scope) -> Decision:
         BackendUnavailableError: If the one backend required can't be used here.
         UnsupportedCallError: If nothing that was allowed admits the call.
     """
-    decision = decision_for(spec, scope, detect())
+    env = detect()
+    policy.follow(env.overrides)
+    decision = decision_for(spec, scope, env)
     if decision.chosen is None:
         wish = decision.preference
         raise refusal(decision) from policy.load_error(wish.names[0]) if wish.mode == "require" else None

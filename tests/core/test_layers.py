@@ -12,6 +12,7 @@ import anyattn
 ROOT = Path(anyattn.__file__).parent
 
 LAYERS = {
+    -1: ("installed",),
     0: (
         "errors",
         "reasons",
@@ -25,7 +26,17 @@ LAYERS = {
         "_runs",
         "tracing",
     ),
-    1: ("alignment", "policy", "patterns", "head_dims", "capabilities", "kernel_source", "_in_force"),
+    1: (
+        "alignment",
+        "policy",
+        "patterns",
+        "head_dims",
+        "capabilities",
+        "known_bad_row",
+        "known_bad_mps",
+        "kernel_source",
+        "_in_force",
+    ),
     2: (
         "kept",
         "host_lengths",
