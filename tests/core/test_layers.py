@@ -12,6 +12,7 @@ import anyattn
 ROOT = Path(anyattn.__file__).parent
 
 LAYERS = {
+    -1: ("installed",),
     0: (
         "errors",
         "reasons",
@@ -23,9 +24,20 @@ LAYERS = {
         "version",
         "decision",
         "_runs",
+        "tracing",
         "attending",
     ),
-    1: ("alignment", "policy", "patterns", "capabilities", "kernel_source", "_in_force"),
+    1: (
+        "alignment",
+        "policy",
+        "patterns",
+        "head_dims",
+        "capabilities",
+        "known_bad_row",
+        "known_bad_mps",
+        "kernel_source",
+        "_in_force",
+    ),
     2: (
         "kept",
         "host_lengths",
@@ -46,8 +58,8 @@ LAYERS = {
     ),
     3: ("adapters",),
     4: ("registry",),
-    5: ("selection", "checks"),
-    6: ("dispatch", "faults", "running", "traced", "api", "choosing", "varlen", "seeing", "pins"),
+    5: ("selection",),
+    6: ("checks", "dispatch", "faults", "refusals", "running", "traced", "api", "choosing", "varlen", "seeing", "pins"),
     7: ("testing", "integrations", "demo"),
     8: ("cli",),
 }
