@@ -13,7 +13,17 @@ ROOT = Path(anyattn.__file__).parent
 
 LAYERS = {
     0: ("errors", "reasons", "names", "mask_functions", "masks", "spec", "environment", "version", "decision", "_runs"),
-    1: ("alignment", "policy", "patterns", "capabilities", "kernel_source", "_in_force"),
+    1: (
+        "alignment",
+        "scopes",
+        "tokens",
+        "lifetime",
+        "policy",
+        "patterns",
+        "capabilities",
+        "kernel_source",
+        "_in_force",
+    ),
     2: (
         "kept",
         "host_lengths",
@@ -34,7 +44,19 @@ LAYERS = {
     3: ("adapters",),
     4: ("registry",),
     5: ("selection", "checks"),
-    6: ("dispatch", "faults", "running", "traced", "api", "choosing", "varlen", "seeing", "pins"),
+    6: (
+        "dispatch",
+        "faults",
+        "running",
+        "traced",
+        "api",
+        "choosing",
+        "decorating",
+        "recording",
+        "varlen",
+        "seeing",
+        "pins",
+    ),
     7: ("testing", "integrations", "demo"),
     8: ("cli",),
 }
