@@ -29,6 +29,8 @@ held: Final[dict[Life, None]] = {}
 """The lives that generators and coroutines hold, oldest first; while it is empty no call looks for frames."""
 
 _current = scopes.current
+_get = _current.get
+_set = _current.set
 _thread = scopes.thread
 
 Result = TypeVar("Result")
@@ -64,7 +66,7 @@ def begin(owner: Owner, frame: FrameType) -> Life:
             owner.threads += (owner.thread,)
         owner.thread = thread
     owner.lives.append(life)
-    scope = _current.get()
+    scope = _get()
     if scope.stale:
         scope = _healed()
     if held or thread:
@@ -74,7 +76,14 @@ def begin(owner: Owner, frame: FrameType) -> Life:
         life.frames = _holders(frame)
         if life.frames:
             held[life] = None
-    _current.set(scopes.enter(scope, life))
+    wish = owner.wish
+    if wish is None or scope.records:
+        made = scopes.enter(scope, life)
+    else:  # what `enter` does then, spelled out: blocks are entered in hot loops
+        found = scope.base.entered.get(id(wish) + owner.override)
+        base = scopes.base_of(scope.base, wish, owner.override) if found is None else found[1]
+        made = life.scope = Scope(base, scope, life, life, ())
+    _set(made)
     return life
 
 
@@ -93,14 +102,18 @@ def end(life: Life) -> None:
     scope = life.scope
     if scope is not None:
         life.scope = None
-        _mark(scope, life)
+        outer = scope.outer
+        if scope.above is None and outer is not None and outer.above is None:
+            scope.stale = scope.look = True
+        else:
+            _mark(scope, life)
     if life.more is not None:
         for other in list(life.more):
             _mark(other, life)
-    scope = _current.get()
+    scope = _get()
     if scope.stale:
         outer = scope.outer
-        _current.set(outer if scope.life is life and outer is not None and not outer.stale else _rebuilt(scope, None))
+        _set(outer if scope.life is life and outer is not None and not outer.stale else _rebuilt(scope, None))
 
 
 def leave(owner: Owner, frame: FrameType) -> None:
@@ -108,17 +121,17 @@ def leave(owner: Owner, frame: FrameType) -> None:
     lives = owner.lives
     if not lives:
         return
-    scope = _current.get()
+    scope = _get()
     life: Life | None = lives[0]
     if len(lives) > 1 or scope.life is not life:
         life = _left(list(lives), frame, scope)
-    if life is None:
-        return
+        if life is None:
+            return
     try:
-        lives.remove(life)
+        lives.remove(life)  # type: ignore[arg-type]
     except ValueError:  # another thread was faster
         return
-    end(life)
+    end(life)  # type: ignore[arg-type]
 
 
 def _left(lives: list[Life], frame: FrameType, scope: Scope) -> Life | None:
@@ -158,10 +171,10 @@ def _mark(scope: Scope, ended: Life | None = None) -> None:
 
 def _healed() -> Scope:
     """Give this context's scope, without what has ended."""
-    scope = _current.get()
+    scope = _get()
     if scope.stale:
         scope = _heal(scope)
-        _current.set(scope)
+        _set(scope)
     return scope
 
 
@@ -204,12 +217,12 @@ def in_force(scope: Scope) -> Scope:
 
 def token() -> str:
     """Name what is in force here, for torch.compile to guard on; what compiled code itself entered comes on top."""
-    return tokens.token(_found(_current.get()))
+    return tokens.token(_found(_get()))
 
 
 def settings() -> scopes.Settings:
     """Give the settings in force here, without what compiled code entered."""
-    return _found(_current.get()).settings
+    return _found(_get()).settings
 
 
 def _found(scope: Scope) -> Scope:
@@ -287,9 +300,9 @@ def step(life: Life, resume: Callable[..., Result], arguments: Sequence[Any]) ->
     if held or _thread.entered:
         _place(life)
     inside = scopes.enter(before, life)
-    _current.set(inside)
+    _set(inside)
     try:
         return resume(*arguments)
     finally:
-        now = _current.get()
-        _current.set(_heal(before) if now is inside else _rebuilt(now, life))
+        now = _get()
+        _set(_heal(before) if now is inside else _rebuilt(now, life))
