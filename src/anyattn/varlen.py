@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn import policy, registry
+from anyattn import policy, registry, tracing
 from anyattn.backend import Output, Parts, Plan, Run
 from anyattn.capabilities import Capabilities
-from anyattn.checks import check_magnitude, check_output
+from anyattn.checks import can_check, check_magnitude, check_output
 from anyattn.decision import Decision
 from anyattn.describe import Facts, MaskFacts, Options, build_spec
 from anyattn.dispatch import Backends, autocast_dtype, is_aligned, make_first, scope_of_call
@@ -127,7 +127,8 @@ def _attend(
     _check(query, key, value, *lengths)
     if sinks is not None and not isinstance(sinks, Tensor):
         raise InvalidCallError(f"sinks must be a tensor (num_heads,); {type(sinks).__name__} was given.")
-    if policy.checks_enabled():
+    checked = policy.checks_enabled() and can_check(query, key, value, sinks, *lengths[:2])
+    if checked:
         _check_finite(query, key, value)
     scope = live_scope(_current())
     if backend is not None:
@@ -137,7 +138,7 @@ def _attend(
         query, key, value = (_cast(tensor, cast) for tensor in (query, key, value))
     while True:
         plan, run, decision, compared = _planned(scope, query, key, value, lengths, attn_mask, sinks, options)
-        caps = _declared(plan) if policy.checks_enabled() else None
+        caps = _declared(plan) if checked else None
         check_magnitude(value, None if caps is None else caps.value_max)
         try:
             with torch.autocast(query.device.type, enabled=False):
@@ -151,7 +152,7 @@ def _attend(
                 raise_kernel_error(error, decision)
             raise
         _record(scope, decision)
-        if policy.checks_enabled() and not compared:
+        if checked and not compared:
             _check_result(plan, decision.spec, query, key, value, lengths, sinks, result)
             compared.append(True)
         return result
@@ -237,7 +238,7 @@ def _check(query: object, key: object, value: object, cu_q: object, cu_k: object
         raise InvalidCallError(
             f"cu_seqlens_q and cu_seqlens_k need one length, batch + 1; given {len(cu_q)} and {len(cu_k)}."
         )
-    if query.is_cpu or policy.checks_enabled():
+    if query.is_cpu or (policy.checks_enabled() and can_check(cu_q, cu_k)):
         check_starts("q", cu_q.tolist(), max_q, query.shape[0])
         check_starts("k", cu_k.tolist(), max_k, key.shape[0])
 
@@ -311,6 +312,8 @@ def _planned(
     """Find the call in the scope's table, or decide it; the list is empty until its results were compared."""
     base = scope if scope.recorder is None else policy.scope_for(scope.settings)
     spec = describe_packed(query, key, value, lengths, attn_mask, sinks, options)
+    if tracing.is_captured(query):
+        spec = spec.replace(captured=True)
     table_key = ("varlen", spec)
     found: tuple[Plan, Run, Decision, list[bool]] | None = base.table.get(table_key)
     if found is None:

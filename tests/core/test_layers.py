@@ -12,7 +12,19 @@ import anyattn
 ROOT = Path(anyattn.__file__).parent
 
 LAYERS = {
-    0: ("errors", "reasons", "names", "mask_functions", "masks", "spec", "environment", "version", "decision", "_runs"),
+    0: (
+        "errors",
+        "reasons",
+        "names",
+        "mask_functions",
+        "masks",
+        "spec",
+        "environment",
+        "version",
+        "decision",
+        "_runs",
+        "tracing",
+    ),
     1: (
         "alignment",
         "scopes",
@@ -20,6 +32,7 @@ LAYERS = {
         "lifetime",
         "policy",
         "patterns",
+        "head_dims",
         "capabilities",
         "kernel_source",
         "_in_force",
@@ -43,10 +56,12 @@ LAYERS = {
     ),
     3: ("adapters",),
     4: ("registry",),
-    5: ("selection", "checks"),
+    5: ("selection",),
     6: (
+        "checks",
         "dispatch",
         "faults",
+        "refusals",
         "running",
         "traced",
         "api",

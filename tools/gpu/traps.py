@@ -7,6 +7,7 @@ still answers afterwards. `python tools/gpu/traps.py BACKEND DEVICE NAME...` pri
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -76,6 +77,43 @@ def _gradients(device: str) -> Call:
     return call | {"attn_mask": torch.rand(2, 1, 192, 256, device=device) > 0.3}
 
 
+def _bias_gradient(device: str, shape: tuple[int, ...], *, frozen: bool = False, dtype: Any = torch.bfloat16) -> Call:
+    """A bias that needs a gradient, whose shape's last number is S_kv; `frozen` has it need one alone."""
+    call = _tensors(device, seqlen_q=128, seqlen_kv=shape[-1])
+    if not frozen:
+        for name in ("query", "key", "value"):
+            call[name].requires_grad_()
+    return call | {"attn_mask": torch.randn(shape, device=device, dtype=dtype).requires_grad_()}
+
+
+def _bias_gradients() -> dict[str, Callable[[str], Call]]:
+    found: dict[str, Callable[[str], Call]] = {}
+    for keys in (100, 128, 130, 192, 256):
+        for shape in ((2, 4, 128, keys), (1, 4, 128, keys), (2, 1, 128, keys), (2, 1, 1, keys), (128, keys)):
+            said = f"gradient of a bias {shape}"
+            found[said] = lambda d, shape=shape: _bias_gradient(d, shape)  # type: ignore[misc]
+            found[f"{said} alone"] = lambda d, shape=shape: _bias_gradient(d, shape, frozen=True)  # type: ignore[misc]
+    found["gradient of a float32 bias"] = lambda d: _bias_gradient(d, (2, 4, 128, 128), dtype=torch.float32)
+    return found
+
+
+def _huge_row(device: str, low: float, dtype: torch.dtype, *, half: torch.dtype = torch.bfloat16) -> Call:
+    """Rows whose every bias is huge, one of them alone and one but for three keys."""
+    call = _tensors(device)
+    bias = torch.randn(192, 256, device=device, dtype=dtype)
+    bias[5], bias[6, 3:] = low, low
+    return {name: tensor.to(half) for name, tensor in call.items()} | {"attn_mask": bias}
+
+
+def _added_masks(device: str, dtype: torch.dtype) -> Call:
+    """Causal and padding masks of finfo.min, added to each other: -inf where both forbid."""
+    low = torch.finfo(dtype).min
+    causal = torch.full((192, 192), low, device=device, dtype=torch.float64).triu(1).to(dtype)
+    padding = torch.zeros(2, 1, 1, 192, device=device, dtype=dtype)
+    padding[0, ..., :30] = low
+    return _tensors(device, seqlen_kv=192) | {"attn_mask": causal + padding}
+
+
 def _block_of_one_head(device: str) -> Call:
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -138,16 +176,60 @@ TRAPS: dict[str, Callable[[str], Call]] = {
     "window": lambda d: _tensors(d) | {"window": (17, 5)},
     "gradients, mask, S % 128 == 64": _gradients,
     "block mask made for one head": _block_of_one_head,
+    "row of float32 finfo.min": lambda d: _huge_row(d, torch.finfo(torch.float32).min, torch.float32),
+    "row of float32 finfo.min, fp16": lambda d: _huge_row(
+        d, torch.finfo(torch.float32).min, torch.float32, half=torch.float16
+    ),
+    "row of -1e9": lambda d: _huge_row(d, -1e9, torch.float32),
+    "row of -1e9, fp16": lambda d: _huge_row(d, -1e9, torch.float32, half=torch.float16),
+    "row of -1e30": lambda d: _huge_row(d, -1e30, torch.bfloat16),
+    "row of float32 finfo.min, log-sum-exp": lambda d: (
+        _huge_row(d, torch.finfo(torch.float32).min, torch.float32) | {"return_lse": True}
+    ),
+    "added masks of finfo.min": lambda d: _added_masks(d, torch.bfloat16),
+    "added masks of float32 finfo.min": lambda d: _added_masks(d, torch.float32),
+    **_bias_gradients(),
+    "captured": lambda d: _tensors(d) | {"captured": True},
+    "captured, value checks on": lambda d: _tensors(d) | {"captured": True, "checked": True},
+    "captured, mask": lambda d: _tensors(d) | {"captured": True, "attn_mask": torch.rand(192, 256, device=d) > 0.3},
     "log-sum-exp": lambda d: _tensors(d) | {"return_lse": True},
     "log-sum-exp of rows without a key": lambda d: _dead_rows(d) | {"return_lse": True},
     **_sweep(),
 }
 
 
+def _captured(call: Call, backend: str, *, checked: bool) -> Any:
+    """Make a call twice on a side stream, capture it in a CUDA graph, and give what a replay gives."""
+    if checked:
+        os.environ["ANYATTN_CHECKS"] = "1"
+        anyattn.reset()
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                anyattn.attention(**call, backend=backend)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = anyattn.attention(**call, backend=backend)
+        graph.replay()
+        torch.cuda.synchronize()
+        return result
+    finally:
+        if checked:
+            del os.environ["ANYATTN_CHECKS"]
+            anyattn.reset()
+
+
 def judge(call: Call, backend: str) -> dict[str, Any]:
     """Run one call and compare it with the reference, gradients included where inputs need them."""
+    captured, checked = call.pop("captured", False), call.pop("checked", False)
     try:
-        result = anyattn.attention(**call, backend=backend)
+        if captured:
+            result = _captured(call, backend, checked=checked)
+        else:
+            result = anyattn.attention(**call, backend=backend)
     except (anyattn.UnsupportedCallError, anyattn.BackendUnavailableError) as error:
         return {"outcome": "refused", "why": str(error)}
     out, lse = result if isinstance(result, tuple) else (result, None)
@@ -165,16 +247,19 @@ def judge(call: Call, backend: str) -> dict[str, Any]:
             allowed = tolerance.quantised_budget(true_lse, over=(2,), is_lse=True)
             worst = max(worst, tolerance.norm_excess(lse, true_lse, allowed, over=(2,)))
         return {"outcome": "right" if worst <= 1 else "WRONG", "error_over_budget": worst}
-    plain, plain_lse = reference.attention(*arguments, scale=call.get("scale"), dtype=torch.bfloat16)
-    worst = tolerance.excess(out, truth, tolerance.budget(truth, plain, torch.bfloat16, over=(1, 3)))
+    dtype = inputs[0].dtype
+    plain, plain_lse = reference.attention(*arguments, scale=call.get("scale"), dtype=dtype)
+    worst = tolerance.excess(out, truth, tolerance.budget(truth, plain, dtype, over=(1, 3)))
     if lse is not None:
-        allowed = tolerance.budget(true_lse, plain_lse, torch.bfloat16, over=(2,))
+        allowed = tolerance.budget(true_lse, plain_lse, dtype, over=(2,))
         worst = max(worst, tolerance.excess(lse, true_lse, allowed))
-    if inputs[0].requires_grad:
+    needing = [tensor for tensor in (*inputs, call.get("attn_mask")) if getattr(tensor, "requires_grad", False)]
+    if needing:
         weight = torch.randn_like(out)
-        grads = [torch.autograd.grad((o * weight).sum(), inputs) for o in (out, truth, plain)]
+        grads = [torch.autograd.grad((o * weight).sum(), needing) for o in (out, truth, plain)]
         for found, true, rough in zip(*grads, strict=True):
-            allowed = tolerance.budget(true.double(), rough, torch.bfloat16, over=(1, 3))
+            over = (1, 3) if found.dim() == 4 and found.shape[-1] == inputs[0].shape[-1] else (-1,)
+            allowed = tolerance.budget(true.double(), rough, dtype, over=over)
             worst = max(worst, tolerance.excess(found, true.double(), allowed))
     return {"outcome": "right" if worst <= 1 else "WRONG", "error_over_budget": worst}
 

@@ -27,11 +27,12 @@ from anyattn.environment import Environment
 from anyattn.flash_like import KernelCall
 from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package
+from anyattn.names import BY_NAME
 from anyattn.patterns import KernelPattern, trimmed
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import UNKNOWN, AttentionSpec
 
-_INSTALL = "pip install 'amd-aiter>=0.1.5'"
+_INSTALL = BY_NAME["aiter"].install
 _MODULE = "aiter.ops.mha"
 _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from anyattn import flash_like, hub_kernels
 from anyattn.adapters.sage import packed
 from anyattn.adapters.sage.declarations import FP8, FP16, PACKED, PICKS, TRITON
-from anyattn.adapters.sage.kernels import INSTALL, NOTE, REACH, call_dense, that_knows_its_parameters
+from anyattn.adapters.sage.kernels import INSTALL, REACH, call_dense, that_knows_its_parameters
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities
 from anyattn.environment import Environment
@@ -60,12 +60,12 @@ class _Sage(Backend):
     @property
     def package(self) -> Package:
         """The distribution."""
-        return Package("sageattention", "sageattention", (self.function,), ">=2.1.1,<3", INSTALL, "sageattention", NOTE)
+        return Package("sageattention", "sageattention", (self.function,), ">=2.1.1,<3", INSTALL, "sageattention")
 
     def availability(self, env: Environment) -> Iterator[Reason]:
         yield from super().availability(env)
         for reason in self.package.reasons(env):
-            yield Reason(reason.code, reason.need, reason.got, f"{INSTALL}; {NOTE}")
+            yield Reason(reason.code, reason.need, reason.got, INSTALL)
 
     def origin(self, env: Environment) -> str:
         return "" if any(self.package.reasons(env)) else f"sageattention {env.packages['sageattention']}"
