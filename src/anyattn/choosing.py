@@ -11,7 +11,7 @@ from anyattn import _in_force, environment, lifetime, policy
 from anyattn.decision import Precision, Preference
 from anyattn.decorating import Function, Steps, decorated
 from anyattn.dispatch import Backends, make_preference
-from anyattn.pins import live_scope
+from anyattn.pins import settled
 from anyattn.scopes import Life, Owner
 
 _current = policy.current.get
@@ -72,8 +72,8 @@ class attention_backend(Owner):
         else:
             scope = _current()
             if scope.look:
-                live_scope(scope)  # takes back a pin that was broken off
-            lifetime.begin(self, sys._getframe(1))
+                scope = settled(scope)  # takes back a pin that was broken off
+            lifetime.begin(self, scope, sys._getframe(1))
         return self
 
     def __exit__(
@@ -82,7 +82,7 @@ class attention_backend(Owner):
         if _tracing():
             _in_force.entered.pop()
         else:
-            lifetime.leave(self, sys._getframe(1))
+            lifetime.leave(self)
 
     def __call__(self, function: Function) -> Function:
         """Decorate a function: each call of it is made in a block of its own."""

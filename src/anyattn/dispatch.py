@@ -258,6 +258,10 @@ def make_preference(backend: Any, source: str, precision: Precision = "exact") -
         TypeError: If it is neither a name nor a list of names.
         InvalidCallError: If the list is empty, or the precision isn't one.
     """
+    if type(backend) is str:
+        known = _preferences.get((backend, source, precision))
+        if known is not None:
+            return known
     if precision not in ("exact", "int8", "fp8"):
         raise InvalidCallError(f"precision must be 'exact', 'int8' or 'fp8'; {precision!r} was given.")
     if not isinstance(backend, str | list | tuple):

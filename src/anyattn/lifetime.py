@@ -56,8 +56,8 @@ def _holders(frame: FrameType | None) -> tuple[FrameType, ...]:
     return tuple(found)
 
 
-def begin(owner: Owner, frame: FrameType) -> Life:
-    """Put a block or record in force in this context, and at the steps of the function whose frame is given."""
+def begin(owner: Owner, scope: Scope, frame: FrameType) -> Life:
+    """Put a block or record in force in this context, which holds `scope`, and at the steps of a frame's function."""
     life = Life()
     life.owner = owner
     life.thread = thread = _thread.entered
@@ -66,7 +66,6 @@ def begin(owner: Owner, frame: FrameType) -> Life:
             owner.threads += (owner.thread,)
         owner.thread = thread
     owner.lives.append(life)
-    scope = _get()
     if scope.stale:
         scope = _healed()
     if held or thread:
@@ -116,15 +115,15 @@ def end(life: Life) -> None:
         _set(outer if scope.life is life and outer is not None and not outer.stale else _rebuilt(scope, None))
 
 
-def leave(owner: Owner, frame: FrameType) -> None:
-    """End the one of an object's lives that is left here; nothing where none is."""
+def leave(owner: Owner) -> None:
+    """End the one of an object's lives that the caller's caller leaves; nothing where none is."""
     lives = owner.lives
     if not lives:
         return
     scope = _get()
     life: Life | None = lives[0]
     if len(lives) > 1 or scope.life is not life:
-        life = _left(list(lives), frame, scope)
+        life = _left(list(lives), sys._getframe(2), scope)
         if life is None:
             return
     try:

@@ -114,6 +114,12 @@ def live_scope(scope: policy.Scope) -> policy.Scope:
     return lifetime.in_force(scope)
 
 
+def settled(scope: policy.Scope) -> policy.Scope:
+    """Give the scope that this context holds, once a pin that was left behind is taken back."""
+    live_scope(scope)
+    return policy.current.get()
+
+
 def _is_running(wanted: FrameType) -> bool:
     """Whether a frame is on this thread's stack; a pinned module's is a few frames up from its attention."""
     frame: FrameType | None = sys._getframe(2)

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from anyattn import lifetime, policy
 from anyattn.decision import Decision
-from anyattn.pins import live_scope
+from anyattn.pins import settled
 from anyattn.scopes import Owner
 
 _current = policy.current.get
@@ -19,15 +19,15 @@ class Recording(Owner):
     def __enter__(self) -> list[Decision]:
         scope = _current()
         if scope.look:
-            live_scope(scope)  # takes back a pin that was broken off
+            scope = settled(scope)  # takes back a pin that was broken off
         calls: list[Decision] = []
-        lifetime.begin(self, sys._getframe(1)).tell = calls.append
+        lifetime.begin(self, scope, sys._getframe(1)).tell = calls.append
         return calls
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        lifetime.leave(self, sys._getframe(1))
+        lifetime.leave(self)
 
 
 def record() -> Recording:
