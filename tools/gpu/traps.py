@@ -6,6 +6,7 @@ still answers afterwards. `python tools/gpu/traps.py BACKEND DEVICE NAME...` pri
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ import torch
 import anyattn
 from anyattn import masks, reference, tolerance
 from anyattn.testing.quantised import format_of
+from anyattn.testing.unwritten import fill_free_memory
 
 Call = dict[str, Any]
 
@@ -153,6 +155,57 @@ def _sweep() -> dict[str, Callable[[str], Call]]:
     return found
 
 
+def _beside_unwritten(device: str, sizes: tuple[int, ...], dtype: torch.dtype, **options: Any) -> Call:
+    """Make a call of B, S_q, S_kv, H, H_kv and D beside free memory, and shared memory, that holds NaN."""
+    batch, seqlen_q, seqlen_kv, heads, kv_heads, dim = sizes
+    call: Call = {"enable_gqa": heads != kv_heads, "return_lse": True} | options
+    for name, length, count in (
+        ("query", seqlen_q, heads),
+        ("key", seqlen_kv, kv_heads),
+        ("value", seqlen_kv, kv_heads),
+    ):
+        call[name] = torch.randn(batch, length, count, dim, device=device, dtype=dtype)
+    fill_free_memory(torch.device(device), [call[name].nbytes for name in ("query", "key", "value")])
+    return call
+
+
+def _unwritten() -> dict[str, Callable[[str], Call]]:
+    """Give calls whose lengths are off a kernel's tile, or whose head_dim is padded, where free memory holds NaN."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    found: dict[str, Callable[[str], Call]] = {}
+    for sizes, kind, causal in (
+        ((2, 33, 40, 1, 1, 96), "bf16", False),
+        ((3, 33, 129, 4, 4, 128), "bf16", True),
+        ((2, 7, 40, 1, 1, 40), "fp16", True),
+        ((2, 1, 1, 2, 2, 64), "fp16", False),
+        ((2, 63, 63, 4, 2, 64), "bf16", True),
+        ((2, 129, 129, 4, 4, 128), "bf16", True),
+        ((2, 193, 193, 4, 1, 80), "fp16", True),
+        ((2, 129, 33, 4, 4, 64), "bf16", True),
+        ((1, 127, 65, 2, 2, 96), "fp16", False),
+    ):
+        name = f"unwritten memory, {kind} {sizes}{', causal' if causal else ''}"
+        found[name] = lambda d, s=sizes, k=kind, c=causal: _beside_unwritten(d, s, half[k], is_causal=c)  # type: ignore[misc]
+    return found
+
+
+def _packed_tail(device: str, same: bool = True, grad: bool = False, **options: Any) -> Call:
+    """Make a packed call that holds tokens, NaN, after the last sequence, and an empty sequence."""
+    lengths_q = (200, 0, 129, 300, 315)
+    lengths_k = lengths_q if same else (64, 30, 200, 0, 129)
+    starts_q, starts_k = (
+        torch.tensor((0, *lengths), device=device).cumsum(0).int() for lengths in (lengths_q, lengths_k)
+    )
+    call: Call = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_q if same else starts_k}
+    call |= {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k)} | options
+    for name, lengths in (("query", lengths_q), ("key", lengths_k), ("value", lengths_k)):
+        tensor = torch.randn(sum(lengths) + 2, 4, 64, device=device, dtype=torch.bfloat16)
+        tensor[sum(lengths) :] = torch.nan
+        call[name] = tensor.requires_grad_(grad)
+    fill_free_memory(torch.device(device), [call["query"].nbytes] * 2)
+    return call
+
+
 TRAPS: dict[str, Callable[[str], Call]] = {
     "scale of zero": lambda d: _tensors(d) | {"scale": 0.0},
     "negative scale": lambda d: _tensors(d) | {"scale": -0.1},
@@ -195,6 +248,12 @@ TRAPS: dict[str, Callable[[str], Call]] = {
     "log-sum-exp": lambda d: _tensors(d) | {"return_lse": True},
     "log-sum-exp of rows without a key": lambda d: _dead_rows(d) | {"return_lse": True},
     **_sweep(),
+    **_unwritten(),
+    "packed tokens after the last sequence": _packed_tail,
+    "packed tokens after the last sequence, causal": lambda d: _packed_tail(d, is_causal=True),
+    "packed tokens after the last sequence, lengths differ": lambda d: _packed_tail(d, same=False),
+    "packed tokens after the last sequence, gradients": lambda d: _packed_tail(d, grad=True),
+    "packed tokens after the last sequence, gradients, lengths differ": lambda d: _packed_tail(d, False, grad=True),
 }
 
 
@@ -224,6 +283,8 @@ def _captured(call: Call, backend: str, *, checked: bool) -> Any:
 
 def judge(call: Call, backend: str) -> dict[str, Any]:
     """Run one call and compare it with the reference, gradients included where inputs need them."""
+    if "cu_seqlens_q" in call:
+        return _judge_packed(call, backend)
     captured, checked = call.pop("captured", False), call.pop("checked", False)
     try:
         if captured:
@@ -262,6 +323,37 @@ def judge(call: Call, backend: str) -> dict[str, Any]:
             allowed = tolerance.budget(true.double(), rough, dtype, over=over)
             worst = max(worst, tolerance.excess(found, true.double(), allowed))
     return {"outcome": "right" if worst <= 1 else "WRONG", "error_over_budget": worst}
+
+
+def _judge_packed(call: Call, backend: str) -> dict[str, Any]:
+    """Compare each packed sequence with the reference of it alone, and what comes after them with zeros."""
+    inputs = [call[name] for name in ("query", "key", "value")]
+    try:
+        out = anyattn.attention_varlen(**call, backend=backend)
+    except (anyattn.UnsupportedCallError, anyattn.BackendUnavailableError) as error:
+        return {"outcome": "refused", "why": str(error)}
+    starts = [call[name].tolist() for name in ("cu_seqlens_q", "cu_seqlens_k")]
+    mask = masks.Causal() if call.get("is_causal") else None
+    pieces = []
+    for rows, keys in zip(*(itertools.pairwise(ends) for ends in starts), strict=True):
+        spans = (slice(*rows), slice(*keys), slice(*keys))
+        pieces.append(reference.attention(*(t[None, span] for t, span in zip(inputs, spans, strict=True)), mask)[0][0])
+    truth = torch.cat(pieces)
+    end = len(truth)
+    pairs = [(out[:end], truth)]
+    left = [out[end:]]
+    if inputs[0].requires_grad:
+        flow = torch.randn_like(out)
+        fill_free_memory(out.device, [tensor.nbytes for tensor in inputs] * 2)
+        found = torch.autograd.grad(out, inputs, flow)
+        true = torch.autograd.grad(truth, inputs, flow[:end].to(truth.dtype))
+        for one, other, last in zip(found, true, (starts[0][-1], starts[1][-1], starts[1][-1]), strict=True):
+            pairs.append((one[:last], other[:last]))
+            left.append(one[last:])
+    worst = max(float(((one.double() - other).norm() / other.double().norm()).detach()) for one, other in pairs)
+    zeros = not any(bool((rest != 0).any()) for rest in left)
+    allowed = tolerance.QUANTISED if format_of(backend) else 1e-2
+    return {"outcome": "right" if worst < allowed and zeros else "WRONG", "relative_error": worst, "zeros": zeros}
 
 
 def main() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from anyattn.adapters.sage import tiles
 from anyattn.backend import Plan
 from anyattn.flash_like import KernelCall
 from anyattn.kernel_source import FUNCTIONS
@@ -45,7 +47,11 @@ def that_knows_its_parameters(function: Any, name: str) -> Any:
 
 
 def call_dense(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
-    """Call the function of a backend."""
+    """Call the function of a backend, at lengths where it reads nothing that nobody wrote."""
+    return tiles.attend(plan.lowering.entry, call, functools.partial(_call, plan))
+
+
+def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
     with_lse = plan.spec.return_lse or plan.rescale
     result: Any = FUNCTIONS[plan.backend].attend(
         readable(call.query),
