@@ -7,14 +7,12 @@ are.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
-from types import FrameType
 
 from torch import nn
 
-from anyattn import attending, policy
+from anyattn import attending, lifetime, policy
 from anyattn.covering import OWN_PIN, PIN, Host, Mark, adopt, cover, is_covered, live, refresh, uncover
 from anyattn.decision import Precision, Preference
 from anyattn.dispatch import make_preference
@@ -181,22 +179,5 @@ adopt[OWN_PIN] = _add_root
 
 
 def live_scope(scope: policy.Scope) -> policy.Scope:
-    """Give the scope that is truly in force where compiled code entered something.
-
-    Compiled code enters pins and blocks in a list of this thread's, which is honoured by what runs below a graph break.
-    """
-    if policy.thread.entered:
-        if not _is_under_compiled_code():
-            policy.thread.entered.clear()  # broken off by Ctrl-C
-        scope = policy.with_entered(scope, tuple(policy.thread.entered))
-    return scope
-
-
-def _is_under_compiled_code() -> bool:
-    """Whether this thread runs something that torch.compile made: its wrapper is on the stack then."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_filename.endswith("eval_frame.py"):
-            return True
-        frame = frame.f_back
-    return False
+    """Give the scope that is truly in force: without blocks that ended, with those of generators and compiled code."""
+    return lifetime.in_force(scope)

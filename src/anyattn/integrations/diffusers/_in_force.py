@@ -6,7 +6,7 @@ torch.compile refuses `ContextVar.get`, but reads a missing attribute of a modul
 
 from __future__ import annotations
 
-from anyattn import policy
+from anyattn import lifetime, policy
 
 wish: str
 """`"override"`, `"pin"`, `"context"`, `"route"` (Diffusers' own setter chose anyattn), or empty."""
@@ -26,4 +26,4 @@ def wish_of(settings: policy.Settings) -> str:
 def __getattr__(name: str) -> str:
     if name != "wish":
         raise AttributeError(name)
-    return wish_of(policy.current.get().settings)
+    return wish_of(lifetime.settings())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anyattn import _in_force as core
-from anyattn import api, policy
+from anyattn import api, lifetime, policy
 from anyattn.errors import AnyattnWarning
 from anyattn.integrations.diffusers import _in_force
 from anyattn.integrations.diffusers.arguments import EXTRAS, WINDOW, to_call
@@ -38,6 +38,7 @@ class Stock:
 _said: set[tuple[str, str]] = set()
 _current = policy.current.get
 _thread = policy.thread
+_held = lifetime.held
 _tracing = torch.compiler.is_dynamo_compiling
 _modes = torch._C._len_torch_function_stack
 
@@ -110,7 +111,7 @@ def scaled_dot_product_attention(
     """Stand in for torch's function of this name inside the modules of Diffusers that call it themselves."""
     if not _tracing():
         scope = _current()
-        if scope.asked and not (_thread.entered or _modes()):
+        if scope.asked and not (scope.look or _thread.entered or _held or _modes()):
             # What was decided for these very shapes needs none of the changes below.
             plain = (dropout_p, is_causal, scale, enable_gqa, None, None, False, "BHSD")
             found = api.run_decided(scope, query, key, value, attn_mask, plain)
@@ -217,7 +218,9 @@ def _wish() -> str:
     """Give the kind of wish in force, with what compiled code entered on top of it."""
     if not _tracing():
         scope = _current()
-        return _in_force.wish_of((live_scope(scope) if _thread.entered else scope).settings)
+        if scope.look or _thread.entered or _held:
+            scope = live_scope(scope)
+        return _in_force.wish_of(scope.settings)
     wish = _in_force.wish
     for kind, *_, override in core.entered:
         if kind == "pin":
@@ -232,7 +235,7 @@ def _wish() -> str:
 
 
 def _say_once(name: str) -> None:
-    context = str(policy.current.get().settings.context)
+    context = str(lifetime.settings().context)
     if name == context or (name, context) in _said:
         return
     _said.add((name, context))
