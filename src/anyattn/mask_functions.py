@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from anyattn import scalars
 from anyattn.errors import InvalidCallError
 from anyattn.tracing import has_values
 
@@ -291,9 +292,13 @@ def same_document(ids: Tensor) -> MaskFunction:
 
 def prefix_then_causal(lengths: Tensor | int) -> MaskFunction:
     """Allow the prefix to every row, and after it what isn't later; `lengths` is an int or `(B or 1,)`."""
+    if not isinstance(lengths, Tensor) and not torch.compiler.is_dynamo_compiling():
+        lengths = scalars.index("The prefix's length", lengths)
     if isinstance(lengths, int) and not isinstance(lengths, bool) and lengths >= 0:
         whole = lengths
         return MaskFunction(lambda b, h, q, kv: (kv < whole) | (kv <= q), False, False)
+    if isinstance(lengths, Tensor) and lengths.dim() == 0:
+        lengths = lengths[None]
     if not isinstance(lengths, Tensor) or lengths.dim() != 1 or lengths.dtype not in _INTEGERS:
         raise InvalidCallError(f"prefix_lm needs an int >= 0 or an integer tensor (B,); {_said(lengths)} was given.")
     per_entry = lengths
@@ -308,6 +313,8 @@ def prefix_then_causal(lengths: Tensor | int) -> MaskFunction:
 
 def same_or_earlier_frame(tokens: int) -> MaskFunction:
     """Allow keys of the row's own frame and of earlier ones."""
+    if not torch.compiler.is_dynamo_compiling():
+        tokens = scalars.index("tokens_per_frame", tokens)
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise InvalidCallError(f"frame_causal needs an int >= 1; {_said(tokens)} was given.")
     return MaskFunction(lambda b, h, q, kv: kv // tokens <= q // tokens, False, False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from anyattn import policy, registry
 from anyattn.backend import Backend, Lowering, MaskedRunner, Output, Parts, Plan, Run, Runner
 from anyattn.capabilities import as_run
-from anyattn.checks import check_inputs, check_output
+from anyattn.checks import can_check, check_inputs, check_output
 from anyattn.decision import Decision
 from anyattn.environment import detect
 from anyattn.errors import AnyattnError, BackendUnavailableError, KernelError
@@ -20,6 +20,7 @@ from anyattn.lowering import apply_sinks, empty_attention
 from anyattn.prepare import as_mask, parts_of
 from anyattn.reasons import Reason
 from anyattn.spec import AttentionSpec
+from anyattn.tracing import is_plain
 
 
 class Entry:
@@ -80,14 +81,20 @@ def load(backend: Backend) -> None:
         # The backend knows better what is amiss, and what would cure it.
         known = (reason for reason in error.reasons if reason.code == "broken_import")
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        policy.add_fault(backend.name, None, next(known, None) or broken_import(backend.name, error), cause)
+        _note(backend.name, next(known, None) or broken_import(backend.name, error), cause)
         raise
     except Exception as error:
         reason = broken_import(backend.name, error)
-        policy.add_fault(backend.name, None, reason, error)
+        _note(backend.name, reason, error)
         text = listed(f"The attention backend {backend.name} is installed but can't be imported:", [reason])
         raise BackendUnavailableError(text, backend=backend.name, reasons=(reason,)) from error
     _loaded.add(backend)
+
+
+def _note(name: str, reason: Reason, error: Exception) -> None:
+    """Note that a kernel can't be imported, unless that may be due to a tracer or transform."""
+    if is_plain():
+        policy.add_fault(name, None, reason, error)
 
 
 def make_plan(decision: Decision) -> tuple[Plan, Run]:
@@ -232,6 +239,8 @@ def _checked(call_masked: Any, plan: Plan) -> tuple[Any, Any]:
 
     def checked(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, sinks: Tensor | None = None) -> Output:
         parts = _kept(plan.spec, parts_of(as_mask(mask), sinks))
+        if not can_check(query, key, value, parts.key, parts.dense, sinks):
+            return call_masked(query, key, value, mask, sinks)  # type: ignore[no-any-return]
         check_inputs(plan.spec, query, key, value, parts, value_max)
         result: Output = call_masked(query, key, value, mask, sinks)
         if first[0]:

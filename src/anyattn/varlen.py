@@ -21,13 +21,14 @@ from anyattn.capabilities import Capabilities
 from anyattn.checks import check_magnitude, check_output
 from anyattn.decision import Decision
 from anyattn.describe import Facts, MaskFacts, Options, build_spec
-from anyattn.dispatch import Backends, autocast_dtype, is_aligned, make_first, scope_of_call
+from anyattn.dispatch import Backends, make_first, scope_of_call
 from anyattn.environment import detect
 from anyattn.errors import InvalidCallError
 from anyattn.faults import is_kernels, passes_over
 from anyattn.host_lengths import check_starts
 from anyattn.masks import Mask
 from anyattn.pins import live_scope
+from anyattn.reading import autocast_dtype, is_aligned
 from anyattn.running import execute, make_plan, raise_kernel_error
 from anyattn.spec import AttentionSpec, Storage
 

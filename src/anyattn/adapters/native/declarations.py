@@ -31,8 +31,11 @@ _MATH = Capabilities(
     gqa=True,
     dropout=True,
     scale_any=True,
+    lse=True,
     backward=True,
     deterministic=True,
+    forward_ad=True,
+    vmap=True,
     exact=True,
     unit_stride=False,
     aligned=False,
@@ -40,7 +43,7 @@ _MATH = Capabilities(
     cuda_graph=True,
 )
 
-_FLASH_CPU = _MATH.replace(head_dim_v=False, mask_grad=False, dropout=False, lse=True)
+_FLASH_CPU = _MATH.replace(head_dim_v=False, mask_grad=False, dropout=False, forward_ad=False)
 
 _FUSED_CUDA = Capabilities(
     dtypes=_HALF,
@@ -52,6 +55,7 @@ _FUSED_CUDA = Capabilities(
     dropout=True,
     lse=True,
     backward=True,
+    vmap=True,
     exact=True,
     unit_stride=False,
     compile=True,
@@ -99,13 +103,11 @@ CUDNN: Mapping[str, Capabilities] = {
     ),
 }
 
-_NATIVE = _MATH.replace(lse=True)
-
 NATIVE: Mapping[str, Capabilities] = {
-    "cpu": _NATIVE,
-    "cuda": _NATIVE,
+    "cpu": _MATH,
+    "cuda": _MATH,
     "mps": _MATH,
     "xpu": _MATH,
     # Shapes alone: nothing is computed.
-    "meta": _MATH,
+    "meta": _MATH.replace(lse=False),
 }
