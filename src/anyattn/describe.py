@@ -268,6 +268,8 @@ def _check_options(options: Options) -> None:
         ("enable_gqa", options.enable_gqa),
         ("return_lse", options.return_lse),
     ):
+        if str(flag) == scalars.TENSOR:
+            raise InvalidCallError(f"{name} is a tensor whose value can't be had in compiled code. Give True or False.")
         if type(flag) is not bool:
             raise InvalidCallError(f"{name} must be True or False; {flag!r} was given.")
 

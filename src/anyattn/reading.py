@@ -11,7 +11,7 @@ from anyattn import tracing
 from anyattn.describe import Facts, MaskFacts, Options, build_spec, check_tensors, facts_of, plain_options
 from anyattn.errors import InvalidCallError
 from anyattn.masks import Mask
-from anyattn.prepare import NOTHING, as_mask, known_of, mask_facts
+from anyattn.prepare import NOTHING, as_mask, autocast_mask, known_of, mask_facts
 from anyattn.spec import UNKNOWN, AttentionSpec, Layout, Storage
 
 
@@ -54,6 +54,8 @@ def describe(
     if mask is not None and (mask.key is not None or mask.dense is not None):
         known = known_of(mask, _kv_length(key, options.layout))
     cast = autocast_dtype(query.device.type)
+    if cast is not None and mask is not None:
+        mask = autocast_mask(mask, cast)
     records = tracing.records()
     facts = tuple(_facts(tensor, cast, options.layout, records=records) for tensor in (query, key, value))
     symbolic = any(UNKNOWN in fact.shape for fact in facts)
@@ -118,7 +120,8 @@ def _same_lengths(query: Tensor, key: Tensor, layout: Layout) -> bool:
     mine, other = query.shape[axis], key.shape[axis]
     if not tracing.records():
         return bool(mine == other)
-    if type(mine) is int or type(other) is int or isinstance(mine, Tensor):
+    # make_fx takes sizes that are equal now for one symbol, without a guard; torch.export has guards.
+    if type(mine) is int or type(other) is int or not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 

@@ -17,7 +17,7 @@ from anyattn.environment import detect
 from anyattn.errors import AnyattnError, BackendUnavailableError, KernelError
 from anyattn.faults import broken_import, is_out_of_memory, loses_device
 from anyattn.lowering import apply_sinks, empty_attention
-from anyattn.prepare import as_mask, parts_of
+from anyattn.prepare import as_mask, autocast_mask, parts_of
 from anyattn.reasons import Reason
 from anyattn.spec import AttentionSpec
 from anyattn.tracing import is_plain
@@ -224,6 +224,7 @@ def _autocast(call: Any, call_masked: Any, dtype: torch.dtype, device_type: str)
 
     def cast_call_masked(query: Tensor, key: Tensor, value: Tensor, mask: Any, sinks: Tensor | None) -> Output:
         with torch.autocast(device_type, enabled=False):
+            mask = autocast_mask(as_mask(mask), dtype)
             return call_masked(cast(query), cast(key), cast(value), mask, sinks)  # type: ignore[no-any-return]
 
     return cast_call, cast_call_masked

@@ -83,7 +83,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
 
 def _written_out(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Tensor:
     """Compute attention (B, H, S, D) in plain operations, in float32 at least, as eager FlexAttention does."""
-    mask = joined_mask(spec, parts, query.shape[2], key.shape[2], query.device, pattern=True, batch=query.shape[0])
+    sizes = (query.shape[2], key.shape[2], query.device)
+    mask = joined_mask(spec, parts, *sizes, pattern=True, batch=query.shape[0], like=(query, key))
     assert mask is not None
     dtype = torch.promote_types(query.dtype, torch.float32)
     times = spec.num_heads // spec.num_kv_heads

@@ -87,7 +87,7 @@ def _lse_of_scores(spec: AttentionSpec, query: Tensor, key: Tensor, bias: Tensor
         if bias is not None:
             scores = scores + bias.detach().to(dtype)
         if is_causal:
-            allowed = pattern_mask(_CAUSAL, query.shape[2], key.shape[2], query.device)
+            allowed = pattern_mask(_CAUSAL, query.shape[2], key.shape[2], query.device, (query, key))
             scores = scores.masked_fill(~allowed, float("-inf"))
         return torch.logsumexp(scores, -1)
 
@@ -177,7 +177,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if parts.key is not None:
         parts = parts._replace(key=kept_padding(parts.key, key.shape[2]))
     lengths, pattern = (query.shape[2], key.shape[2]), not lowering.is_causal
-    mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0])
+    mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0], like=(query, key))
     if mask is not None and misread(spec):
         mask = mask.to(query.dtype)
     told = _told(mask, given, plan, query.dtype)
