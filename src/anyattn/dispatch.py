@@ -130,7 +130,8 @@ def make_first(
                 # Loading notes what it couldn't load, and the next decision goes past it.
                 raise
         else:
-            say_passed_over(decision)
+            if not failed:
+                say_passed_over(decision)
             return made
 
 

@@ -20,6 +20,7 @@ from anyattn.backend import Output, Parts, Plan
 from anyattn.lowering import joined_mask, normalise_lse, repeat_heads, with_huge_biases
 from anyattn.masks import serial_of
 from anyattn.spec import UNKNOWN, AttentionSpec, Storage
+from anyattn.tracing import is_fake, is_plain
 
 _BASE_2 = torch.finfo(torch.float32).max * math.log(2)
 """What is below minus this in natural units is -inf in base 2."""
@@ -48,7 +49,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     seqlen_kv = key.shape[2]
     if plan.lowering.pad_keys:
         key, value = (F.pad(tensor, (0, 0, 0, -seqlen_kv % 16)) for tensor in (key, value))
-    if plan.lowering.compiled and not torch.compiler.is_compiling():
+    # Code that was compiled for real tensors reads memory that fake ones don't have.
+    if plan.lowering.compiled and not torch.compiler.is_compiling() and is_plain() and not is_fake(query):
         lengths = (query.shape[0], query.shape[2], key.shape[2])
         call = _in_turn(_kind(plan), None if parts.block is None else serial_of(parts.block), lengths)
     with_lse = spec.return_lse or spec.sinks
