@@ -41,12 +41,6 @@ def _jit(call: Call, arguments: Arguments) -> Any:
     return torch.jit.trace(call, arguments, check_trace=False)
 
 
-def _onnx(call: Call, arguments: Arguments) -> Any:
-    # What the old exporter does before it writes the file.
-    graph, _, _ = torch.jit._get_trace_graph(_Module(call), arguments)
-    return torch._C._create_function_from_graph("traced", graph)
-
-
 def _fx(mode: str, **options: Any) -> Callable[[Call, Arguments], Any]:
     return lambda call, arguments: make_fx(call, tracing_mode=mode, **options)(*arguments)
 
@@ -57,7 +51,6 @@ def _export(strict: bool) -> Callable[[Call, Arguments], Any]:
 
 TRACERS: dict[str, Callable[[Call, Arguments], Any]] = {
     "jit": _jit,
-    "onnx": _onnx,
     "make_fx": _fx("real"),
     "make_fx before dispatch": _fx("real", pre_dispatch=True),
     "make_fx fake": _fx("fake"),
@@ -135,7 +128,7 @@ PATTERNS: dict[str, Call] = {
 
 
 @pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("tracer", ["jit", "onnx", "make_fx before dispatch", "make_fx symbolic"])
+@pytest.mark.parametrize("tracer", ["jit", "make_fx before dispatch", "make_fx symbolic"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_equal_lengths_are_not_taken_for_one(pattern: str, tracer: str, warm: bool) -> None:
     call = PATTERNS[pattern]
@@ -245,7 +238,7 @@ def test_what_was_traced_leaves_plain_calls_alone() -> None:
         found: Tensor = anyattn.attention(q, k, v, mask)
         return found
 
-    for tracer in ("jit", "make_fx", "make_fx fake", "make_fx symbolic"):
+    for tracer in ("jit", "make_fx", "export"):
         TRACERS[tracer](call, _qkv(2, 6, 6))
         wanted = anyattn.attention(*_qkv(2, 6, 6), _padding(2, 6, False)[:, None, None])
         torch.testing.assert_close(call(*_qkv(2, 6, 6)), wanted)
