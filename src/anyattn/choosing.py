@@ -27,7 +27,7 @@ class attention_backend:
     Args:
         backend: A name, an alias, `"auto"`, or a list in order of preference.
         override: Whether the block beats pins.
-        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"` or `"fp8"`.
+        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"`, `"fp8"` or `"fp4"`.
 
     Raises:
         UnknownBackendError: If a name is unknown.
@@ -81,7 +81,8 @@ def set_default_backend(backend: Backends | None, *, precision: Precision = "exa
 def reset() -> None:
     """Forget every decision and every kernel's fault, and look at the machine and the environment variables again.
 
-    What `set_default_backend` set stays.
+    What `set_default_backend` set stays. Call it after `torch.nn.attention.activate_flash_attention_impl` and the like:
+    calls that were decided before go on as they are until another call is decided, or one of them fails.
     """
     environment.forget()
     policy.forget_faults()

@@ -13,27 +13,20 @@ from anyattn.backend import MaskedRunner, Output
 from anyattn.decision import Decision, Precision, Preference
 from anyattn.describe import Options
 from anyattn.environment import Environment, detect
-from anyattn.errors import (
-    AnyattnError,
-    AnyattnWarning,
-    BackendUnavailableError,
-    InvalidCallError,
-    UnsupportedCallError,
-)
+from anyattn.errors import AnyattnWarning, BackendUnavailableError, InvalidCallError
 from anyattn.faults import outside, passes_over, say_passed_over, spec_of_fault
 from anyattn.masks import Mask
 from anyattn.names import AUTO, BY_NAME
 from anyattn.prepare import short_name
 from anyattn.reading import autocast_dtype, describe, place_key
 from anyattn.reasons import Reason
-from anyattn.running import Entry, listed, make_entry, raise_kernel_error
+from anyattn.refusals import refusal
+from anyattn.running import Entry, make_entry, raise_kernel_error
 from anyattn.selection import NO_FAULTS, Timings, resolve
 from anyattn.spec import AttentionSpec
 
 Backends = str | list[str] | tuple[str, ...]
 """A name, an alias, `"auto"`, or a list in order of preference."""
-
-_UNAVAILABLE = frozenset(("not_built", "not_installed", "wrong_version", "broken_import", "setting", "no_device"))
 
 timings_for: Callable[[AttentionSpec, Environment], Timings | None] = lambda spec, env: None  # noqa: E731
 """Where measured times for a call come from; the tuner sets it."""
@@ -54,12 +47,15 @@ def entry_for(
     entry: Entry | None = None
     if scope.recorder is not None and table_key is not None:
         entry = base.table.get(table_key)
-    if entry is None:
+    if entry is None or (not entry.in_graphs and tracing.is_captured(query)):
         generation = policy.generation()
         spec = describe(query, key, value, attn_mask, sinks, options)
+        if tracing.is_captured(query):
+            spec = spec.replace(captured=True)
         cast = autocast_dtype(query.device.type)
         entry = make_first(spec, base, lambda decision: make_entry(decision, cast))
-        if table_key is not None and generation == policy.generation():
+        # What a graph may hold isn't what runs outside of it.
+        if table_key is not None and not spec.captured and generation == policy.generation():
             base.remember(table_key, entry)
             if entry.short and sinks is None and options.layout == "BSHD" and type(query) is Tensor:
                 _shorten(base, entry, query, key, value, attn_mask, options)
@@ -197,8 +193,8 @@ def make_preference(backend: Any, source: str, precision: Precision = "exact") -
         TypeError: If it is neither a name nor a list of names.
         InvalidCallError: If the list is empty, or the precision isn't one.
     """
-    if precision not in ("exact", "int8", "fp8"):
-        raise InvalidCallError(f"precision must be 'exact', 'int8' or 'fp8'; {precision!r} was given.")
+    if precision not in ("exact", "int8", "fp8", "fp4"):
+        raise InvalidCallError(f"precision must be 'exact', 'int8', 'fp8' or 'fp4'; {precision!r} was given.")
     if not isinstance(backend, str | list | tuple):
         raise TypeError(f"A backend is a name or a list of names, not {type(backend).__name__}.")
     key = (tuple(backend) if isinstance(backend, list) else backend, source, precision)
@@ -223,10 +219,12 @@ def decide(spec: AttentionSpec, scope: policy.Scope, failed: Mapping[str, Reason
         BackendUnavailableError: If the one backend required can't be used here.
         UnsupportedCallError: If nothing that was allowed admits the call.
     """
-    decision = decision_for(spec, scope, detect(), failed)
+    env = detect()
+    policy.follow(env.overrides)
+    decision = decision_for(spec, scope, env, failed)
     if decision.chosen is None:
         wish = decision.preference
-        raise _refusal(decision) from policy.load_error(wish.names[0]) if wish.mode == "require" else None
+        raise refusal(decision) from policy.load_error(wish.names[0]) if wish.mode == "require" else None
     return decision
 
 
@@ -257,25 +255,6 @@ def _say_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
         warnings.warn(text, AnyattnWarning, stacklevel=outside())
-
-
-def _refusal(decision: Decision) -> AnyattnError:
-    wish = decision.preference
-    wanted = tuple(c for c in decision.candidates if c.name in wish.names or wish.mode == "prefer")
-    if wish.mode == "require":
-        reasons = wanted[0].reasons
-        missing = tuple(reason for reason in reasons if reason.code in _UNAVAILABLE)
-        if missing:
-            text = f"The attention backend {wish} (asked for by {wish.source}) can't be used here:"
-            return BackendUnavailableError(listed(text, missing), backend=wish.names[0], reasons=missing)
-        admit = [c.name for c in decision.candidates if c.admits]
-        text = f"The attention backend {wish} (asked for by {wish.source}) refuses the call {decision.spec}:"
-        more = f"\nBackends that admit it: {', '.join(admit)}." if admit else ""
-        return UnsupportedCallError(listed(text, reasons) + more, decision=decision)
-    lines = [f"No backend of {wish} (asked for by {wish.source}) admits the call {decision.spec}:"]
-    for candidate in wanted:
-        lines.append(listed(f"  {candidate.name}:", candidate.reasons))
-    return UnsupportedCallError("\n".join(lines), decision=decision)
 
 
 def explain_failure(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn.tracing import is_plain
+from anyattn.tracing import is_captured, is_plain
 
 _MOST_MASKS = 64
 
@@ -68,7 +68,7 @@ def _may_be_kept(key: Tensor) -> bool:
     if type(key) is not Tensor or key.is_inference() or key.is_meta or not is_plain():
         return False
     # In a graph the work has to be replayed: the mask may hold other values then.
-    return not (key.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not is_captured(key)
 
 
 # torch.cuda.current_stream makes an object of it, which takes most of what giving something kept does.

@@ -16,7 +16,7 @@ class KnownBackend:
         name: Its one canonical name.
         family: The group of backends that share a kernel source.
         needs: What has to be installed, with the oldest version that serves.
-        install: The command that installs it; empty where it comes with torch.
+        install: The command that installs it; empty where it comes with torch. Errors and doctor take it from here.
         aliases: Other names, Diffusers' among them.
     """
 
@@ -61,7 +61,7 @@ KNOWN: tuple[KnownBackend, ...] = (
     KnownBackend(
         "flash4",
         "flash4",
-        "flash-attn-4, an NVIDIA GPU of sm90 or newer",
+        "flash-attn-4, an NVIDIA GPU of sm90 to sm103",
         "pip install --pre flash-attn-4",
         ("flash_attn_4", "_flash_4"),
     ),
@@ -82,14 +82,25 @@ KNOWN: tuple[KnownBackend, ...] = (
         "pip install 'amd-aiter>=0.1.5'",
         ("aiter_fa2",),
     ),
-    KnownBackend("xla", "xla", "torch_xla >= 2.5 and a TPU", "pip install 'torch_xla[tpu]'", ("_native_xla",)),
-    KnownBackend("npu", "npu", "torch_npu and an Ascend NPU", "pip install torch_npu", ("_native_npu",)),
+    KnownBackend(
+        "xla", "xla", "torch_xla >= 2.5 and a TPU", "pip install 'torch_xla[tpu,pallas]>=2.5'", ("_native_xla",)
+    ),
+    KnownBackend(
+        "npu",
+        "npu",
+        "torch_npu and an Ascend NPU",
+        "pip install torch_npu (of torch's own minor version)",
+        ("_native_npu",),
+    ),
     KnownBackend(
         "flash2_hub", "flash2", "kernels >= 0.12", _HUB, ("flash_hub", "flash_varlen_hub", "flash_attn_2_hub")
     ),
     KnownBackend("flash3_hub", "flash3", "kernels >= 0.12", _HUB, ("_flash_3_hub", "_flash_3_varlen_hub")),
     KnownBackend("flash4_hub", "flash4", "kernels >= 0.12", _HUB, ("flash_4_hub",)),
-    KnownBackend("sage_hub", "sage", "kernels >= 0.12", _HUB, ("sage_blackwell_hub",)),
+    KnownBackend("sage_hub", "sage", "kernels >= 0.12", _HUB),
+    KnownBackend(
+        "sage_blackwell_hub", "sage_blackwell", "kernels >= 0.12, an NVIDIA GPU of sm120; computes in fp4", _HUB
+    ),
     KnownBackend("aiter_hub", "aiter", "kernels >= 0.12 and an AMD GPU", _HUB, ("aiter_fa2_hub",)),
 )
 """Every backend of the plan, in the order in which tables list them."""

@@ -291,6 +291,23 @@ def forget_faults() -> None:
         _said_faults.clear()
 
 
+_overrides: dict[str, str] = {}
+
+
+def follow(overrides: Mapping[str, str]) -> bool:
+    """Forget every decided call where torch's kernels were replaced, or put back, since this was last asked.
+
+    Returns:
+        Whether they were.
+    """
+    global _overrides
+    if _overrides == overrides:
+        return False
+    _overrides = dict(overrides)
+    forget()
+    return True
+
+
 def generation() -> int:
     """Give a number that `forget` changes: what was decided under another one is not to be remembered."""
     return _generation

@@ -35,6 +35,7 @@ ReasonCode = Literal[
     "compile",
     "forward_ad",
     "vmap",
+    "cuda_graph",
     "memory",
     "precision",
     "known_bad",

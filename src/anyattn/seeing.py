@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from anyattn import environment, policy, registry
@@ -45,6 +46,7 @@ class BackendRow:
         needs: What it needs.
         install: The command that installs that; empty where it comes with torch.
         reasons: Why it isn't usable.
+        origin: Where its kernel's code comes from, and what that build leaves out; empty where it is part of torch.
     """
 
     name: str
@@ -56,6 +58,16 @@ class BackendRow:
     needs: str
     install: str
     reasons: tuple[Reason, ...]
+    origin: str = ""
+
+
+def _version_in(origin: str) -> str:
+    """Give the version in "distribution version, ..."; empty where there is none, as with a Hub revision."""
+    words = origin.split()
+    try:
+        return str(Version(words[1].rstrip(",")))
+    except (IndexError, InvalidVersion):
+        return ""
 
 
 def backends(env: environment.Environment | None = None) -> tuple[BackendRow, ...]:
@@ -80,8 +92,8 @@ def backends(env: environment.Environment | None = None) -> tuple[BackendRow, ..
         family = backend.family if backend is not None else (known.family if known else "")
         missing = any(reason.code in ("not_built", "not_installed") for reason in reasons)
         version = str(env.torch) if family in ("native", "flex") else ""
-        if backend is not None and not missing:
-            version = version or backend.origin(env).rpartition(" ")[2]
+        origin = "" if backend is None or missing else backend.origin(env)
+        version = version or _version_in(origin)
         rows.append(
             BackendRow(
                 name,
@@ -93,6 +105,7 @@ def backends(env: environment.Environment | None = None) -> tuple[BackendRow, ..
                 known.needs if known else "",
                 known.install if known else "",
                 reasons,
+                origin,
             )
         )
     return tuple(rows)

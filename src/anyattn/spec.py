@@ -147,6 +147,7 @@ class AttentionSpec:
         same_lengths: Whether S_q == S_kv (known even where the lengths themselves are not).
         storage: How the tensors lie in memory.
         deterministic: Whether deterministic algorithms are asked for.
+        captured: Whether the call goes into a CUDA graph that is being captured.
         compiled: Whether the call is being traced by torch.compile or torch.export.
         forward_ad: Whether a tensor carries a tangent: forward-mode AD, as in torch.func.jvp and jacfwd.
         vmap: Whether torch.vmap hides a dimension of a tensor.
@@ -179,6 +180,7 @@ class AttentionSpec:
     same_lengths: bool = True
     storage: Storage = Storage()
     deterministic: bool = False
+    captured: bool = False
     compiled: bool = False
     packed: bool = False
     packed_pattern: PatternSpec | None = None
@@ -225,6 +227,8 @@ class AttentionSpec:
             parts.append("sinks")
         if self.return_lse:
             parts.append("lse")
+        if self.captured:
+            parts.append("in a CUDA graph")
         if self.requires_grad:
             parts.append("grad of " + ", ".join(sorted(self.requires_grad)))
         if self.forward_ad:

@@ -63,7 +63,12 @@ def _is_real(tensor: Tensor) -> bool:
     if tensor.is_meta or _is_wrapped(tensor):
         return False
     # In a graph the work has to be replayed: the tensor may hold other values then.
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not is_captured(tensor)
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is done with a tensor now goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_fake(tensor: object) -> bool:

@@ -12,8 +12,31 @@ import anyattn
 ROOT = Path(anyattn.__file__).parent
 
 LAYERS = {
-    0: ("errors", "reasons", "names", "mask_functions", "masks", "spec", "environment", "version", "decision", "_runs"),
-    1: ("alignment", "policy", "patterns", "capabilities", "kernel_source", "_in_force"),
+    -1: ("installed",),
+    0: (
+        "errors",
+        "reasons",
+        "names",
+        "mask_functions",
+        "masks",
+        "spec",
+        "environment",
+        "version",
+        "decision",
+        "_runs",
+        "tracing",
+    ),
+    1: (
+        "alignment",
+        "policy",
+        "patterns",
+        "head_dims",
+        "capabilities",
+        "known_bad_row",
+        "known_bad_mps",
+        "kernel_source",
+        "_in_force",
+    ),
     2: (
         "kept",
         "host_lengths",
@@ -33,8 +56,8 @@ LAYERS = {
     ),
     3: ("adapters",),
     4: ("registry",),
-    5: ("selection", "checks"),
-    6: ("dispatch", "faults", "running", "traced", "api", "choosing", "varlen", "seeing", "pins"),
+    5: ("selection",),
+    6: ("checks", "dispatch", "faults", "refusals", "running", "traced", "api", "choosing", "varlen", "seeing", "pins"),
     7: ("testing", "integrations", "demo"),
     8: ("cli",),
 }

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from anyattn import block_masks
 from anyattn.adapters.flex import traced
+from anyattn.adapters.flex.huge import with_bias
 from anyattn.backend import Parts, Plan
 from anyattn.block_masks import make_band_block_mask
-from anyattn.lowering import HUGE, key_mask
+from anyattn.lowering import key_mask
 from anyattn.mask_functions import MaskFunction
 from anyattn.masks import serial_of
 from anyattn.spec import AttentionSpec, PatternSpec
@@ -32,7 +33,6 @@ def score_mod_of(spec: AttentionSpec, parts: Parts, padded_from: int | None) -> 
         return lambda score, b, h, q, kv: cap * torch.tanh(score / cap)
     full = [size > 1 for size in dense.shape]
     boolean = dense.dtype == torch.bool
-    # Inductor's kernels for CUDA take exponentials to base 2: see `within_base_2`, here done in the kernel.
     base_2 = spec.device_type == "cuda" and dense.dtype in (torch.bfloat16, torch.float32)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def score_mod_of(spec: AttentionSpec, parts: Parts, padded_from: int | None) -> 
         found = dense[index[0], index[1], index[2], index[3]]
         if boolean:
             return torch.where(found, score, float("-inf"))
-        return score + (torch.maximum(found, found * 0.5 - HUGE / 2) if base_2 else found)
+        return with_bias(score, found) if base_2 else score + found
 
     return score_mod
 

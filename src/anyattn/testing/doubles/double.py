@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class Double:
         modules: Makes the fake modules, by full name; parents come before children.
         found: The modules of `anyattn.environment.MODULES` that count as present.
         device_type: The type of device whose declaration is run on the CPU.
+        builds: What its build left out, as `anyattn.environment.Environment.builds` says it.
     """
 
     backend: str
@@ -29,6 +30,7 @@ class Double:
     modules: Callable[[], Mapping[str, types.ModuleType]]
     found: frozenset[str] = frozenset()
     device_type: str = "cuda"
+    builds: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
 
 
 def module(name: str, **attributes: object) -> types.ModuleType:
@@ -166,6 +168,24 @@ class _Uninitialised(torch.autograd.Function):
         (lengths,) = ctx.saved_tensors
         unused = torch.arange(grad.shape[1])[None, :] >= lengths[:, None]
         return grad.masked_fill(unused[:, :, None, None], float("nan")), None
+
+
+def unwritten_tails(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give packed tensors as batches of one, whose gradients are rubbish after the last sequence's end."""
+    last_q, last_k = cu_seqlens_q[-1:], cu_seqlens_k[-1:]
+    return (
+        uninitialised_gradient(q[None], last_q),
+        uninitialised_gradient(k[None], last_k),
+        uninitialised_gradient(v[None], last_k),
+    )
+
+
+def unwritten_rows(tensor: Tensor, cu_seqlens: Tensor, axis: int = 0) -> Tensor:
+    """Give a packed result with NaN in the rows after the last sequence's end, which a kernel doesn't write."""
+    rows = torch.arange(tensor.shape[axis]) < cu_seqlens[-1]
+    return torch.where(rows.view(-1, *(1,) * (tensor.dim() - 1 - axis)), tensor, torch.nan)
 
 
 def uninitialised_gradient(tensor: Tensor, lengths: Tensor) -> Tensor:
