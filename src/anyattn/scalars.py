@@ -26,7 +26,8 @@ def flag(name: str, given: Any) -> Any:
         return given
     if isinstance(given, torch.SymBool) or (type(given).__name__ in ("bool_", "bool") and _is_numpy(given)):
         return bool(given)
-    if isinstance(given, Tensor) and given.dim() == 0 and given.dtype == torch.bool:
+    # While torch.jit.trace runs, what follows from sizes is such a tensor; elsewhere a tensor is no flag.
+    if isinstance(given, Tensor) and torch._C._get_tracing_state() is not None and given.dim() == 0:
         return bool(_read(name, given))
     return given
 
