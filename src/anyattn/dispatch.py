@@ -159,7 +159,6 @@ def _only_plainly(run: Any) -> MaskedRunner:
     return plainly
 
 
-_call_scopes: dict[Any, policy.Scope] = {}
 _preferences: dict[Any, Preference] = {}
 
 
@@ -172,16 +171,16 @@ def scope_of_call(scope: policy.Scope, backend: Any) -> policy.Scope:
     """
     if isinstance(backend, list):
         backend = tuple(backend)
-    key = (scope.serial, backend)
-    found = _call_scopes.get(key)
+    calls = scope.base.calls
+    found: policy.Scope | None = calls.get(backend)
     if found is None or scope.recorder is not None:
         wish = make_preference(backend, "backend=", scope.settings.precision)
-        found = policy.derive(scope, context=wish, override=True)
+        found = policy.changed(scope, context=wish, override=True)
         # Names of third parties can go again; those of the plan stay.
         if scope.recorder is None and all(name in BY_NAME or name == AUTO for name in wish.names):
-            if len(_call_scopes) > 1024:
-                _call_scopes.clear()
-            _call_scopes[key] = found
+            if len(calls) > 1024:
+                calls.clear()
+            calls[backend] = found
     return found
 
 
@@ -193,6 +192,10 @@ def make_preference(backend: Any, source: str, precision: Precision = "exact") -
         TypeError: If it is neither a name nor a list of names.
         InvalidCallError: If the list is empty, or the precision isn't one.
     """
+    if type(backend) is str:
+        known = _preferences.get((backend, source, precision))
+        if known is not None:
+            return known
     if precision not in ("exact", "int8", "fp8", "fp4"):
         raise InvalidCallError(f"precision must be 'exact', 'int8', 'fp8' or 'fp4'; {precision!r} was given.")
     if not isinstance(backend, str | list | tuple):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,32 +307,3 @@ def _check_planned_mask(spec: AttentionSpec, mask: Mask, sinks: Tensor | None) -
 def _off_plan(shapes: Any, dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -> InvalidCallError:
     given = tuple(tuple(tensor.shape) for tensor in (query, key, value))
     return InvalidCallError(f"The plan is for {shapes} in {dtype}; {given} in {query.dtype} was given. Plan again.")
-
-
-@contextmanager
-def record() -> Iterator[list[Decision]]:
-    """Collect the decision of every call made inside the block, in this thread or task.
-
-    Calls inside code compiled by torch.compile run without Python and aren't seen.
-
-    Example:
-        >>> import torch, anyattn
-        >>> q = k = v = torch.randn(1, 8, 2, 16)
-        >>> with anyattn.record() as calls:
-        ...     out = anyattn.attention(q, k, v)
-        >>> [call.chosen for call in calls]
-        ['native']
-    """
-    calls: list[Decision] = []
-    outer = live_scope(_current())
-
-    def told(decision: Decision) -> None:
-        calls.append(decision)
-        if outer.recorder is not None:
-            outer.recorder(decision)
-
-    changed = policy.current.set(policy.recording(outer, told))
-    try:
-        yield calls
-    finally:
-        policy.current.reset(changed)
