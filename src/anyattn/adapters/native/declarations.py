@@ -32,8 +32,11 @@ _MATH = Capabilities(
     dropout=True,
     dropout_of_all=True,
     scale_any=True,
+    lse=True,
     backward=True,
     deterministic=True,
+    forward_ad=True,
+    vmap=True,
     exact=True,
     unit_stride=False,
     aligned=False,
@@ -41,7 +44,7 @@ _MATH = Capabilities(
     cuda_graph=True,
 )
 
-_FLASH_CPU = _MATH.replace(head_dim_v=False, mask_grad=False, dropout=False, dropout_of_all=False, lse=True)
+_FLASH_CPU = _MATH.replace(head_dim_v=False, mask_grad=False, dropout=False, dropout_of_all=False, forward_ad=False)
 
 _FUSED_CUDA = Capabilities(
     dtypes=_HALF,
@@ -54,6 +57,7 @@ _FUSED_CUDA = Capabilities(
     dropout=True,
     lse=True,
     backward=True,
+    vmap=True,
     exact=True,
     unit_stride=False,
     compile=True,
@@ -102,13 +106,11 @@ CUDNN: Mapping[str, Capabilities] = {
     ),
 }
 
-_NATIVE = _MATH.replace(lse=True)
-
 NATIVE: Mapping[str, Capabilities] = {
-    "cpu": _NATIVE,
-    "cuda": _NATIVE,
+    "cpu": _MATH,
+    "cuda": _MATH,
     "mps": _MATH,
     "xpu": _MATH,
     # Shapes alone: nothing is computed.
-    "meta": _MATH,
+    "meta": _MATH.replace(lse=False),
 }
