@@ -1,7 +1,7 @@
 """Run on a GPU what CI can't: the laws, the traps, graph capture, torch.compile and the benchmarks; write JSON.
 
     python tools/gpu/run.py --out DIR [--device cuda] [--only laws,traps,graphs,compile,packed,devices,speed,overhead]
-        [--backends native,flex] [--cases N] [--shards flex=4] [--workers N] [--timeout SECONDS]
+        [--backends native,flex] [--laws right,unwritten_memory] [--cases N] [--shards flex=4] [--workers N] [--timeout SECONDS]
 
 Each part runs in processes of its own, so that one that loses the CUDA context leaves the others be. DIR gets
 `summary.json`; commit it under `verified/` with the device and torch in its name.
@@ -104,6 +104,7 @@ def laws(device: str, backends: Sequence[str], options: argparse.Namespace, save
     pieces = [
         (law, backend, f"{number}/{shards.get(backend, 1)}")
         for law in SLOWEST_FIRST
+        if not options.laws or law in options.laws.split(",")
         for backend in backends
         for number in range(shards.get(backend, 1))
     ]
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="about,traps,graphs,compile,packed,speed,overhead,laws")
     parser.add_argument("--cases", type=int, default=60)
+    parser.add_argument("--laws", default="", help="these laws alone, by name; all of them by default")
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--thin", default="", help="run every Nth case alone: flex=4")
     parser.add_argument("--shards", default="", help="split each law of a backend over processes: flex=4")
