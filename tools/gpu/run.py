@@ -1,7 +1,8 @@
 """Run on a GPU what CI can't: the laws, the traps, graph capture, torch.compile and the benchmarks; write JSON.
 
     python tools/gpu/run.py --out DIR [--device cuda] [--only laws,traps,graphs,compile,packed,devices,speed,overhead]
-        [--backends native,flex] [--laws right,unwritten_memory] [--cases N] [--shards flex=4] [--workers N] [--timeout SECONDS]
+        [--backends native,flex] [--laws right,unwritten_memory]
+        [--cases N] [--shards flex=4] [--workers N] [--timeout SECONDS]
 
 Each part runs in processes of its own, so that one that loses the CUDA context leaves the others be. DIR gets
 `summary.json`; commit it under `verified/` with the device and torch in its name.
