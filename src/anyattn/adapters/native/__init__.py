@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+from packaging.version import Version
 
 from anyattn.adapters.native import kernels, packed, short
 from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE
@@ -22,6 +23,10 @@ from anyattn.known_bad import hits
 from anyattn.lowering import mask_conversions
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec
+
+
+_CPU_SHARED_HEADS_SINCE = Version("2.9")
+"""Since when the CPU flash op takes fewer key heads than query heads (pytorch pull request 157893)."""
 
 
 class _Kernel(Backend):
@@ -40,10 +45,10 @@ class _Kernel(Backend):
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         caps = self.declarations[spec.device_type]
-        return lower_to(self.entries[spec.device_type], caps, spec)
+        return lower_to(self.entries[spec.device_type], caps, spec, env)
 
 
-def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec) -> Lowering:
+def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec, env: Environment) -> Lowering:
     """Describe how a call reaches one entry, with what is converted on the way."""
     dense = needs_dense(caps, spec)
     conversions = list(mask_conversions(caps, spec))
@@ -54,6 +59,10 @@ def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec) -> Lowering:
     if entry == "efficient" and (spec.is_gqa or spec.storage.expanded_kv):
         text = "key and value heads repeated in memory: the kernel has no GQA and misreads expanded heads"
         conversions.append(Conversion("repeat_heads", text))
+    reads_past = entry == "flash_cpu" and spec.is_gqa and env.torch < _CPU_SHARED_HEADS_SINCE
+    if reads_past:
+        text = "key and value heads repeated in memory: before torch 2.9 the CPU kernel reads past shared heads"
+        conversions.append(Conversion("repeat_heads", text))
     if entry in ("flash", "cudnn") and spec.head_dim % 8:
         conversions.append(Conversion("pad_head_dim", f"head_dim {spec.head_dim} padded to a multiple of 8"))
     pattern = spec.mask.pattern
@@ -61,7 +70,8 @@ def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec) -> Lowering:
     if is_causal and _loses_causal(entry, spec):
         is_causal, dense = False, True
         conversions.append(Conversion("dense_mask", "causal given as a dense mask: NaN otherwise where scale <= 0"))
-    return Lowering(entry, is_causal, dense, copy, conversions=tuple(conversions))
+    repeated = spec.is_gqa and (entry == "efficient" or reads_past)
+    return Lowering(entry, is_causal, dense, copy, repeat_heads=repeated, conversions=tuple(conversions))
 
 
 def _loses_causal(entry: str, spec: AttentionSpec) -> bool:
@@ -82,7 +92,7 @@ class NativeFlash(_Kernel):
     name = "native_flash"
     entries = {"cpu": "flash_cpu", "cuda": "flash"}
     declarations = FLASH
-    avoids = frozenset(("cpu-flash-causal-scale", "cpu-flash-float32-bias"))
+    avoids = frozenset(("cpu-flash-causal-scale", "cpu-flash-float32-bias", "cpu-flash-shared-heads"))
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = super().capabilities(spec, env)
@@ -181,7 +191,7 @@ class Native(Backend):
             return packed.lower(spec)
         if spec.return_lse or spec.sinks:
             return next(sub.lower(spec, env) for sub in _with_lse(spec, env) if not sub.reasons(spec, env))
-        plain = lower_to("sdpa", self.declarations[spec.device_type], spec)
+        plain = lower_to("sdpa", self.declarations[spec.device_type], spec, env)
         if spec.device_type == "cuda":
             return _steer(plain, spec, env)
         rows = hits((self.name,), spec, env) if spec.device_type == "mps" else ()
