@@ -24,7 +24,6 @@ from anyattn.lowering import mask_conversions
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec
 
-
 _CPU_SHARED_HEADS_SINCE = Version("2.9")
 """Since when the CPU flash op takes fewer key heads than query heads (pytorch pull request 157893)."""
 
