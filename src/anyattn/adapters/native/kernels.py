@@ -158,7 +158,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
         query, key, value = query.float(), key.float(), value.float()
     given = parts
     if parts.key is not None:
-        parts = parts._replace(key=kept_padding(parts.key, key.shape[2]))
+        # Dynamo before torch 2.9 traces no NamedTuple's _replace.
+        parts = Parts(kept_padding(parts.key, key.shape[2]), parts.dense, parts.block, parts.sinks)
     lengths, pattern = (query.shape[2], key.shape[2]), not lowering.is_causal
     mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0])
     if mask is not None and misread(spec):
