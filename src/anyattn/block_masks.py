@@ -170,9 +170,7 @@ def block_counts(
     return counts
 
 
-def positions(
-    mask_mod: MaskMod, batch: int, heads: int, seqlen_q: int, seqlen_kv: int, device: torch.device
-) -> Tensor:
+def positions(mask_mod: MaskMod, batch: int, heads: int, seqlen_q: int, seqlen_kv: int, device: torch.device) -> Tensor:
     """Call a mask function at every position: boolean `(B, H, S_q, S_kv)`.
 
     In traced code this does what torch's `create_mask` does, whose look at the function's signature dynamo can't trace

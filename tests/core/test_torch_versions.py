@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from torch import Tensor
 
 import anyattn
-from anyattn import environment, masks, reference
+from anyattn import environment, masks, reference, traced
 from anyattn.adapters.native import kernels
+from anyattn.names import KNOWN
 
 
 @pytest.fixture
@@ -89,3 +93,25 @@ def test_shared_heads_are_not_repeated_where_the_kernel_takes_them() -> None:
         assert equal.conversions == ()
         plain = anyattn.explain(*_shared(), enable_gqa=True)
         assert plain.conversions == ()
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_calls_of_too_old_a_torch_are_refused_with_the_version_needed(fullgraph: bool) -> None:
+    torch._dynamo.reset()
+    run = torch.compile(lambda q: anyattn.attention(q, q, q), fullgraph=fullgraph, backend="eager")
+    query = _shared()[0]
+    with (
+        environment.supposed(environment.preset("cpu", torch_version="2.7.1")),
+        pytest.raises(Exception, match=r"need torch 2\.8 or newer, and this is torch 2\.7\.1"),
+    ):
+        run(query)
+    torch._dynamo.reset()
+
+
+def test_the_floor_in_the_metadata_is_the_one_that_is_checked() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (asked,) = (Requirement(text) for text in project["dependencies"] if text.startswith("torch"))
+    assert str(asked.specifier) == f">={traced._SINCE}"
+    assert {known.needs.removesuffix(" with cuDNN") for known in KNOWN if not known.install} == {
+        f"torch >= {traced._SINCE}"
+    }
