@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from anyattn import policy
+from anyattn import policy, tracing
 from anyattn.describe import Options
 from anyattn.dispatch import (
     Backends,
@@ -197,6 +197,8 @@ def _general(
     try:
         table_key = _table_key(query, key, value, attn_mask, sinks, plain)
         entry = scope.table.get(table_key)
+        if entry is not None and not entry.in_graphs and tracing.is_captured(query):
+            table_key = entry = None
     except (TypeError, AttributeError, RuntimeError):
         # Not tensors, symbolic sizes, or an unhashable option: described anew, and refused where it is wrong.
         table_key = entry = None

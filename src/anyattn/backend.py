@@ -144,14 +144,16 @@ class Backend:
     def reasons(self, spec: AttentionSpec, env: Environment) -> tuple[Reason, ...]:
         """Give every ground for refusing the call; none means that it will be run. Law: pure."""
         caps = self.capabilities(spec, env)
-        if caps is None:
-            kinds = " or ".join(self.declarations)
-            return (
-                *self.availability(env),
-                Reason("device_type", f"tensors on {kinds}", spec.device_type, "move them, or choose another backend"),
-            )
         found = [*self.availability(env)]
-        found += declared_reasons(caps, spec, env.device(spec.device_type, spec.device_index))
+        no_device = any(reason.code == "no_device" for reason in found)
+        if caps is None:
+            if not no_device:
+                need = f"tensors on {' or '.join(self.declarations)}"
+                found.append(Reason("device_type", need, spec.device_type, "move them, or choose another backend"))
+            return tuple(dict.fromkeys(found))
+        declared = declared_reasons(caps, spec, env.device(spec.device_type, spec.device_index))
+        # That the device isn't there is said once.
+        found += (reason for reason in declared if not (no_device and reason.code == "no_device"))
         found += self.rejects(spec, env)
         found += self.known_bad(spec, env)
         return tuple(dict.fromkeys(found))

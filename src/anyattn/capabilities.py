@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from anyattn.environment import Arch, Device
+from anyattn.head_dims import HeadDims
 from anyattn.masks import Align
 from anyattn.patterns import KernelPattern, in_alignment
 from anyattn.reasons import Reason
@@ -35,6 +36,7 @@ class Capabilities:
         arch_max: The highest, or None.
         rocm: Whether AMD GPUs are served.
         head_dim_max: The largest head_dim.
+        head_dims: Which head dims there are where that depends on the compute capability; of others, none.
         head_dim_multiple: What head_dim and head_dim_v must be multiples of.
         head_dim_v: Whether value's head_dim may differ from query's.
         causal: The alignments in which the kernel itself does causal attention.
@@ -52,6 +54,7 @@ class Capabilities:
         dead_rows: Whether rows without a key give zeros.
         gqa: Whether query heads may share key/value heads.
         dropout: Whether it does dropout.
+        dropout_of_all: Whether that is right where everything is dropped, dropout_p == 1.
         softcap: Whether it does softcap.
         sinks: Whether it does sinks.
         scale_any: Whether zero and negative scales are right.
@@ -77,6 +80,7 @@ class Capabilities:
     arch_max: Arch | None = None
     rocm: bool = False
     head_dim_max: int = 0
+    head_dims: tuple[HeadDims, ...] = ()
     head_dim_multiple: int = 1
     head_dim_v: bool = False
     causal: frozenset[Align] = frozenset()
@@ -93,6 +97,7 @@ class Capabilities:
     dead_rows: bool = False
     gqa: bool = False
     dropout: bool = False
+    dropout_of_all: bool = False
     softcap: bool = False
     sinks: bool = False
     scale_any: bool = False
@@ -190,6 +195,7 @@ def declared_reasons(caps: Capabilities, spec: AttentionSpec, device: Device | N
     """Yield every ground on which the declaration refuses the call."""
     yield from _hardware(caps, spec, device)
     yield from _shape(caps, spec)
+    yield from _head_dims(caps, spec, device)
     yield from _mask(caps, spec)
     yield from _features(caps, spec)
     yield from _gradients(caps, spec)
@@ -234,6 +240,22 @@ def _shape(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
         yield Reason("size", f"batch and num_heads <= {limit}", f"{spec.batch} and {spec.num_heads}", "split the batch")
     if caps.unit_stride and not spec.storage.unit_stride:
         yield Reason("layout", "a contiguous head_dim", "a stride along head_dim", "call .contiguous()")
+
+
+def _head_dims(caps: Capabilities, spec: AttentionSpec, device: Device | None) -> Iterator[Reason]:
+    """Refuse head dims that the kernels for the device's architecture don't have, where its arch is known."""
+    if not caps.head_dims or device is None or device.arch is None:
+        return
+    if max(spec.head_dim, spec.head_dim_v) > caps.head_dim_max:
+        return  # refused everywhere
+    low, high = caps.arch_min, caps.arch_max
+    if (low and device.arch < low) or (high and device.arch > high):
+        return  # refused for the arch
+    major, minor = device.arch
+    found = next((dims for dims in caps.head_dims if dims.major == major), None)
+    if found is None or not found.takes(spec):
+        need = "an arch whose head dims are known" if found is None else f"head_dim {found}"
+        yield Reason("head_dim", f"{need} on sm{major}{minor}", f"{spec.head_dim} and {spec.head_dim_v}")
 
 
 def _mask(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
@@ -323,6 +345,8 @@ def _unsupported(caps: Capabilities, spec: AttentionSpec) -> str:
 def _features(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     if spec.dropout_p and not caps.dropout:
         yield Reason("dropout", "dropout_p == 0", str(spec.dropout_p))
+    elif spec.dropout_p >= 1 and not caps.dropout_of_all:
+        yield Reason("dropout", "dropout_p < 1", str(spec.dropout_p), "native_math drops everything")
     if spec.softcap is not None and not caps.softcap:
         yield Reason("softcap", "no softcap", str(spec.softcap), "choose flex")
     if spec.sinks and not caps.sinks:
@@ -341,6 +365,9 @@ def _features(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     if spec.compiled and not caps.compile:
         hint = "leave it out of torch.compile (torch.compiler.disable around the call), or choose another backend"
         yield Reason("compile", "a call outside torch.compile", "one that is being traced", hint)
+    if spec.captured and not caps.cuda_graph:
+        hint = "leave it out of the graph, or choose another backend"
+        yield Reason("cuda_graph", "a call outside the capture of a CUDA graph", "one that is being captured", hint)
 
 
 def _gradients(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:

@@ -10,9 +10,11 @@ from torch import Tensor
 from anyattn import reference, tolerance
 from anyattn.backend import Output, Parts, Plan
 from anyattn.errors import AnyattnWarning, InvalidCallError, KernelError
+from anyattn.faults import outside
 from anyattn.lowering import key_mask, live_rows
 from anyattn.masks import Mask
 from anyattn.spec import AttentionSpec
+from anyattn.tracing import has_values
 
 SAMPLED_ROWS = 16
 """How many query rows of a call are compared with the reference."""
@@ -20,6 +22,23 @@ SAMPLED_ROWS = 16
 SLACK = 4.0
 """How many budgets of `anyattn.tolerance` are allowed: one plain run may be right by chance, and a false alarm stops a
 person's work, while a kernel that lies is off by far more."""
+
+
+_said: list[bool] = []
+
+
+def can_check(*tensors: Tensor | None) -> bool:
+    """Whether there are values to check; where there are none, that is said once to whom asked for the checks."""
+    if has_values(*tensors):
+        return True
+    if not _said:
+        _said.append(True)
+        text = (
+            "The value checks (ANYATTN_CHECKS) are left out where there are no values to read: while a call is traced, "
+            "transformed or captured in a CUDA graph, and on fake and meta tensors."
+        )
+        warnings.warn(text, AnyattnWarning, stacklevel=outside())
+    return False
 
 
 def check_inputs(

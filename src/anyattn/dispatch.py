@@ -9,29 +9,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from anyattn import policy, registry
+from anyattn import policy, registry, tracing
 from anyattn.decision import Decision, Precision, Preference
 from anyattn.describe import Facts, MaskFacts, Options, build_spec, check_tensors, facts_of
 from anyattn.environment import Environment, detect
-from anyattn.errors import (
-    AnyattnError,
-    AnyattnWarning,
-    BackendUnavailableError,
-    InvalidCallError,
-    UnsupportedCallError,
-)
+from anyattn.errors import AnyattnWarning, BackendUnavailableError, InvalidCallError
 from anyattn.faults import outside, passes_over, say_passed_over, spec_of_fault
 from anyattn.masks import Mask
 from anyattn.names import AUTO, BY_NAME
 from anyattn.prepare import NOTHING, as_mask, known_of, mask_facts, short_name
-from anyattn.running import Entry, listed, make_entry, raise_kernel_error
+from anyattn.refusals import refusal
+from anyattn.running import Entry, make_entry, raise_kernel_error
 from anyattn.selection import NO_FAULTS, Timings, resolve
 from anyattn.spec import UNKNOWN, AttentionSpec, Layout, Storage
 
 Backends = str | list[str] | tuple[str, ...]
 """A name, an alias, `"auto"`, or a list in order of preference."""
-
-_UNAVAILABLE = frozenset(("not_built", "not_installed", "wrong_version", "broken_import", "setting", "no_device"))
 
 timings_for: Callable[[AttentionSpec, Environment], Timings | None] = lambda spec, env: None  # noqa: E731
 """Where measured times for a call come from; the tuner sets it."""
@@ -52,12 +45,15 @@ def entry_for(
     entry: Entry | None = None
     if scope.recorder is not None and table_key is not None:
         entry = base.table.get(table_key)
-    if entry is None:
+    if entry is None or (not entry.in_graphs and tracing.is_captured(query)):
         generation = policy.generation()
         spec = describe(query, key, value, attn_mask, sinks, options)
+        if tracing.is_captured(query):
+            spec = spec.replace(captured=True)
         cast = autocast_dtype(query.device.type)
         entry = make_first(spec, base, lambda decision: make_entry(decision, cast))
-        if table_key is not None and generation == policy.generation():
+        # What a graph may hold isn't what runs outside of it.
+        if table_key is not None and not spec.captured and generation == policy.generation():
             base.remember(table_key, entry)
             if entry.short and sinks is None and options.layout == "BSHD" and type(query) is Tensor:
                 _shorten(base, entry, query, key, value, attn_mask, options)
@@ -292,7 +288,7 @@ def decide(spec: AttentionSpec, scope: policy.Scope) -> Decision:
     decision = decision_for(spec, scope, detect())
     if decision.chosen is None:
         wish = decision.preference
-        raise _refusal(decision) from policy.load_error(wish.names[0]) if wish.mode == "require" else None
+        raise refusal(decision) from policy.load_error(wish.names[0]) if wish.mode == "require" else None
     return decision
 
 
@@ -319,25 +315,6 @@ def _say_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
         warnings.warn(text, AnyattnWarning, stacklevel=outside())
-
-
-def _refusal(decision: Decision) -> AnyattnError:
-    wish = decision.preference
-    wanted = tuple(c for c in decision.candidates if c.name in wish.names or wish.mode == "prefer")
-    if wish.mode == "require":
-        reasons = wanted[0].reasons
-        missing = tuple(reason for reason in reasons if reason.code in _UNAVAILABLE)
-        if missing:
-            text = f"The attention backend {wish} (asked for by {wish.source}) can't be used here:"
-            return BackendUnavailableError(listed(text, missing), backend=wish.names[0], reasons=missing)
-        admit = [c.name for c in decision.candidates if c.admits]
-        text = f"The attention backend {wish} (asked for by {wish.source}) refuses the call {decision.spec}:"
-        more = f"\nBackends that admit it: {', '.join(admit)}." if admit else ""
-        return UnsupportedCallError(listed(text, reasons) + more, decision=decision)
-    lines = [f"No backend of {wish} (asked for by {wish.source}) admits the call {decision.spec}:"]
-    for candidate in wanted:
-        lines.append(listed(f"  {candidate.name}:", candidate.reasons))
-    return UnsupportedCallError("\n".join(lines), decision=decision)
 
 
 def explain_failure(

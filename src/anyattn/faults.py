@@ -97,7 +97,7 @@ def passes_over(error: Exception, decision: Decision) -> bool:
 
 def spec_of_fault(spec: AttentionSpec) -> AttentionSpec:
     """Give what a fault is noted for: a kernel that failed in eager code is gone past in compiled code too."""
-    return replace(spec, compiled=False) if spec.compiled else spec
+    return replace(spec, compiled=False, captured=False) if spec.compiled or spec.captured else spec
 
 
 def say_passed_over(decision: Decision) -> None:

@@ -47,19 +47,20 @@ class _Lengths(NamedTuple):
     each: tuple[int, ...]
     present: tuple[int, ...]
     absent: bytes
+    rest: int
 
 
 def check_starts(name: str, starts: Sequence[int], most: int, total: int) -> None:
-    """Check cumulative lengths of queries (`"q"`) or keys (`"k"`).
+    """Check cumulative lengths of queries (`"q"`) or keys (`"k"`); tokens may be left over after the last sequence.
 
     Raises:
-        InvalidCallError: If they don't cut `total` tokens into sequences of at most `most`.
+        InvalidCallError: If they don't cut the first of `total` tokens into sequences of at most `most`.
     """
     found = list(starts)
-    if found[0] != 0 or found[-1] != total or sorted(found) != found:
+    if found[0] != 0 or found[-1] > total or sorted(found) != found:
         raise InvalidCallError(
-            f"cu_seqlens_{name} must begin with 0, never decrease, and end with the number of tokens, {total}; "
-            f"{found[:8]}{'...' if len(found) > 8 else ''} ending with {found[-1]} was given."
+            f"cu_seqlens_{name} must begin with 0, never decrease, and end with the number of tokens, {total}, or "
+            f"before; {found[:8]}{'...' if len(found) > 8 else ''} ending with {found[-1]} was given."
         )
     longest = max((end - start for start, end in itertools.pairwise(found)), default=0)
     if longest > most:
@@ -95,7 +96,8 @@ def attend(
         with_lse: Whether lse is wanted.
 
     Returns:
-        The output and lse of every row: 0 and -inf, and no gradients, where a sequence has no keys.
+        The output and lse of every row: 0 and -inf, and no gradients, where a sequence has no keys, or a token no
+        sequence.
 
     Raises:
         InvalidCallError: If the cumulative lengths are wrong.
@@ -103,7 +105,7 @@ def attend(
     found_k = found_q = _lengths("q", starts_q, spec.seqlen_q, query.shape[0])
     if starts_k is not starts_q or (spec.seqlen_kv, key.shape[0]) != (spec.seqlen_q, query.shape[0]):
         found_k = _lengths("k", starts_k, spec.seqlen_kv, key.shape[0])
-    if found_q.absent == found_k.absent:
+    if found_q.absent == found_k.absent and not (found_q.rest or found_k.rest) and found_q.present:
         return kernel(query, key, value, Sequences(found_q.present, found_k.present, whole=True))
     pairs = list(zip(found_q.each, found_k.each, strict=True))
     both = Sequences(tuple(q for q, k in pairs if q and k), tuple(k for q, k in pairs if q and k), whole=False)
@@ -127,7 +129,8 @@ def _lengths(name: str, starts: Tensor, most: int, total: int) -> _Lengths:
         found = on_host(starts)
         check_starts(name, found, most, total)
         each = tuple(end - start for start, end in itertools.pairwise(found))
-        return _Lengths(each, tuple(length for length in each if length), bytes(length == 0 for length in each))
+        present = tuple(length for length in each if length)
+        return _Lengths(each, present, bytes(length == 0 for length in each), total - found[-1])
 
     return kept(starts, ("lengths", most, total), make)  # type: ignore[no-any-return]
 

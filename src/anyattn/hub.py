@@ -20,9 +20,10 @@ from anyattn.backend import Backend
 from anyattn.environment import Environment, detect, variables_now
 from anyattn.errors import BackendUnavailableError
 from anyattn.kernel_source import FUNCTIONS, Package, functions_of
+from anyattn.names import BY_NAME
 from anyattn.reasons import Reason
 
-KERNELS = Package("kernels", "kernels", ("get_kernel",), ">=0.12", "pip install 'kernels>=0.12'")
+KERNELS = Package("kernels", "kernels", ("get_kernel",), ">=0.12", BY_NAME["flash2_hub"].install)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHECKS_PUBLISHERS = Version("0.14")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyattn.tracing import is_captured, is_plain
+
 _MOST_MASKS = 64
 
 
@@ -44,7 +46,7 @@ def kept(key: Tensor, what: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         make: Works it out; asks the device for values only where integers are what is kept (`host_lengths`). It must
             not be, or hold, the tensor or a view of it: that would keep it alive.
     """
-    if torch.compiler.is_compiling() or not _may_be_kept(key):
+    if torch.compiler.is_dynamo_compiling() or not _may_be_kept(key):
         return make()
     # Work queued on one stream may not be finished when another uses it: each stream has its own.
     stream = _stream_of(key.get_device()) if key.is_cuda else 0
@@ -63,12 +65,10 @@ def kept(key: Tensor, what: tuple[Any, ...], make: Callable[[], Any]) -> Any:
 
 
 def _may_be_kept(key: Tensor) -> bool:
-    if type(key) is not Tensor or key.is_inference() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(key):
+    if type(key) is not Tensor or key.is_inference() or key.is_meta or not is_plain():
         return False
     # In a graph the work has to be replayed: the mask may hold other values then.
-    return not (key.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not is_captured(key)
 
 
 # torch.cuda.current_stream makes an object of it, which takes most of what giving something kept does.

@@ -138,6 +138,15 @@ TABLE: tuple[KnownBad, ...] = (
         "https://github.com/NVIDIA/cudnn-frontend (one-query backward)",
     ),
     KnownBad(
+        "sdpa-bias-gradient",
+        ("native",),
+        "an error in the backward: SDPA's pick keeps no log-sum-exp for a mask's gradient, or cuDNN gives none",
+        "an additive mask that needs a gradient",
+        lambda s: "mask" in s.requires_grad,
+        "native_efficient or native_math through its own op (done by anyattn)",
+        "torch's kernel_backward.h (check_supported: lse_strideH); seen on an H200 with torch 2.11",
+    ),
+    KnownBad(
         "cudnn-dead-rows",
         ("native_cudnn",),
         "a row without a key is answered as if nothing were masked: SDPA forbids with -65504",

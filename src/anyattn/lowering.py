@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.alignment import realigned, starts_aligned
-from anyattn.backend import Output, Parts
+from anyattn.backend import Lowering, Output, Parts
 from anyattn.block_masks import written_out
 from anyattn.capabilities import Capabilities, needs_dense
 from anyattn.kept import kept
@@ -260,3 +260,12 @@ def mask_conversions(caps: Capabilities, spec: AttentionSpec) -> tuple[Conversio
         return ()
     text = f"{describe_mask(spec.mask)} given to the kernel as one dense mask"
     return (Conversion("dense_mask", text),)
+
+
+def is_copied_for(caps: Capabilities, spec: AttentionSpec, lowering: Lowering) -> bool:
+    """Whether query, key and value are copied before the backend gets them: it needs alignment and doesn't copy."""
+    return caps.aligned and not spec.storage.aligned and not lowering.copy
+
+
+ALIGNED = Conversion("copy", "query, key and value copied to 16-byte aligned storage")
+"""What `is_copied_for` has done."""

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from anyattn.errors import InvalidCallError
+from anyattn.tracing import has_values
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """`fn(b, h, q_idx, kv_idx)`: a boolean tensor, True = attend."""
@@ -140,9 +141,7 @@ class MaskFunction:
         return found
 
     def _may_keep(self, device: torch.device) -> bool:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return False
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.compiler.is_compiling() or not has_values(*self.captured):
             return False
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False  # in a graph the work has to be replayed: the tensors may hold other values then

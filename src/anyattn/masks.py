@@ -23,6 +23,7 @@ from anyattn.mask_functions import (
     same_or_earlier_frame,
 )
 from anyattn.spec import Align
+from anyattn.tracing import is_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +122,7 @@ class Mask:
         found = self._wide_key
         if found is None or found.data_ptr() != key.data_ptr():
             found = key[:, None, None, :]
-            if type(found) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
+            if type(found) is torch.Tensor and is_plain():
                 self._wide_key = found  # a view made while tracing must not be met outside
         return found
 
@@ -136,7 +137,8 @@ class Mask:
                 _tensor_signature(self.dense),
                 None if self.block is None else serial_of(self.block),
             )
-            self._signature = found
+            if is_plain():
+                self._signature = found  # sizes are tensors while torch.jit.trace runs
         return found
 
     def __and__(self, other: object) -> Mask:

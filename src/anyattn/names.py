@@ -16,7 +16,7 @@ class KnownBackend:
         name: Its one canonical name.
         family: The group of backends that share a kernel source.
         needs: What has to be installed, with the oldest version that serves.
-        install: The command that installs it; empty where it comes with torch.
+        install: The command that installs it; empty where it comes with torch. Errors and doctor take it from here.
         aliases: Other names, Diffusers' among them.
     """
 
@@ -82,8 +82,16 @@ KNOWN: tuple[KnownBackend, ...] = (
         "pip install 'amd-aiter>=0.1.5'",
         ("aiter_fa2",),
     ),
-    KnownBackend("xla", "xla", "torch_xla >= 2.5 and a TPU", "pip install 'torch_xla[tpu]'", ("_native_xla",)),
-    KnownBackend("npu", "npu", "torch_npu and an Ascend NPU", "pip install torch_npu", ("_native_npu",)),
+    KnownBackend(
+        "xla", "xla", "torch_xla >= 2.5 and a TPU", "pip install 'torch_xla[tpu,pallas]>=2.5'", ("_native_xla",)
+    ),
+    KnownBackend(
+        "npu",
+        "npu",
+        "torch_npu and an Ascend NPU",
+        "pip install torch_npu (of torch's own minor version)",
+        ("_native_npu",),
+    ),
     KnownBackend(
         "flash2_hub", "flash2", "kernels >= 0.12", _HUB, ("flash_hub", "flash_varlen_hub", "flash_attn_2_hub")
     ),

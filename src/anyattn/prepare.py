@@ -18,6 +18,7 @@ from anyattn.lowering import live_rows
 from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Block, Causal, Mask, is_key_mask
 from anyattn.spec import UNKNOWN, BlockSpec, MaskSpec
+from anyattn.tracing import has_values, is_plain
 
 
 class Known(NamedTuple):
@@ -200,8 +201,8 @@ def _look(tensor: Tensor, seqlen_kv: int) -> Known:
     seen = _not_all_true.get(name)
     if seen is not None and seen() is tensor:
         return NOTHING
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return NOTHING  # something traces or transforms operations, and values may not be had
+    if not has_values(tensor):
+        return NOTHING
     if tensor.dtype == torch.bool:
         all_true = bool(tensor.all())
     else:
@@ -216,6 +217,8 @@ def _prepared(tensor: Tensor, seqlen_kv: int) -> Known:
     entry = _seen.get(id(tensor))
     if entry is None or entry[0]() is not tensor or tensor.is_inference() or entry[1] != tensor._version:
         return NOTHING
+    if not is_plain():
+        return NOTHING  # a graph that is recorded may run with another mask in this one's place
     known = entry[2]
     if tensor.requires_grad:
         known = known._replace(all_true=False)  # asked for a gradient since: it must not be dropped
@@ -228,6 +231,9 @@ def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None
     This synchronises with the device. What is learnt (the mask allows everything; no row is without a key; the keys
     allowed are each entry's first, so that none has to be moved) belongs to the tensor, until it is written to in
     place; writes that torch does not count (through `.data`, or NumPy) must not be made after preparing.
+
+    Where there are no values to look at (while something is traced or transformed, on fake and meta tensors), nothing
+    is learnt.
 
     Args:
         attn_mask: What attention takes as attn_mask.
@@ -266,6 +272,8 @@ def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None
 
 
 def _learn(tensor: Tensor, seqlen_kv: int) -> Known:
+    if torch.compiler.is_compiling() or not has_values(tensor):
+        return NOTHING
     # All that is asked of the device comes in one answer: each is waited for.
     if tensor.dtype == torch.bool:
         gap = (tensor[..., 1:] & ~tensor[..., :-1]).any()

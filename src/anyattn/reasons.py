@@ -33,6 +33,7 @@ ReasonCode = Literal[
     "backward",
     "deterministic",
     "compile",
+    "cuda_graph",
     "memory",
     "precision",
     "known_bad",

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from anyattn import policy, registry
+from anyattn.alignment import realigned
 from anyattn.backend import Backend, Lowering, MaskedRunner, Output, Parts, Plan, Run, Runner
 from anyattn.capabilities import as_run
-from anyattn.checks import check_inputs, check_output
+from anyattn.checks import can_check, check_inputs, check_output
 from anyattn.decision import Decision
 from anyattn.environment import detect
 from anyattn.errors import AnyattnError, BackendUnavailableError, KernelError
 from anyattn.faults import broken_import, is_out_of_memory, loses_device
-from anyattn.lowering import apply_sinks, empty_attention
+from anyattn.lowering import apply_sinks, empty_attention, is_copied_for
 from anyattn.prepare import as_mask, parts_of
-from anyattn.reasons import Reason
+from anyattn.refusals import listed
 from anyattn.spec import AttentionSpec
 
 
@@ -32,9 +33,10 @@ class Entry:
         short: Whether `call` itself refuses mismatched dtypes and devices, follows autocast and gives gradients, so
             that a table key needn't hold those.
         short_masked: The same with a mask object: `short_masked(query, key, value, attn_mask)`.
+        in_graphs: Whether the call may be captured in a CUDA graph too; otherwise it is decided anew there.
     """
 
-    __slots__ = ("call", "call_masked", "decision", "short", "short_masked")
+    __slots__ = ("call", "call_masked", "decision", "in_graphs", "short", "short_masked")
 
     def __init__(
         self,
@@ -43,12 +45,14 @@ class Entry:
         decision: Decision,
         short: bool,
         short_masked: MaskedRunner | None = None,
+        in_graphs: bool = True,
     ) -> None:
         self.call = call
         self.call_masked = call_masked
         self.decision = decision
         self.short = short
         self.short_masked = short_masked
+        self.in_graphs = in_graphs
 
     @property
     def gives_gradients(self) -> bool:
@@ -56,11 +60,6 @@ class Entry:
         backend = registry.get(self.decision.chosen or "")
         caps = None if backend is None else backend.capabilities(self.decision.spec, detect())
         return caps is not None and caps.backward
-
-
-def listed(head: str, reasons: Sequence[Reason]) -> str:
-    """Write reasons under a headline, one a line."""
-    return "\n".join([head, *(f"  - {reason}" for reason in reasons)])
 
 
 _loaded: set[Backend] = set()
@@ -105,6 +104,8 @@ def make_plan(decision: Decision) -> tuple[Plan, Run]:
     run: Run = backend.run
     if caps is not None and caps.device_guard and spec.device_type == "cuda":
         run = _on_its_device(run)
+    if caps is not None and is_copied_for(caps, spec, lowering):
+        run = _with_aligned(run)
     if caps is not None and caps.unit_stride and spec.device_type == "cpu":
         # Strides aren't part of what a CPU call is decided by, so that they are seen to at each call.
         run = _with_unit_stride(run)
@@ -121,6 +122,13 @@ def _on_its_device(run: Run) -> Run:
             return run(plan, query, key, value, parts)
 
     return guarded
+
+
+def _with_aligned(run: Run) -> Run:
+    def copied(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        return run(plan, realigned(query), realigned(key), realigned(value), parts)
+
+    return copied
 
 
 def _with_unit_stride(run: Run) -> Run:
@@ -172,20 +180,34 @@ def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
         def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
             return bound_to(query, key, value, attn_mask)
 
-    short = bound is not None or bound_masked is not None
+    in_graphs = _goes_into_graphs(plan)
+    # The short table doesn't ask whether a graph is being captured.
+    short = in_graphs and (bound is not None or bound_masked is not None)
     if cast is not None:
         call, masked = _autocast(call, masked, cast, plan.spec.device_type)
         short = False
     if policy.checks_enabled():
         call, masked = _checked(masked, plan)
         short = False
-    return Entry(call, masked, decision, short, bound_masked)
+    return Entry(call, masked, decision, short, bound_masked, in_graphs)
+
+
+def _goes_into_graphs(plan: Plan) -> bool:
+    """Whether a plan may be captured in a CUDA graph."""
+    if plan.lowering.entry == "empty":
+        return True
+    backend = registry.get(plan.backend)
+    caps = None if backend is None else backend.capabilities(plan.spec, detect())
+    return caps is not None and caps.cuda_graph
 
 
 def _shortcuts(plan: Plan) -> tuple[Runner | None, MaskedRunner | None]:
     """Ask the backend for shorter ways, where they are its own: a subclass with another `run` doesn't inherit them."""
     backend = registry.get(plan.backend)
     if backend is None or plan.lowering.entry == "empty":
+        return None, None
+    caps = backend.capabilities(plan.spec, detect())
+    if caps is not None and is_copied_for(caps, plan.spec, plan.lowering):
         return None, None
     kind = type(backend)
 
@@ -232,6 +254,8 @@ def _checked(call_masked: Any, plan: Plan) -> tuple[Any, Any]:
 
     def checked(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, sinks: Tensor | None = None) -> Output:
         parts = _kept(plan.spec, parts_of(as_mask(mask), sinks))
+        if not can_check(query, key, value, parts.key, parts.dense, sinks):
+            return call_masked(query, key, value, mask, sinks)  # type: ignore[no-any-return]
         check_inputs(plan.spec, query, key, value, parts, value_max)
         result: Output = call_masked(query, key, value, mask, sinks)
         if first[0]:

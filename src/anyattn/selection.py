@@ -8,6 +8,7 @@ from anyattn.backend import Backend
 from anyattn.capabilities import as_run
 from anyattn.decision import Candidate, Decision, Preference
 from anyattn.environment import Environment
+from anyattn.lowering import ALIGNED, is_copied_for
 from anyattn.names import AUTO, BY_NAME
 from anyattn.reasons import Conversion, Reason
 from anyattn.registry import not_built
@@ -119,8 +120,10 @@ def resolve(
             kernel = "none: there is nothing to attend to"
         else:
             run_as = as_run(backend.capabilities(spec, env), spec)
-            lowering = backend.lower(run_as, env)
+            caps, lowering = backend.capabilities(run_as, env), backend.lower(run_as, env)
             kernel, conversions, origin = lowering.entry, lowering.conversions, backend.origin(env)
+            if caps is not None and is_copied_for(caps, run_as, lowering):
+                conversions = (*conversions, ALIGNED)
             if run_as is not spec:
                 text = "packed sequences padded to the longest, with key lengths for a mask, and packed again"
                 conversions = (Conversion("unpacked", text), *conversions)

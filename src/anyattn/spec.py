@@ -146,6 +146,7 @@ class AttentionSpec:
         same_lengths: Whether S_q == S_kv (known even where the lengths themselves are not).
         storage: How the tensors lie in memory.
         deterministic: Whether deterministic algorithms are asked for.
+        captured: Whether the call goes into a CUDA graph that is being captured.
         compiled: Whether the call is being traced by torch.compile or torch.export.
         packed: Whether sequences of several lengths stand one after the other, `(T, H, D)`; batch is how many there
             are, and the lengths are those of the longest.
@@ -176,6 +177,7 @@ class AttentionSpec:
     same_lengths: bool = True
     storage: Storage = Storage()
     deterministic: bool = False
+    captured: bool = False
     compiled: bool = False
     packed: bool = False
     packed_pattern: PatternSpec | None = None
@@ -220,6 +222,8 @@ class AttentionSpec:
             parts.append("sinks")
         if self.return_lse:
             parts.append("lse")
+        if self.captured:
+            parts.append("in a CUDA graph")
         if self.requires_grad:
             parts.append("grad of " + ", ".join(sorted(self.requires_grad)))
         return ", ".join(parts)

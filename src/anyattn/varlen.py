@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn import policy, registry
+from anyattn import packed_rows, policy, registry, tracing
 from anyattn.backend import Output, Parts, Plan, Run
 from anyattn.capabilities import Capabilities
-from anyattn.checks import check_magnitude, check_output
+from anyattn.checks import can_check, check_magnitude, check_output
 from anyattn.decision import Decision
 from anyattn.describe import Facts, MaskFacts, Options, build_spec
 from anyattn.dispatch import Backends, autocast_dtype, is_aligned, make_first, scope_of_call
@@ -62,7 +62,8 @@ def attention_varlen(
         key: `(T_k, H_kv, D)`, of query's dtype and device.
         value: `(T_k, H_kv, D_v)`, of query's dtype and device.
         cu_seqlens_q: int32 `(B + 1,)` on query's device: where each sequence's queries begin, from 0, and where the
-            last one's end. Sequences may be empty.
+            last one's end. Sequences may be empty. Tokens after the last one's end belong to none: their output is
+            zeros, their log-sum-exp that of a row without a key, and they get and give no gradients.
         cu_seqlens_k: The same of keys. Give the same tensor object where the lengths are the same: then both
             alignments are one.
         max_seqlen_q: The largest number of queries of a sequence, or more.
@@ -127,8 +128,10 @@ def _attend(
     _check(query, key, value, *lengths)
     if sinks is not None and not isinstance(sinks, Tensor):
         raise InvalidCallError(f"sinks must be a tensor (num_heads,); {type(sinks).__name__} was given.")
-    if policy.checks_enabled():
-        _check_finite(query, key, value)
+    checked = policy.checks_enabled() and can_check(query, key, value, sinks, *lengths[:2])
+    if checked:
+        ends = (int(lengths[0][-1]), int(lengths[1][-1]))
+        _check_finite(query[: ends[0]], key[: ends[1]], value[: ends[1]])
     scope = live_scope(_current())
     if backend is not None:
         scope = scope_of_call(scope, backend)
@@ -137,7 +140,7 @@ def _attend(
         query, key, value = (_cast(tensor, cast) for tensor in (query, key, value))
     while True:
         plan, run, decision, compared = _planned(scope, query, key, value, lengths, attn_mask, sinks, options)
-        caps = _declared(plan) if policy.checks_enabled() else None
+        caps = _declared(plan) if checked else None
         check_magnitude(value, None if caps is None else caps.value_max)
         try:
             with torch.autocast(query.device.type, enabled=False):
@@ -151,7 +154,7 @@ def _attend(
                 raise_kernel_error(error, decision)
             raise
         _record(scope, decision)
-        if policy.checks_enabled() and not compared:
+        if checked and not compared:
             _check_result(plan, decision.spec, query, key, value, lengths, sinks, result)
             compared.append(True)
         return result
@@ -237,7 +240,7 @@ def _check(query: object, key: object, value: object, cu_q: object, cu_k: object
         raise InvalidCallError(
             f"cu_seqlens_q and cu_seqlens_k need one length, batch + 1; given {len(cu_q)} and {len(cu_k)}."
         )
-    if query.is_cpu or policy.checks_enabled():
+    if query.is_cpu or (policy.checks_enabled() and can_check(cu_q, cu_k)):
         check_starts("q", cu_q.tolist(), max_q, query.shape[0])
         check_starts("k", cu_k.tolist(), max_k, key.shape[0])
 
@@ -311,6 +314,8 @@ def _planned(
     """Find the call in the scope's table, or decide it; the list is empty until its results were compared."""
     base = scope if scope.recorder is None else policy.scope_for(scope.settings)
     spec = describe_packed(query, key, value, lengths, attn_mask, sinks, options)
+    if tracing.is_captured(query):
+        spec = spec.replace(captured=True)
     table_key = ("varlen", spec)
     found: tuple[Plan, Run, Decision, list[bool]] | None = base.table.get(table_key)
     if found is None:
@@ -334,7 +339,8 @@ def _run(
     if plan.spec.packed:
         starts = cu_q.contiguous()
         other = starts if cu_k is cu_q else cu_k.contiguous()
-        return execute(run, plan, query, key, value, Parts(sinks=sinks, cu_seqlens_q=starts, cu_seqlens_k=other))
+        chosen = run if packed_rows.reads_lengths(plan) else packed_rows.with_zeros(run)
+        return execute(chosen, plan, query, key, value, Parts(sinks=sinks, cu_seqlens_q=starts, cu_seqlens_k=other))
     starts_q, starts_k = cu_q.long(), cu_k.long()
     lengths_k = starts_k.diff()
     parts = Parts(key=lengths_k, sinks=sinks)
@@ -347,11 +353,15 @@ def _run(
     result = execute(run, plan, padded[0], padded[1], padded[2], parts)
     tokens = torch.arange(query.shape[0], device=query.device)
     sequence = torch.searchsorted(starts_q, tokens, right=True) - 1
-    place = tokens - starts_q[sequence]
-    if not isinstance(result, tuple):
-        return result[sequence, place]
-    out, lse = result
-    return out[sequence, place], lse[sequence, :, place].t().contiguous()
+    # Tokens after the last sequence's end have no place: theirs is the first, and what they get zeros.
+    inside = tokens < starts_q[-1]
+    place = torch.where(inside, tokens - starts_q[sequence], 0)
+    sequence = sequence.clamp(max=len(starts_q) - 2)
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    packed = out[sequence, place]
+    found = packed if lse is None else (packed, lse[sequence, :, place].t())
+    done = packed_rows.chosen_rows(dataclasses.replace(plan, rescale=False), inside, found, sinks)
+    return done if not isinstance(done, tuple) else (done[0], done[1].contiguous())
 
 
 def _unpacked(tensor: Tensor, starts: Tensor, most: int) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 
 import anyattn
 from anyattn import known_bad, masks
+from anyattn.adapters.flash4 import Flash4
+from anyattn.capabilities import declared_reasons
 from anyattn.environment import Environment, preset
 from anyattn.spec import AttentionSpec, MaskSpec, PatternSpec, Storage
 from anyattn.testing import doubles
@@ -232,3 +234,38 @@ def test_gradients_of_masked_keys_are_zero_whatever_flash4_leaves_there() -> Non
     assert v.grad is not None
     assert not k.grad[~keep].any()
     assert not v.grad[~keep].any()
+
+
+@pytest.mark.parametrize(
+    ("machine", "dims", "changes", "taken"),
+    [
+        ("h100", (256, 256), {}, True),
+        ("h100", (256, 64), {}, True),
+        ("h100", (264, 264), {}, False),
+        ("b200", (128, 128), {}, True),
+        ("b200", (192, 128), {}, True),
+        ("b200", (128, 192), {}, False),
+        ("b200", (192, 192), {}, False),
+        ("b200", (256, 256), {}, True),
+        ("b200", (256, 256), {"softcap": 2.0}, False),
+        ("b200", (256, 256), {"sinks": True}, False),
+        ("b200", (256, 256), {"mask": MaskSpec(key="padding", prefix=True)}, False),
+    ],
+)
+def test_flash4_declares_the_head_dims_of_each_architecture(
+    machine: str, dims: tuple[int, int], changes: dict[str, object], taken: bool
+) -> None:
+    spec = _spec(head_dim=dims[0], head_dim_v=dims[1], **changes)
+    caps = Flash4.declarations["cuda"]
+    device = preset(machine).device("cuda")
+    declared = [reason for reason in declared_reasons(caps, spec, device) if reason.code == "head_dim"]
+    assert (not declared) is taken
+    found = Flash4().reasons(spec, _machine(machine, FLASH4))
+    assert ("head_dim" in {reason.code for reason in found}) is not taken
+    assert len(declared) <= 1
+
+
+def test_flash4s_largest_head_dim_is_the_largest_of_any_architecture() -> None:
+    caps = Flash4.declarations["cuda"]
+    pairs = [pair for dims in caps.head_dims for pair in (*dims.pairs, *dims.plain_pairs)]
+    assert caps.head_dim_max == max(*(dims.largest for dims in caps.head_dims), *(max(pair) for pair in pairs))

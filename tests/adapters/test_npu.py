@@ -40,7 +40,7 @@ def test_absent_package_is_refused_with_the_command_that_installs_it() -> None:
 
 
 def test_other_device_is_refused() -> None:
-    assert "device_type" in _codes(_spec(device_type="cuda"), preset("h100", packages={"torch-npu": "2.9.0"}))
+    assert "no_device" in _codes(_spec(device_type="cuda"), preset("h100", packages={"torch-npu": "2.9.0"}))
 
 
 BIAS = MaskSpec(dense=DenseSpec("bias", torch.bfloat16, (1, 1, 64, 64)))

@@ -46,6 +46,7 @@ class Doubles:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.kept_lse: list[bool] = []
 
     def _scaled_dot_product_cudnn_attention(
         self,
@@ -78,6 +79,7 @@ class Doubles:
         scale: float,
     ) -> tuple[Any, ...]:
         self.calls.append("efficient")
+        self.kept_lse.append(compute_log_sumexp)
         out, lse = base_2(query, key, value, bias, scale)
         # Rows are padded to a multiple of 32.
         padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
@@ -247,3 +249,14 @@ def test_flex_on_cuda_keeps_rows_of_the_lowest_bias(dtype: torch.dtype) -> None:
     assert len(set(found[2].tolist())) == 1
     assert int(found[6].argmax()) == 3
     assert bool(torch.isneginf(found[5]).all())
+
+
+@pytest.mark.parametrize("needs", [("mask",), ("query", "mask")])
+def test_efficient_keeps_the_log_sum_exp_that_a_biass_gradient_needs(doubles: Doubles, needs: tuple[str, ...]) -> None:
+    mask = masks.Bias(torch.randn(1, 1, 7, 24).to(torch.bfloat16).requires_grad_())
+    plan = Plan("native", spec_of(torch.bfloat16, mask, requires_grad=needs), Lowering("efficient", dense=True))
+    out = kernels.run(plan, *tensors(torch.bfloat16), parts_of(mask, None))
+    assert doubles.kept_lse == [True]
+    assert isinstance(out, Tensor)
+    assert mask.dense is not None
+    assert torch.autograd.grad(out.float().sum(), mask.dense)[0].shape == mask.dense.shape

@@ -256,3 +256,31 @@ def test_every_known_bad_row_is_documented_and_pure() -> None:
 def test_unknown_preset_says_which_exist() -> None:
     with pytest.raises(ValueError, match="h100"):
         preset("h1000")
+
+
+def biased(shape: tuple[int, int, int, int], needs: tuple[str, ...], dtype: torch.dtype, **sizes: Any) -> AttentionSpec:
+    return spec(mask=MaskSpec(dense=DenseSpec("bias", dtype, shape), dead_rows=True), requires_grad=needs, **sizes)
+
+
+@pytest.mark.parametrize("machine", ["h100", "b200", "a100", "rtx5090", "t4", "mi300"])
+@pytest.mark.parametrize("length", [100, 128, UNKNOWN])
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 4}, {"head_dim": 64}])
+def test_gradient_of_a_bias_is_never_left_to_sdpas_own_pick(machine: str, length: int, changes: dict[str, Any]) -> None:
+    # SDPA asks a fused kernel for no log-sum-exp where the mask alone needs a gradient, and cuDNN gives a mask none.
+    env = preset(machine, torch_version="2.11.0")
+    for shape in ((2, 16, length, length), (1, 1, length, length), (2, 1, 1, length)):
+        for needs in (("mask",), ("query", "mask")):
+            for dtype in (torch.bfloat16, torch.float32):
+                call = biased(shape, needs, dtype, seqlen_q=length, seqlen_kv=length, same_lengths=True, **changes)
+                decision = decide(call, env=env)
+                assert decision.kernel in ("efficient", "math"), (decision.kernel, call)
+                assert any(reason.code == "mask_grad" for reason in decision.reasons("native_cudnn"))
+
+
+def test_lse_beside_the_gradient_of_a_bias_comes_from_the_efficient_kernel() -> None:
+    assert decide(biased((1, 1, 1024, 1024), ("mask",), torch.bfloat16, return_lse=True)).kernel == "efficient"
+
+
+@pytest.mark.parametrize("needs", [("query",), ("key", "query", "value")])
+def test_bias_that_needs_no_gradient_is_left_to_sdpa(needs: tuple[str, ...]) -> None:
+    assert decide(biased((1, 16, 1024, 1024), needs, torch.bfloat16)).kernel in ("sdpa", "sdpa_additive")

@@ -156,7 +156,7 @@ def test_nothing_to_see_gives_zeros_and_keeps_the_graph(tokens: tuple[int, int])
         ({"cu_seqlens_q": torch.tensor([0, 3, 7])}, "int32"),
         ({"cu_seqlens_q": torch.tensor([1, 3, 7], dtype=torch.int32)}, "begin with 0"),
         ({"cu_seqlens_k": torch.tensor([0, 8, 7], dtype=torch.int32)}, "never decrease"),
-        ({"cu_seqlens_k": torch.tensor([0, 3, 6], dtype=torch.int32)}, "number of tokens, 7"),
+        ({"cu_seqlens_k": torch.tensor([0, 3, 8], dtype=torch.int32)}, "number of tokens, 7"),
         ({"cu_seqlens_k": torch.tensor([0, 3, 5, 7], dtype=torch.int32)}, "one length"),
         ({"cu_seqlens_q": torch.tensor([[0, 7]], dtype=torch.int32)}, "int32 tensor"),
         ({"max_seqlen_q": 3}, "a sequence has 4"),

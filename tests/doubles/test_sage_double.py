@@ -53,13 +53,13 @@ def test_signatures_are_upstreams(name: str, parameters: str) -> None:
 
 @dense
 def test_unknown_keywords_are_swallowed(function: Callable[..., Any]) -> None:
-    q, k, v = _qkv(5, 5)
+    q, k, v = _qkv(5, 65)
     assert torch.equal(function(q, k, v, scale=9.0, dropout_p=0.5, window_size=(1, 0)), function(q, k, v))
 
 
 @dense
 def test_layouts_are_heads_first_and_sequence_first(function: Callable[..., Any]) -> None:
-    q, k, v = _qkv(5, 7)
+    q, k, v = _qkv(5, 67)
     out, lse = function(q, k, v, return_lse=True)
     other, other_lse = function(*(t.transpose(1, 2) for t in (q, k, v)), tensor_layout="NHD", return_lse=True)
     assert torch.equal(out, other.transpose(1, 2))
@@ -70,7 +70,7 @@ def test_layouts_are_heads_first_and_sequence_first(function: Callable[..., Any]
 
 @dense
 def test_lse_is_natural_and_float32_and_scale_is_the_roots(function: Callable[..., Any]) -> None:
-    q, k, v = _qkv(3, 4)
+    q, k, v = _qkv(3, 64)
     out, lse = function(q, k, v, return_lse=True)
     scores = q.double() @ k.double().transpose(-1, -2) / 4
     assert torch.allclose(lse.double(), scores.exp().sum(-1).log(), atol=1e-6)
@@ -81,10 +81,10 @@ def test_lse_is_natural_and_float32_and_scale_is_the_roots(function: Callable[..
 @pytest.mark.parametrize("name", CUDA)
 def test_causal_is_aligned_to_the_upper_left(name: str) -> None:
     function = sage.FUNCTIONS[name]
-    q, k, v = _qkv(1, 5)
+    q, k, v = _qkv(1, 65)
     assert torch.equal(function(q, k, v, is_causal=True), v[:, :, :1]), "one query sees the first key alone"
-    q, k, v = _qkv(5, 2)
-    assert torch.equal(function(q, k, v, is_causal=True)[:, :, 2:], function(q, k, v)[:, :, 2:])
+    q, k, v = _qkv(80, 66)
+    assert torch.equal(function(q, k, v, is_causal=True)[:, :, 66:], function(q, k, v)[:, :, 66:])
 
 
 def test_triton_kernel_wants_as_many_queries_as_keys_for_causal() -> None:
@@ -94,20 +94,20 @@ def test_triton_kernel_wants_as_many_queries_as_keys_for_causal() -> None:
 
 @dense
 def test_output_is_detached_without_a_word(function: Callable[..., Any]) -> None:
-    q, k, v = (t.requires_grad_() for t in _qkv(3, 4))
+    q, k, v = (t.requires_grad_() for t in _qkv(3, 64))
     assert not function(q, k, v).requires_grad
 
 
 @dense
 def test_query_heads_share_consecutively_without_a_flag(function: Callable[..., Any]) -> None:
-    q, k, v = _qkv(3, 4, heads=4, kv_heads=2)
+    q, k, v = _qkv(3, 64, heads=4, kv_heads=2)
     assert torch.equal(function(q, k, v), function(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
 
 
 @dense
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 def test_scale_that_is_not_positive_is_wrong_and_not_nan(function: Callable[..., Any], scale: float) -> None:
-    q, k, v = _qkv(3, 4)
+    q, k, v = _qkv(3, 64)
     right = (torch.softmax(q.double() @ k.double().transpose(-1, -2) * scale, -1) @ v.double()).bfloat16()
     out = function(q, k, v, sm_scale=scale)
     assert out.isfinite().all()
@@ -116,7 +116,7 @@ def test_scale_that_is_not_positive_is_wrong_and_not_nan(function: Callable[...,
 
 @pytest.mark.parametrize(("name", "overflows"), [(name, "fp16" in name) for name in DENSE])
 def test_bf16_values_overflow_where_value_goes_through_fp16(name: str, overflows: bool) -> None:
-    q, k, v = _qkv(3, 4)
+    q, k, v = _qkv(3, 64)
     out = sage.FUNCTIONS[name](q, k, torch.full_like(v, 70000.0))
     assert bool(out.isinf().all() | out.isnan().all()) == overflows
 
@@ -142,7 +142,7 @@ def test_what_ends_the_process_raises(
 
 @dense
 def test_assertions_are_upstreams(function: Callable[..., Any]) -> None:
-    q, k, v = _qkv(3, 4)
+    q, k, v = _qkv(3, 64)
     with pytest.raises(AssertionError, match="dtype"):
         function(q.float(), k.float(), v.float())
     with pytest.raises(AssertionError, match="same dtype"):
@@ -153,7 +153,7 @@ def test_assertions_are_upstreams(function: Callable[..., Any]) -> None:
 
 
 def test_accumulators_are_upstreams() -> None:
-    q, k, v = _qkv(3, 4)
+    q, k, v = _qkv(3, 64)
     with pytest.raises(NotImplementedError, match="sm90"):
         sage.sageattn_qk_int8_pv_fp8_cuda_sm90(q, k, v, pv_accum_dtype="fp32")
     with pytest.raises(ValueError, match="pv_accum_dtype"):
@@ -229,3 +229,21 @@ def test_packed_sequences_longer_than_said_are_left_unwritten() -> None:
     assert sage.sageattn_varlen(*tensors, cu_q, cu_k, 200, 60).isnan().all()
     with pytest.raises(AssertionError, match="contiguous"):
         sage.sageattn_varlen(*tensors, torch.stack((cu_q, cu_q), 1)[:, 0], cu_k, 200, 100)
+
+
+def test_first_tile_of_keys_holds_what_nobody_wrote_in_the_fp16_kernel() -> None:
+    function = sage.sageattn_qk_int8_pv_fp16_cuda
+    for keys, right in ((1, False), (40, False), (63, False), (64, True), (65, True), (129, True)):
+        out, lse = function(*_qkv(3, keys), return_lse=True)
+        assert bool(out.isfinite().all()) == right, keys
+        assert lse.isfinite().all()
+
+
+def test_tritons_causal_kernel_reads_a_scale_that_nobody_wrote() -> None:
+    function = sage.sageattn_qk_int8_pv_fp16_triton
+    for length, first_wrong in ((7, 0), (64, 0), (65, 65), (128, 128), (129, 128), (192, 128), (193, 193)):
+        out = function(*_qkv(length, length, heads=4), is_causal=True)
+        wrong = out.isnan().any(-1)
+        assert wrong[-1, -2:, first_wrong:].all(), "the last entry's last key head, in the last tile of rows"
+        assert int(wrong.sum()) == 2 * (length - first_wrong)
+        assert function(*_qkv(length, length)).isfinite().all(), "without a pattern it reads no such scale"

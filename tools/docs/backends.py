@@ -108,6 +108,8 @@ def _dtypes(row: Row) -> str:
 def _dims(row: Row) -> str:
     caps = row.caps
     limit = "any" if caps.head_dim_max >= 1 << 16 else f"<= {caps.head_dim_max}"
+    if caps.head_dims:
+        limit = "; ".join(f"sm{dims.major}x: {dims}" for dims in caps.head_dims)
     step = "" if caps.head_dim_multiple == 1 else f", multiples of {caps.head_dim_multiple}"
     return limit + step + (", D_v free" if caps.head_dim_v else "")
 

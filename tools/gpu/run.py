@@ -28,6 +28,8 @@ SLOWEST_FIRST = (
     "liveness",
     "halves",
     "dead_rows",
+    "unwritten_memory",
+    "packed_tails",
     "strides",
     "permutation",
     "unchanged",

@@ -6,7 +6,9 @@ still answers afterwards. `python tools/gpu/traps.py BACKEND DEVICE NAME...` pri
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 import anyattn
 from anyattn import masks, reference, tolerance
 from anyattn.testing.quantised import format_of
+from anyattn.testing.unwritten import fill_free_memory
 
 Call = dict[str, Any]
 
@@ -76,6 +79,43 @@ def _gradients(device: str) -> Call:
     return call | {"attn_mask": torch.rand(2, 1, 192, 256, device=device) > 0.3}
 
 
+def _bias_gradient(device: str, shape: tuple[int, ...], *, frozen: bool = False, dtype: Any = torch.bfloat16) -> Call:
+    """A bias that needs a gradient, whose shape's last number is S_kv; `frozen` has it need one alone."""
+    call = _tensors(device, seqlen_q=128, seqlen_kv=shape[-1])
+    if not frozen:
+        for name in ("query", "key", "value"):
+            call[name].requires_grad_()
+    return call | {"attn_mask": torch.randn(shape, device=device, dtype=dtype).requires_grad_()}
+
+
+def _bias_gradients() -> dict[str, Callable[[str], Call]]:
+    found: dict[str, Callable[[str], Call]] = {}
+    for keys in (100, 128, 130, 192, 256):
+        for shape in ((2, 4, 128, keys), (1, 4, 128, keys), (2, 1, 128, keys), (2, 1, 1, keys), (128, keys)):
+            said = f"gradient of a bias {shape}"
+            found[said] = lambda d, shape=shape: _bias_gradient(d, shape)  # type: ignore[misc]
+            found[f"{said} alone"] = lambda d, shape=shape: _bias_gradient(d, shape, frozen=True)  # type: ignore[misc]
+    found["gradient of a float32 bias"] = lambda d: _bias_gradient(d, (2, 4, 128, 128), dtype=torch.float32)
+    return found
+
+
+def _huge_row(device: str, low: float, dtype: torch.dtype, *, half: torch.dtype = torch.bfloat16) -> Call:
+    """Rows whose every bias is huge, one of them alone and one but for three keys."""
+    call = _tensors(device)
+    bias = torch.randn(192, 256, device=device, dtype=dtype)
+    bias[5], bias[6, 3:] = low, low
+    return {name: tensor.to(half) for name, tensor in call.items()} | {"attn_mask": bias}
+
+
+def _added_masks(device: str, dtype: torch.dtype) -> Call:
+    """Causal and padding masks of finfo.min, added to each other: -inf where both forbid."""
+    low = torch.finfo(dtype).min
+    causal = torch.full((192, 192), low, device=device, dtype=torch.float64).triu(1).to(dtype)
+    padding = torch.zeros(2, 1, 1, 192, device=device, dtype=dtype)
+    padding[0, ..., :30] = low
+    return _tensors(device, seqlen_kv=192) | {"attn_mask": causal + padding}
+
+
 def _block_of_one_head(device: str) -> Call:
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -115,6 +155,57 @@ def _sweep() -> dict[str, Callable[[str], Call]]:
     return found
 
 
+def _beside_unwritten(device: str, sizes: tuple[int, ...], dtype: torch.dtype, **options: Any) -> Call:
+    """Make a call of B, S_q, S_kv, H, H_kv and D beside free memory, and shared memory, that holds NaN."""
+    batch, seqlen_q, seqlen_kv, heads, kv_heads, dim = sizes
+    call: Call = {"enable_gqa": heads != kv_heads, "return_lse": True} | options
+    for name, length, count in (
+        ("query", seqlen_q, heads),
+        ("key", seqlen_kv, kv_heads),
+        ("value", seqlen_kv, kv_heads),
+    ):
+        call[name] = torch.randn(batch, length, count, dim, device=device, dtype=dtype)
+    fill_free_memory(torch.device(device), [call[name].nbytes for name in ("query", "key", "value")])
+    return call
+
+
+def _unwritten() -> dict[str, Callable[[str], Call]]:
+    """Give calls whose lengths are off a kernel's tile, or whose head_dim is padded, where free memory holds NaN."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    found: dict[str, Callable[[str], Call]] = {}
+    for sizes, kind, causal in (
+        ((2, 33, 40, 1, 1, 96), "bf16", False),
+        ((3, 33, 129, 4, 4, 128), "bf16", True),
+        ((2, 7, 40, 1, 1, 40), "fp16", True),
+        ((2, 1, 1, 2, 2, 64), "fp16", False),
+        ((2, 63, 63, 4, 2, 64), "bf16", True),
+        ((2, 129, 129, 4, 4, 128), "bf16", True),
+        ((2, 193, 193, 4, 1, 80), "fp16", True),
+        ((2, 129, 33, 4, 4, 64), "bf16", True),
+        ((1, 127, 65, 2, 2, 96), "fp16", False),
+    ):
+        name = f"unwritten memory, {kind} {sizes}{', causal' if causal else ''}"
+        found[name] = lambda d, s=sizes, k=kind, c=causal: _beside_unwritten(d, s, half[k], is_causal=c)  # type: ignore[misc]
+    return found
+
+
+def _packed_tail(device: str, same: bool = True, grad: bool = False, **options: Any) -> Call:
+    """Make a packed call that holds tokens, NaN, after the last sequence, and an empty sequence."""
+    lengths_q = (200, 0, 129, 300, 315)
+    lengths_k = lengths_q if same else (64, 30, 200, 0, 129)
+    starts_q, starts_k = (
+        torch.tensor((0, *lengths), device=device).cumsum(0).int() for lengths in (lengths_q, lengths_k)
+    )
+    call: Call = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_q if same else starts_k}
+    call |= {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k)} | options
+    for name, lengths in (("query", lengths_q), ("key", lengths_k), ("value", lengths_k)):
+        tensor = torch.randn(sum(lengths) + 2, 4, 64, device=device, dtype=torch.bfloat16)
+        tensor[sum(lengths) :] = torch.nan
+        call[name] = tensor.requires_grad_(grad)
+    fill_free_memory(torch.device(device), [call["query"].nbytes] * 2)
+    return call
+
+
 TRAPS: dict[str, Callable[[str], Call]] = {
     "scale of zero": lambda d: _tensors(d) | {"scale": 0.0},
     "negative scale": lambda d: _tensors(d) | {"scale": -0.1},
@@ -138,16 +229,68 @@ TRAPS: dict[str, Callable[[str], Call]] = {
     "window": lambda d: _tensors(d) | {"window": (17, 5)},
     "gradients, mask, S % 128 == 64": _gradients,
     "block mask made for one head": _block_of_one_head,
+    "row of float32 finfo.min": lambda d: _huge_row(d, torch.finfo(torch.float32).min, torch.float32),
+    "row of float32 finfo.min, fp16": lambda d: _huge_row(
+        d, torch.finfo(torch.float32).min, torch.float32, half=torch.float16
+    ),
+    "row of -1e9": lambda d: _huge_row(d, -1e9, torch.float32),
+    "row of -1e9, fp16": lambda d: _huge_row(d, -1e9, torch.float32, half=torch.float16),
+    "row of -1e30": lambda d: _huge_row(d, -1e30, torch.bfloat16),
+    "row of float32 finfo.min, log-sum-exp": lambda d: (
+        _huge_row(d, torch.finfo(torch.float32).min, torch.float32) | {"return_lse": True}
+    ),
+    "added masks of finfo.min": lambda d: _added_masks(d, torch.bfloat16),
+    "added masks of float32 finfo.min": lambda d: _added_masks(d, torch.float32),
+    **_bias_gradients(),
+    "captured": lambda d: _tensors(d) | {"captured": True},
+    "captured, value checks on": lambda d: _tensors(d) | {"captured": True, "checked": True},
+    "captured, mask": lambda d: _tensors(d) | {"captured": True, "attn_mask": torch.rand(192, 256, device=d) > 0.3},
     "log-sum-exp": lambda d: _tensors(d) | {"return_lse": True},
     "log-sum-exp of rows without a key": lambda d: _dead_rows(d) | {"return_lse": True},
     **_sweep(),
+    **_unwritten(),
+    "packed tokens after the last sequence": _packed_tail,
+    "packed tokens after the last sequence, causal": lambda d: _packed_tail(d, is_causal=True),
+    "packed tokens after the last sequence, lengths differ": lambda d: _packed_tail(d, same=False),
+    "packed tokens after the last sequence, gradients": lambda d: _packed_tail(d, grad=True),
+    "packed tokens after the last sequence, gradients, lengths differ": lambda d: _packed_tail(d, False, grad=True),
 }
+
+
+def _captured(call: Call, backend: str, *, checked: bool) -> Any:
+    """Make a call twice on a side stream, capture it in a CUDA graph, and give what a replay gives."""
+    if checked:
+        os.environ["ANYATTN_CHECKS"] = "1"
+        anyattn.reset()
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                anyattn.attention(**call, backend=backend)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = anyattn.attention(**call, backend=backend)
+        graph.replay()
+        torch.cuda.synchronize()
+        return result
+    finally:
+        if checked:
+            del os.environ["ANYATTN_CHECKS"]
+            anyattn.reset()
 
 
 def judge(call: Call, backend: str) -> dict[str, Any]:
     """Run one call and compare it with the reference, gradients included where inputs need them."""
+    if "cu_seqlens_q" in call:
+        return _judge_packed(call, backend)
+    captured, checked = call.pop("captured", False), call.pop("checked", False)
     try:
-        result = anyattn.attention(**call, backend=backend)
+        if captured:
+            result = _captured(call, backend, checked=checked)
+        else:
+            result = anyattn.attention(**call, backend=backend)
     except (anyattn.UnsupportedCallError, anyattn.BackendUnavailableError) as error:
         return {"outcome": "refused", "why": str(error)}
     out, lse = result if isinstance(result, tuple) else (result, None)
@@ -165,18 +308,52 @@ def judge(call: Call, backend: str) -> dict[str, Any]:
             allowed = tolerance.quantised_budget(true_lse, over=(2,), is_lse=True)
             worst = max(worst, tolerance.norm_excess(lse, true_lse, allowed, over=(2,)))
         return {"outcome": "right" if worst <= 1 else "WRONG", "error_over_budget": worst}
-    plain, plain_lse = reference.attention(*arguments, scale=call.get("scale"), dtype=torch.bfloat16)
-    worst = tolerance.excess(out, truth, tolerance.budget(truth, plain, torch.bfloat16, over=(1, 3)))
+    dtype = inputs[0].dtype
+    plain, plain_lse = reference.attention(*arguments, scale=call.get("scale"), dtype=dtype)
+    worst = tolerance.excess(out, truth, tolerance.budget(truth, plain, dtype, over=(1, 3)))
     if lse is not None:
-        allowed = tolerance.budget(true_lse, plain_lse, torch.bfloat16, over=(2,))
+        allowed = tolerance.budget(true_lse, plain_lse, dtype, over=(2,))
         worst = max(worst, tolerance.excess(lse, true_lse, allowed))
-    if inputs[0].requires_grad:
+    needing = [tensor for tensor in (*inputs, call.get("attn_mask")) if getattr(tensor, "requires_grad", False)]
+    if needing:
         weight = torch.randn_like(out)
-        grads = [torch.autograd.grad((o * weight).sum(), inputs) for o in (out, truth, plain)]
+        grads = [torch.autograd.grad((o * weight).sum(), needing) for o in (out, truth, plain)]
         for found, true, rough in zip(*grads, strict=True):
-            allowed = tolerance.budget(true.double(), rough, torch.bfloat16, over=(1, 3))
+            over = (1, 3) if found.dim() == 4 and found.shape[-1] == inputs[0].shape[-1] else (-1,)
+            allowed = tolerance.budget(true.double(), rough, dtype, over=over)
             worst = max(worst, tolerance.excess(found, true.double(), allowed))
     return {"outcome": "right" if worst <= 1 else "WRONG", "error_over_budget": worst}
+
+
+def _judge_packed(call: Call, backend: str) -> dict[str, Any]:
+    """Compare each packed sequence with the reference of it alone, and what comes after them with zeros."""
+    inputs = [call[name] for name in ("query", "key", "value")]
+    try:
+        out = anyattn.attention_varlen(**call, backend=backend)
+    except (anyattn.UnsupportedCallError, anyattn.BackendUnavailableError) as error:
+        return {"outcome": "refused", "why": str(error)}
+    starts = [call[name].tolist() for name in ("cu_seqlens_q", "cu_seqlens_k")]
+    mask = masks.Causal() if call.get("is_causal") else None
+    pieces = []
+    for rows, keys in zip(*(itertools.pairwise(ends) for ends in starts), strict=True):
+        spans = (slice(*rows), slice(*keys), slice(*keys))
+        pieces.append(reference.attention(*(t[None, span] for t, span in zip(inputs, spans, strict=True)), mask)[0][0])
+    truth = torch.cat(pieces)
+    end = len(truth)
+    pairs = [(out[:end], truth)]
+    left = [out[end:]]
+    if inputs[0].requires_grad:
+        flow = torch.randn_like(out)
+        fill_free_memory(out.device, [tensor.nbytes for tensor in inputs] * 2)
+        found = torch.autograd.grad(out, inputs, flow)
+        true = torch.autograd.grad(truth, inputs, flow[:end].to(truth.dtype))
+        for one, other, last in zip(found, true, (starts[0][-1], starts[1][-1], starts[1][-1]), strict=True):
+            pairs.append((one[:last], other[:last]))
+            left.append(one[last:])
+    worst = max(float(((one.double() - other).norm() / other.double().norm()).detach()) for one, other in pairs)
+    zeros = not any(bool((rest != 0).any()) for rest in left)
+    allowed = tolerance.QUANTISED if format_of(backend) else 1e-2
+    return {"outcome": "right" if worst < allowed and zeros else "WRONG", "relative_error": worst, "zeros": zeros}
 
 
 def main() -> None:

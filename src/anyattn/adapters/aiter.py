@@ -20,18 +20,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from anyattn import flash_like, hub_kernels
+from anyattn import flash_like, hub_kernels, packed_rows
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities, kernel_pattern
 from anyattn.environment import Environment
 from anyattn.flash_like import KernelCall
 from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package
+from anyattn.names import BY_NAME
 from anyattn.patterns import KernelPattern, trimmed
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import UNKNOWN, AttentionSpec
 
-_INSTALL = "pip install 'amd-aiter>=0.1.5'"
+_INSTALL = BY_NAME["aiter"].install
 _MODULE = "aiter.ops.mha"
 _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 
@@ -212,8 +213,7 @@ def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
         return (result[0], result[1]) if with_lse else (result, None)
     # What it writes for an entry without keys isn't known, in its backward neither: chosen, not trusted.
     assert call.cu_seqlens_q is not None
-    alive = call.cu_seqlens_kv.diff() > 0
-    alive = alive.repeat_interleave(call.cu_seqlens_q.diff(), output_size=call.query.shape[0])
+    alive = packed_rows.used(call.cu_seqlens_q, call.cu_seqlens_kv, call.query.shape[0])
     result = functions.flash_attn_varlen_func(
         torch.where(alive[:, None, None], call.query, 0),
         call.key,

@@ -20,6 +20,7 @@ from anyattn.environment import Environment
 from anyattn.flash_like import KernelCall
 from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
+from anyattn.names import BY_NAME
 from anyattn.patterns import KernelPattern
 from anyattn.reasons import Reason
 from anyattn.spec import AttentionSpec
@@ -30,7 +31,7 @@ PACKAGES = (
         "flash_attn",
         ("flash_attn_func", "flash_attn_varlen_func"),
         ">=2.6.3,<3",
-        "pip install 'flash-attn>=2.6.3,<3' --no-build-isolation",
+        BY_NAME["flash2"].install,
         note="flash-attn-4 alone leaves a namespace flash_attn without these functions",
     ),
 )
@@ -84,8 +85,6 @@ class Flash2(Backend):
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         if spec.scale <= 0:
             return  # refused by the declaration; nothing more to say
-        if spec.dropout_p == 1:
-            yield Reason("dropout", "dropout_p < 1", "1.0", "native_math drops everything")
         if spec.softcap is not None and spec.dropout_p:
             yield Reason("softcap", "softcap without dropout", f"dropout_p {spec.dropout_p}")
         version = self.kernel_version(env)

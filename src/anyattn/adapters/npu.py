@@ -31,6 +31,7 @@ from anyattn.dense_like import KernelCall
 from anyattn.environment import Environment
 from anyattn.host_lengths import Sequences
 from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
+from anyattn.names import BY_NAME
 from anyattn.reasons import Reason
 from anyattn.spec import AttentionSpec
 
@@ -39,7 +40,7 @@ PACKAGES = (
         "torch-npu",
         "torch_npu",
         ("npu_fusion_attention",),
-        install="pip install torch_npu (of torch's own minor version)",
+        install=BY_NAME["npu"].install,
     ),
 )
 
@@ -51,6 +52,7 @@ _NPU = Capabilities(
     boolean=True,
     dead_rows=True,
     gqa=True,
+    # Not of everything: keep_prob is in (0, 1].
     dropout=True,
     lse=True,
     backward=True,
@@ -97,8 +99,6 @@ class Npu(Backend):
             size = getattr(spec, name)
             if size > most:
                 yield Reason("size", f"{name} <= {most}", str(size), "split the call")
-        if spec.dropout_p == 1:
-            yield Reason("dropout", "dropout_p < 1 (keep_prob is in (0, 1])", "1.0", "the result is zeros")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         lowering = dense_like.lower("npu_fusion_attention", self.declarations[spec.device_type], spec)

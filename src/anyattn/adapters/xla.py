@@ -28,6 +28,7 @@ from anyattn.dense_like import KernelCall
 from anyattn.environment import Environment
 from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
 from anyattn.lowering import pattern_mask, repeat_heads
+from anyattn.names import BY_NAME
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec, PatternSpec
 
@@ -37,7 +38,7 @@ PACKAGES = (
         "torch_xla.experimental.custom_kernel",
         ("flash_attention",),
         ">=2.5",
-        "pip install 'torch_xla[tpu,pallas]>=2.5'",
+        BY_NAME["xla"].install,
         note="`ab` came with 2.5, `sm_scale` with 2.4",
     ),
 )

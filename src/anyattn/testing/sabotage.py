@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn import policy, registry
+from anyattn import policy, reference, registry
 from anyattn.adapters.flex import Flex
 from anyattn.adapters.native import NativeFlash, NativeMath
 from anyattn.adapters.native import kernels as native
-from anyattn.backend import Backend, Output, Parts, Plan, Run
+from anyattn.backend import Backend, Lowering, Output, Parts, Plan, Run
 from anyattn.environment import Environment
 from anyattn.mask_functions import MaskFunction
-from anyattn.reasons import Reason
+from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec
 from anyattn.testing.cases import Case
 from anyattn.testing.quantised import as_int8
@@ -204,6 +205,40 @@ def _unscaled_dropout(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, par
     return _mapped(run(plan, q, k, v, parts), lambda out: out * keep if plan.spec.dropout_p else out)
 
 
+def _reads_on(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    # As a kernel that loads whole tiles of values: what lies behind the last one, times a weight of zero.
+    last = v.storage_offset() + sum((size - 1) * stride for size, stride in zip(v.shape, v.stride(), strict=True))
+    count = v.untyped_storage().nbytes() // v.element_size() - last - 1
+    behind = v.detach().as_strided((max(0, min(count, 64)),), (1,), last + 1)
+    return _mapped(run(plan, q, k, v, parts), lambda out: out + 0 * behind.sum().to(out.dtype))
+
+
+def _partly_written(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    def some_rows(out: Tensor) -> Tensor:
+        written = torch.empty_like(out)
+        return torch.cat((out[:, :-1], written[:, -1:]), 1)
+
+    return _mapped(run(plan, q, k, v, parts), some_rows)
+
+
+class _LastRowLeft(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        written = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        written[:, :-1] = grad[:, :-1]
+        return written
+
+
+def _gradient_partly_written(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
+    if k.requires_grad:
+        k = _LastRowLeft.apply(k)  # type: ignore[no-untyped-call]
+    return run(plan, q, k, v, parts)
+
+
 def _no_lse(run: Run, plan: Plan, q: Tensor, k: Tensor, v: Tensor, parts: Parts) -> Output:
     result = run(plan, q, k, v, parts)
     return result if plan.spec.sinks else _first(result)
@@ -290,6 +325,34 @@ class Coarse(NativeFlash):
         return result[0], result[1] + (lost.transpose(1, 2) if axis == 1 else lost)
 
 
+class Overflowing(NativeMath):
+    """Takes packed sequences as they are, and says that it deals with their lengths; what is left over is NaN."""
+
+    name = NAME
+    declarations = {"cpu": NativeMath.declarations["cpu"].replace(varlen=True, causal=frozenset(), window=frozenset())}
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        """Say that lengths are read, so that no one else looks after what they leave over."""
+        plain = super().lower(spec.replace(packed=False), env)
+        read = Conversion("host_lengths", "read, and forgotten")
+        return dataclasses.replace(plain, conversions=(*plain.conversions, read)) if spec.packed else plain
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        """Attend to each packed sequence, and leave NaN after the last one."""
+        starts_q, starts_k = parts.cu_seqlens_q, parts.cu_seqlens_k
+        if starts_q is None or starts_k is None:
+            return native.run(plan, query, key, value, parts)
+        out = query.new_full((*query.shape[:2], value.shape[-1]), torch.nan)
+        ends = zip(*(itertools.pairwise(starts.tolist()) for starts in (starts_q, starts_k)), strict=True)
+        for rows, keys in ends:
+            part = slice(*rows)
+            q, k, v = query[None, part], key[None, slice(*keys)], value[None, slice(*keys)]
+            found = reference.attention(q, k, v, scale=plan.spec.scale)[0]
+            out = torch.cat((out[: rows[0]], found[0].to(out.dtype), out[rows[1] :]))
+        return out
+
+
 @dataclass(frozen=True)
 class Sabotage:
     """A wrong backend, and the law that must catch it.
@@ -352,6 +415,11 @@ SABOTAGED: Mapping[str, Sabotage] = {
     "quantised, and mixes batch entries": Sabotage("permutation", _of(Coarse, _first_batch)),
     "quantised, and ignores strides": Sabotage("strides", _of(Coarse, _ignores_strides)),
     "quantised halves that don't merge": Sabotage("halves", _of(Coarse, _lse_base_2)),
+    "reads behind the last value": Sabotage("unwritten_memory", _of(NativeMath, _reads_on)),
+    "leaves a row of its output unwritten": Sabotage("unwritten_memory", _of(NativeMath, _partly_written)),
+    "leaves a row of a gradient unwritten": Sabotage("unwritten_memory", _of(NativeMath, _gradient_partly_written)),
+    "quantised, and reads behind the last value": Sabotage("unwritten_memory", _of(Coarse, _reads_on)),
+    "writes after the last packed token": Sabotage("packed_tails", Overflowing),
     "drops nothing": Sabotage("dropout", _of(NativeMath, _no_dropout)),
     "drops half as often": Sabotage("dropout", _of(NativeMath, _half_dropout)),
     "doesn't rescale": Sabotage("dropout", _of(NativeMath, _unscaled_dropout)),

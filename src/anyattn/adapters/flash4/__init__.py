@@ -25,8 +25,10 @@ from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities
 from anyattn.environment import Arch, Environment
 from anyattn.flash_like import KernelCall
+from anyattn.head_dims import HeadDims
 from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package, package_reasons
+from anyattn.names import BY_NAME
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec
 
@@ -35,7 +37,7 @@ PACKAGES = (
         "flash-attn-4",
         "flash_attn.cute",
         ("flash_attn_func", "flash_attn_varlen_func"),
-        install="pip install --pre flash-attn-4",
+        install=BY_NAME["flash4"].install,
         note="flash-attn 2.8.0 to 2.8.3.post1 bring an old flash_attn.cute that shadows it",
     ),
 )
@@ -43,7 +45,14 @@ PACKAGES = (
 _CUDA = Capabilities(
     dtypes=frozenset((torch.float16, torch.bfloat16)),
     arch_min=(9, 0),
-    head_dim_max=512,
+    head_dim_max=256,
+    # `_validate_head_dims`.
+    head_dims=(
+        HeadDims(9, 256),
+        HeadDims(10, 128, pairs=((192, 128),), plain_pairs=((256, 256),)),
+        HeadDims(11, 128, pairs=((192, 128),), plain_pairs=((256, 256),)),
+        HeadDims(12, 128),
+    ),
     head_dim_v=True,
     causal=frozenset(("lower_right",)),
     window=frozenset(("lower_right",)),
@@ -84,7 +93,6 @@ class Flash4(Backend):
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         arch = _arch(spec, env)
-        yield from _head_dims(spec, arch)
         if spec.needs_grad and spec.is_gqa and spec.head_dim != spec.head_dim_v:
             got = f"{spec.head_dim} and {spec.head_dim_v} with {spec.num_heads} heads on {spec.num_kv_heads}"
             yield Reason("head_dim_v", "head_dim_v == head_dim for gradients of shared heads", got)
@@ -119,22 +127,6 @@ def _arch(spec: AttentionSpec, env: Environment) -> Arch:
     """Give a call's compute capability; where it isn't known, the one whose backward takes the least."""
     device = env.device(spec.device_type, spec.device_index)
     return (9, 0) if device is None or device.arch is None else device.arch
-
-
-def _head_dims(spec: AttentionSpec, arch: Arch) -> Iterator[Reason]:
-    """Refuse head dims that the kernels for an architecture don't have (`_validate_head_dims`)."""
-    pair = (spec.head_dim, spec.head_dim_v)
-    if arch[0] in (10, 11):
-        if max(pair) <= 128 or pair == (192, 128):
-            return
-        if pair == (256, 256) and spec.softcap is None and not spec.sinks and spec.mask.key is None:
-            return
-        need = "head_dim <= 128, or (192, 128), or (256, 256) without softcap, sinks and key masks"
-    elif max(pair) <= (256 if arch[0] == 9 else 128):
-        return
-    else:
-        need = f"head_dim <= {256 if arch[0] == 9 else 128}"
-    yield Reason("head_dim", f"{need} on sm{arch[0]}{arch[1]}", f"{pair[0]} and {pair[1]}")
 
 
 class Flash4Hub(FromHub, Flash4):

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyattn.adapters.flex.huge import lse_with_bias
 from anyattn.adapters.flex.mods import block_mask_of, score_mod_of
 from anyattn.backend import Output, Parts, Plan
-from anyattn.lowering import joined_mask, normalise_lse, repeat_heads, with_huge_biases
+from anyattn.lowering import joined_mask, normalise_lse, repeat_heads
 from anyattn.masks import serial_of
 from anyattn.spec import UNKNOWN, AttentionSpec, Storage
 
@@ -76,7 +77,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if parts.dense is not None and parts.dense.is_floating_point() and parts.block is None:
         if spec.device_type == "cuda":
             mask = joined_mask(spec, parts, query.shape[2], seqlen_kv, lse.device, pattern=True)
-            return out, lse if mask is None else with_huge_biases(lse, mask)
+            return out, lse if mask is None else lse_with_bias(lse, mask)
         lse = _with_huge_biases(lse, plan, parts, query.shape[2], seqlen_kv)
     return out, lse
 

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from anyattn import block_masks
 from anyattn.adapters.flex import traced
+from anyattn.adapters.flex.huge import with_bias
 from anyattn.backend import Parts, Plan
 from anyattn.block_masks import make_band_block_mask
-from anyattn.lowering import HUGE, key_mask
+from anyattn.lowering import key_mask
 from anyattn.mask_functions import MaskFunction
 from anyattn.masks import serial_of
 from anyattn.spec import AttentionSpec, PatternSpec
+from anyattn.tracing import has_values
 
 Mod = Callable[..., Tensor]
 """A `mask_mod(b, h, q_idx, kv_idx)` or `score_mod(score, b, h, q_idx, kv_idx)`."""
@@ -31,7 +33,6 @@ def score_mod_of(spec: AttentionSpec, parts: Parts, padded_from: int | None) -> 
         return lambda score, b, h, q, kv: cap * torch.tanh(score / cap)
     full = [size > 1 for size in dense.shape]
     boolean = dense.dtype == torch.bool
-    # Inductor's kernels for CUDA take exponentials to base 2: see `within_base_2`, here done in the kernel.
     base_2 = spec.device_type == "cuda" and dense.dtype in (torch.bfloat16, torch.float32)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def score_mod_of(spec: AttentionSpec, parts: Parts, padded_from: int | None) -> 
         found = dense[index[0], index[1], index[2], index[3]]
         if boolean:
             return torch.where(found, score, float("-inf"))
-        return score + (torch.maximum(found, found * 0.5 - HUGE / 2) if base_2 else found)
+        return with_bias(score, found) if base_2 else score + found
 
     return score_mod
 
@@ -142,7 +143,7 @@ def _band_block_mask(plan: Plan, parts: Parts, mask_mod: Mod, query: Tensor, key
 def _keep(key: Any, made: Any, device: torch.device) -> None:
     """Remember a block mask, unless it belongs to a trace or to a CUDA graph being captured."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing or torch._C._len_torch_dispatch_stack() or type(made.kv_num_blocks) is not Tensor:
+    if capturing or not has_values(made.kv_num_blocks):
         return
     if len(_patterns) >= 64:
         _patterns.clear()

@@ -33,6 +33,7 @@ class _Kernel(Backend):
 
     family = "native"
     entries: ClassVar[Mapping[str, str]]
+    # Rows that aren't reasons of their own: the lowering avoids them, or the declaration refuses them already.
     avoids: ClassVar[frozenset[str]] = frozenset()
     run = staticmethod(kernels.run)
 
@@ -91,7 +92,9 @@ class NativeFlash(_Kernel):
     name = "native_flash"
     entries = {"cpu": "flash_cpu", "cuda": "flash"}
     declarations = FLASH
-    avoids = frozenset(("cpu-flash-causal-scale", "cpu-flash-float32-bias", "cpu-flash-shared-heads"))
+    avoids = frozenset(
+        ("cpu-flash-causal-scale", "cpu-flash-float32-bias", "cpu-flash-shared-heads", "dropout-of-everything")
+    )
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = super().capabilities(spec, env)
@@ -110,7 +113,7 @@ class NativeEfficient(_Kernel):
     name = "native_efficient"
     entries = {"cuda": "efficient"}
     declarations = EFFICIENT
-    avoids = frozenset(("efficient-expanded-kv",))
+    avoids = frozenset(("efficient-expanded-kv", "dropout-of-everything"))
 
 
 class NativeCudnn(_Kernel):
@@ -120,7 +123,7 @@ class NativeCudnn(_Kernel):
     entries = {"cuda": "cudnn"}
     declarations = CUDNN
     # What is wrong there is SDPA's way of making the mask additive, which the op isn't reached through.
-    avoids = frozenset(("cudnn-dead-rows",))
+    avoids = frozenset(("cudnn-dead-rows", "dropout-of-everything"))
 
     def availability(self, env: Environment) -> Iterator[Reason]:
         yield from super().availability(env)
@@ -227,12 +230,12 @@ def _by_priority(spec: AttentionSpec, env: Environment) -> tuple[_Kernel, ...]:
 
 def _steer(plain: Lowering, spec: AttentionSpec, env: Environment) -> Lowering:
     """Keep a CUDA call from the kernels that are wrong for it: torch picks only where every pick is right."""
-    rows = hits([sub.name for sub in _FUSED], spec, env)
+    rows = hits([Native.name, *(sub.name for sub in _FUSED)], spec, env)
     misaligned = not (spec.storage.aligned and spec.storage.unit_stride and spec.storage.mask_aligned)
     if not rows and not misaligned:
         return plain
     first = _by_priority(spec, env)[0]
-    mendable = not misaligned and {row.name for row in rows} == first.avoids == {"cudnn-dead-rows"}
+    mendable = not misaligned and {row.name for row in rows} == {"cudnn-dead-rows"} <= first.avoids
     if mendable and not first.reasons(spec, env):
         note = Conversion("additive_mask", f"the mask made additive, with -inf: {rows[0].what} ({rows[0].link})")
         return dataclasses.replace(plain, entry="sdpa_additive", conversions=(note, *plain.conversions))

@@ -30,6 +30,7 @@ _MATH = Capabilities(
     dead_rows=True,
     gqa=True,
     dropout=True,
+    dropout_of_all=True,
     scale_any=True,
     backward=True,
     deterministic=True,
@@ -40,7 +41,7 @@ _MATH = Capabilities(
     cuda_graph=True,
 )
 
-_FLASH_CPU = _MATH.replace(head_dim_v=False, mask_grad=False, dropout=False, lse=True)
+_FLASH_CPU = _MATH.replace(head_dim_v=False, mask_grad=False, dropout=False, dropout_of_all=False, lse=True)
 
 _FUSED_CUDA = Capabilities(
     dtypes=_HALF,
@@ -49,6 +50,7 @@ _FUSED_CUDA = Capabilities(
     head_dim_max=256,
     head_dim_multiple=8,
     gqa=True,
+    # Not of everything: an error, and native_efficient leaves something (torch 2.11 on an H100).
     dropout=True,
     lse=True,
     backward=True,
@@ -82,6 +84,7 @@ EFFICIENT: Mapping[str, Capabilities] = {
         causal=_UPPER,
         boolean=True,
         bias=True,
+        mask_grad=True,
         dead_rows=True,
         scale_any=True,
     ),

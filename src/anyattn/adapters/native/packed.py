@@ -3,7 +3,8 @@
 Source: torch 2.13, `torch/nn/attention/varlen.py`; an H100 with torch 2.11, the oldest that was seen to take these
 parameters. For CUDA, in half precision. It aligns causal attention, said as the window (-1, 0), to the lower right, and
 gives lse as `(H, T_q)`, with +inf in rows without a key. There is no dropout; shared heads take a parameter that isn't
-used here, and so are repeated. Nothing is read on the host.
+used here, and so are repeated. Nothing is read on the host. What it writes for sequences without keys, and whether
+anything, depends on the kernel behind it (cuDNN from torch 2.14 on): `packed_rows` fills those rows.
 """
 
 from __future__ import annotations

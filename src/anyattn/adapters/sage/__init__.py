@@ -14,6 +14,8 @@ whatever `sageattn` picks on the GPU: scores in int8, value in fp16, no lse, cau
 sequence, and it waits for the device (see `packed`). A call's declaration is that of the function it goes to. A packed
 call counts as large as all its sequences would be at the longest one's length.
 
+At some lengths the two fp16 kernels take in memory that nobody wrote: there they are given whole tiles (see `tiles`).
+
 The fp16 kernels cast value, and bf16 values above 65504 (from 1024 on in the Triton kernel, whose tiles sum up in fp16)
 become infinite. That can't be told from a call's shapes: `ANYATTN_CHECKS=1` looks for it (`value_max`).
 """
@@ -29,9 +31,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from anyattn import flash_like, hub_kernels
-from anyattn.adapters.sage import packed
+from anyattn.adapters.sage import packed, tiles
 from anyattn.adapters.sage.declarations import FP8, FP16, PACKED, PICKS, TRITON
-from anyattn.adapters.sage.kernels import INSTALL, NOTE, REACH, call_dense, that_knows_its_parameters
+from anyattn.adapters.sage.kernels import INSTALL, REACH, call_dense, that_knows_its_parameters
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities
 from anyattn.environment import Environment
@@ -60,12 +62,12 @@ class _Sage(Backend):
     @property
     def package(self) -> Package:
         """The distribution."""
-        return Package("sageattention", "sageattention", (self.function,), ">=2.1.1,<3", INSTALL, "sageattention", NOTE)
+        return Package("sageattention", "sageattention", (self.function,), ">=2.1.1,<3", INSTALL, "sageattention")
 
     def availability(self, env: Environment) -> Iterator[Reason]:
         yield from super().availability(env)
         for reason in self.package.reasons(env):
-            yield Reason(reason.code, reason.need, reason.got, f"{INSTALL}; {NOTE}")
+            yield Reason(reason.code, reason.need, reason.got, INSTALL)
 
     def origin(self, env: Environment) -> str:
         return "" if any(self.package.reasons(env)) else f"sageattention {env.packages['sageattention']}"
@@ -89,7 +91,7 @@ class _Sage(Backend):
         caps = self.capabilities(spec, env)
         assert caps is not None
         if not self.goes_packed(spec):
-            return flash_like.lower(self.entry(spec, env), caps, spec, head_dim_multiple=1)
+            return _in_whole_tiles(flash_like.lower(self.entry(spec, env), caps, spec, head_dim_multiple=1), spec)
         lowering = flash_like.lower(packed.ENTRY, caps, spec, packs=True, head_dim_multiple=1)
         return dataclasses.replace(lowering, conversions=(*lowering.conversions, _WAITS))
 
@@ -112,6 +114,19 @@ class _Sage(Backend):
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         call = packed.call_packed if plan.lowering.entry == packed.ENTRY else call_dense
         return flash_like.attend(plan, query, key, value, parts, call)
+
+
+def _in_whole_tiles(lowering: Lowering, spec: AttentionSpec) -> Lowering:
+    """Say in the lowering what is done about lengths at which a kernel takes in what nobody wrote."""
+    pattern = lowering.pattern
+    rows, keys = spec.seqlen_q, spec.seqlen_kv
+    if pattern is not None and pattern.rows is not None:
+        rows = pattern.rows[1] - pattern.rows[0]
+    if pattern is not None:
+        keys = flash_like.keys_left(spec, pattern)
+    causal = pattern is not None and (pattern.left, pattern.right) == (-1, 0)
+    note = tiles.note(lowering.entry, rows, keys, causal=causal)
+    return lowering if note is None else dataclasses.replace(lowering, conversions=(*lowering.conversions, note))
 
 
 _PICK = FP8.replace(arch_min=(8, 0), arch_max=(12, 1))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from anyattn.adapters.sage import tiles
 from anyattn.backend import Plan
 from anyattn.flash_like import KernelCall
 from anyattn.kernel_source import FUNCTIONS
+from anyattn.names import BY_NAME
 
 PARAMETERS = ("tensor_layout", "is_causal", "sm_scale", "return_lse")
 """The keywords that are passed; nothing is left to `**kwargs`."""
 
 # PyPI's 1.0.6 gives no lse, and writes to the caller's key.
-INSTALL = "build github.com/thu-ml/SageAttention"
-NOTE = "PyPI has 1.0.6"
+INSTALL = BY_NAME["sage"].install
 
 REACH = 1 << 31
 """The elements that 32-bit offsets reach (`triton/quant_per_thread.py`: a block's index times a stride)."""
@@ -29,7 +31,7 @@ def what_lacks(function: Any, name: str, parameters: Sequence[str]) -> str:
     missing = [parameter for parameter in parameters if parameter not in known]
     if not missing:
         return ""
-    return f"{name} has no parameter {' and '.join(missing)}, and would swallow it. {INSTALL}; {NOTE}"
+    return f"{name} has no parameter {' and '.join(missing)}, and would swallow it. {INSTALL}"
 
 
 def that_knows_its_parameters(function: Any, name: str) -> Any:
@@ -45,7 +47,11 @@ def that_knows_its_parameters(function: Any, name: str) -> Any:
 
 
 def call_dense(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
-    """Call the function of a backend."""
+    """Call the function of a backend, at lengths where it reads nothing that nobody wrote."""
+    return tiles.attend(plan.lowering.entry, call, functools.partial(_call, plan))
+
+
+def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
     with_lse = plan.spec.return_lse or plan.rescale
     result: Any = FUNCTIONS[plan.backend].attend(
         readable(call.query),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn.adapters.sage.kernels import INSTALL, NOTE, readable, what_lacks
+from anyattn.adapters.sage.kernels import INSTALL, readable, what_lacks
 from anyattn.backend import Plan
 from anyattn.flash_like import KernelCall
 from anyattn.kernel_source import FUNCTIONS
@@ -41,7 +41,7 @@ _Pair = tuple[_Span, _Span]
 def entry_of(module: Any) -> Callable[..., Any]:
     """Give a package's function for packed sequences; where it has none, one that says so when it is called."""
     found = getattr(module, ENTRY, None)
-    text = f"This sageattention has no function {ENTRY}. {INSTALL}; {NOTE}"
+    text = f"This sageattention has no function {ENTRY}. {INSTALL}"
     if callable(found):
         text = what_lacks(found, ENTRY, PARAMETERS)
         if not text:

@@ -26,6 +26,7 @@ from anyattn.capabilities import Capabilities, kernel_pattern, needs_dense
 from anyattn.environment import Arch, Environment
 from anyattn.kernel_source import FUNCTIONS, Package, package_reasons
 from anyattn.lowering import mask_conversions
+from anyattn.names import BY_NAME
 from anyattn.patterns import KernelPattern
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import UNKNOWN, AttentionSpec, MaskSpec
@@ -43,7 +44,7 @@ _BIASES = (
 )
 
 PACKAGE = Package(
-    "xformers", "xformers.ops.fmha", _CALLS, ">=0.0.29", "pip install 'xformers>=0.0.29'", found_by="xformers.ops"
+    "xformers", "xformers.ops.fmha", _CALLS, ">=0.0.29", BY_NAME["xformers"].install, found_by="xformers.ops"
 )
 MSLK = Package("", "mslk.attention.fmha", _CALLS)
 """Where xformers 0.0.36 keeps attention."""
@@ -63,6 +64,7 @@ _CUDA = Capabilities(
     bias=True,
     dead_rows=True,
     gqa=True,
+    # Not of everything: flash raises an error, CUTLASS leaves something (0.0.35 on an H100).
     dropout=True,
     lse=True,
     backward=True,
@@ -114,8 +116,6 @@ class XFormers(Backend):
         return caps.replace(window=frozenset()) if misread or not _flash_takes(spec) else caps
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        if spec.dropout_p == 1:  # flash raises an error, CUTLASS leaves something (0.0.35 on an H100)
-            yield Reason("dropout", "dropout_p < 1", "1.0", "native_math drops everything")
         device = env.device(spec.device_type, spec.device_index)
         if device is None or device.arch is None:
             return

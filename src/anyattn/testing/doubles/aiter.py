@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn.testing.doubles.double import Double, attend, band, module, packed_band
+from anyattn.testing.doubles.double import Double, attend, band, module, packed_band, unwritten_tails
 
 
 def flash_attn_func(
@@ -82,7 +82,8 @@ def flash_attn_varlen_func(
     allowed = packed_band(cu_seqlens_q, cu_seqlens_k, len(q), len(k), *sides, lower_right=True)
     # What isn't written holds rubbish: rows of sequences without keys, and gradients of queries there.
     dead = ~allowed.any(-1)
-    found, lse = _attend(_rubbish(q, dead)[None], k[None], v[None], dropout_p, softmax_scale, allowed, logits_soft_cap)
+    tensors = unwritten_tails(_rubbish(q, dead), k, v, cu_seqlens_q, cu_seqlens_k)
+    found, lse = _attend(*tensors, dropout_p, softmax_scale, allowed, logits_soft_cap)
     found = torch.where(dead[None, :, None, None], math.nan, found)
     return _result(q, k, v, found[0], lse[0], return_lse, return_attn_probs)
 

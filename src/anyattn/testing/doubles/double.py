@@ -168,6 +168,24 @@ class _Uninitialised(torch.autograd.Function):
         return grad.masked_fill(unused[:, :, None, None], float("nan")), None
 
 
+def unwritten_tails(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give packed tensors as batches of one, whose gradients are rubbish after the last sequence's end."""
+    last_q, last_k = cu_seqlens_q[-1:], cu_seqlens_k[-1:]
+    return (
+        uninitialised_gradient(q[None], last_q),
+        uninitialised_gradient(k[None], last_k),
+        uninitialised_gradient(v[None], last_k),
+    )
+
+
+def unwritten_rows(tensor: Tensor, cu_seqlens: Tensor, axis: int = 0) -> Tensor:
+    """Give a packed result with NaN in the rows after the last sequence's end, which a kernel doesn't write."""
+    rows = torch.arange(tensor.shape[axis]) < cu_seqlens[-1]
+    return torch.where(rows.view(-1, *(1,) * (tensor.dim() - 1 - axis)), tensor, torch.nan)
+
+
 def uninitialised_gradient(tensor: Tensor, lengths: Tensor) -> Tensor:
     """Give a tensor `(B, S_kv, H, D)` whose gradient is rubbish beyond each entry's length."""
     found: Tensor = _Uninitialised.apply(tensor, lengths)  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn.testing.doubles.double import Double, attend, band, module, packed_band
+from anyattn.testing.doubles.double import Double, attend, band, module, packed_band, unwritten_rows, unwritten_tails
 
 _INFINITE = math.inf
 
@@ -70,8 +70,10 @@ def flash_attn_varlen_func(
         raise NotImplementedError("the double has no paged keys")
     sides = _sides(window_size, causal, max_seqlen_k)
     allowed = packed_band(cu_seqlens_q, cu_seqlens_k, len(q), len(k), *sides, lower_right=True)
-    out, lse = _attend(q[None], k[None], v[None], dropout_p, softmax_scale, allowed, softcap)
-    return (out[0], lse[0], None) if return_attn_probs else out[0]
+    tensors = unwritten_tails(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    found, found_lse = _attend(*tensors, dropout_p, softmax_scale, allowed, softcap)
+    out, lse = unwritten_rows(found[0], cu_seqlens_q), unwritten_rows(found_lse[0], cu_seqlens_q, 1)
+    return (out, lse, None) if return_attn_probs else out
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softcap: float, alibi_slopes: Tensor | None) -> None:

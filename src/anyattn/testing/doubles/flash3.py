@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn.testing.doubles.double import Double, attend, band, module, packed_band, used_band
+from anyattn.testing.doubles.double import (
+    Double,
+    attend,
+    band,
+    module,
+    packed_band,
+    unwritten_rows,
+    unwritten_tails,
+    used_band,
+)
 
 _INFINITE = math.inf
 _FP8 = torch.float8_e4m3fn
@@ -86,8 +95,10 @@ def flash_attn_varlen_func(
         out, lse = _attend(q, k, v, descale, softmax_scale, allowed, softcap)
         return (out, lse) if return_attn_probs else out
     allowed = packed_band(cu_seqlens_q, cu_seqlens_k, len(q), len(k), *sides, lower_right=True)
-    out, lse = _attend(q[None], k[None], v[None], descale, softmax_scale, allowed, softcap)
-    return (out[0], lse[0]) if return_attn_probs else out[0]
+    tensors = unwritten_tails(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    found, found_lse = _attend(*tensors, descale, softmax_scale, allowed, softcap)
+    out, lse = unwritten_rows(found[0], cu_seqlens_q), unwritten_rows(found_lse[0], cu_seqlens_q, 1)
+    return (out, lse) if return_attn_probs else out
 
 
 def _sides(window_size: tuple[int, int], causal: bool) -> list[float]:

@@ -20,6 +20,8 @@ from anyattn.testing.doubles.double import (
     module,
     packed_band,
     uninitialised_gradient,
+    unwritten_rows,
+    unwritten_tails,
     used_band,
 )
 
@@ -114,8 +116,10 @@ def flash_attn_varlen_func(
         allowed = used_band(seqused_k, q.shape[1], k.shape[1], *sides)
         return _attend(q, k, v, softmax_scale, allowed, softcap, learnable_sink, return_lse)
     allowed = packed_band(cu_seqlens_q, cu_seqlens_k, len(q), len(k), *sides, lower_right=True)
-    out, lse = _attend(q[None], k[None], v[None], softmax_scale, allowed, softcap, learnable_sink, return_lse)
-    return out[0], None if lse is None else lse[0]
+    tensors = unwritten_tails(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    out, lse = _attend(*tensors, softmax_scale, allowed, softcap, learnable_sink, return_lse)
+    out = unwritten_rows(out[0], cu_seqlens_q)
+    return out, None if lse is None else unwritten_rows(lse[0], cu_seqlens_q, 1)
 
 
 def _sides(window_size: tuple[int | None, int | None], causal: bool) -> list[float]:

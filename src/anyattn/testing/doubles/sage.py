@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anyattn.testing.doubles.double import Double, attend, band, module
 
-_ROWS_OF_TILE, _KEYS_OF_SCALE = 128, 64
+_ROWS_OF_TILE, _KEYS_OF_TILE, _KEYS_OF_SCALE = 128, 64, 64
 
 
 def sageattn(
@@ -56,7 +56,18 @@ def sageattn_qk_int8_pv_fp16_triton(
     axis = 1 if tensor_layout == "NHD" else 2
     if is_causal and q.shape[axis] != k.shape[axis]:
         raise AssertionError("qo_len and kv_len must be equal for causal attention")
-    return _attend(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, half=True)
+    result = _attend(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, half=True)
+    seqlen = q.shape[axis]
+    if is_causal and 0 < seqlen % _ROWS_OF_TILE <= _KEYS_OF_SCALE:
+        # The last tile of rows reads two key scales where there is one: for the last entry's last key head, memory
+        # behind them, which may hold NaN (`attn_qk_int8_per_block_causal.py`).
+        group = q.shape[3 - axis] // k.shape[3 - axis]
+        out = result[0] if isinstance(result, tuple) else result
+        rows = out if axis == 1 else out.transpose(1, 2)
+        rows[-1, seqlen - seqlen % _ROWS_OF_TILE :, -group:] = torch.nan
+        if isinstance(result, tuple):
+            result[1][-1, -group:, seqlen - seqlen % _ROWS_OF_TILE :] = torch.nan
+    return result
 
 
 def sageattn_varlen(
@@ -114,11 +125,18 @@ def sageattn_qk_int8_pv_fp16_cuda(
     return_lse: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Attend with value in fp16."""
+    """Attend with value in fp16.
+
+    What a first tile of keys leaves free isn't cleared: shared memory, in which another kernel may have left NaN
+    (`attn_utils.cuh`). A weight of 0 times that is NaN.
+    """
     if pv_accum_dtype not in ("fp16", "fp16+fp32", "fp32"):
         raise ValueError(f"Unsupported pv_accum_dtype: {pv_accum_dtype}")
     _check_granularity(qk_quant_gran)
-    return _attend(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, half=True)
+    result = _attend(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, half=True)
+    if k.shape[1 if tensor_layout == "NHD" else 2] < _KEYS_OF_TILE:
+        (result[0] if isinstance(result, tuple) else result).fill_(torch.nan)
+    return result
 
 
 def sageattn_qk_int8_pv_fp8_cuda(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from anyattn.capabilities import Capabilities
 from anyattn.testing.cases import Case
-from anyattn.testing.laws import conduct, numbers
+from anyattn.testing.laws import conduct, memory, numbers
 from anyattn.testing.laws.base import Law, LawBroken, LawResult
 
 __all__ = ["LAWS", "Law", "LawBroken", "LawResult", "check"]
@@ -75,6 +75,8 @@ LAWS: Mapping[str, Law] = {
         Law(9, "compiled", "compiled as eager", conduct.compiled, _as_it_is, share=16),
         Law(10, "halves", "two halves merged by lse are the whole", numbers.halves, _halved, share=3),
         Law(11, "dropout", "drops what it should and rescales the rest", conduct.dropout, _dropping, share=4),
+        Law(12, "unwritten_memory", "what nobody wrote stays out", memory.unwritten_memory, memory.off_tiles, share=6),
+        Law(13, "packed_tails", "packed tokens of no sequence: zeros", memory.packed_tails, memory.packable, share=9),
     )
 }
 """Every law, by name."""

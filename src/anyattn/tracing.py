@@ -1,0 +1,136 @@
+"""Whether a tracer or a transform runs, so that values, and sizes, aren't those that will be computed with.
+
+The one place that knows: torch.jit.trace and the ONNX exporters, make_fx and torch.export, fake and meta tensors,
+torch.func's transforms, forward-mode AD, CUDA graph capture. Whoever reads a mask's values, trusts that two lengths are
+equal, or keeps a tensor for later calls asks here first. Code that torch.compile traces asks
+`torch.compiler.is_compiling()` before, since dynamo can't trace these questions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as _forward_ad
+from torch import Tensor
+from torch.nn import Parameter
+
+_modes = torch._C._len_torch_dispatch_stack
+_functions = torch._C._len_torch_function_stack
+_level = torch._C._functorch.maybe_current_level
+_tracer = torch._C._get_tracing_state
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_unwrapped = torch._C._functorch.get_unwrapped
+# make_fx(pre_dispatch=True) keeps its mode here and brings a function mode, which is counted at less cost.
+_before_dispatch: Callable[[], int] = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)
+_set_tracer: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
+
+
+def is_plain() -> bool:
+    """Whether operations just run: no tracer, no transform of torch.func, no dispatch mode, no forward-mode AD."""
+    return not (
+        _modes()
+        or _level() is not None
+        or _tracer() is not None
+        or _forward_ad._current_level >= 0
+        or (_functions() and _before_dispatch())
+    )
+
+
+def records() -> bool:
+    """Whether a graph is recorded, which may run with other values and sizes later."""
+    if _tracer() is not None or torch.compiler.is_compiling():
+        return True
+    if not (_modes() or _functions()):
+        return False
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return proxies is not None and proxies.get_proxy_mode() is not None
+
+
+def has_values(*tensors: Tensor | None) -> bool:
+    """Whether the values of tensors may be read, and what is worked out of them be used by later calls.
+
+    Whether reading waits for a device is another matter: only a capture of a CUDA graph counts here.
+    """
+    return is_plain() and all(tensor is None or _is_real(tensor) for tensor in tensors)
+
+
+def _is_real(tensor: Tensor) -> bool:
+    if type(tensor) is not Tensor and type(tensor) is not Parameter:
+        return False  # a subclass may stand for no values at all, as fake tensors do
+    if tensor.is_meta or _is_wrapped(tensor):
+        return False
+    # In a graph the work has to be replayed: the tensor may hold other values then.
+    return not is_captured(tensor)
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is done with a tensor now goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_fake(tensor: object) -> bool:
+    """Whether a tensor has a shape and no values: a fake tensor, or one of the meta device."""
+    if type(tensor) is Tensor or type(tensor) is Parameter or not isinstance(tensor, Tensor):
+        return False
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    if fakes is None:
+        return False
+    if isinstance(tensor, fakes.FakeTensor):
+        return True
+    functional = sys.modules.get("torch._subclasses.functional_tensor")
+    return functional is not None and isinstance(tensor, functional.FunctionalTensor)
+
+
+def layers(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor and what each level of torch.func wraps in it."""
+    yield tensor
+    while _is_wrapped(tensor):
+        tensor = _unwrapped(tensor)
+        yield tensor
+
+
+def needs_gradient(tensor: Tensor) -> bool:
+    """Whether a tensor requires a gradient at any level: inside vmap(...) one of an outer grad(...) isn't seen."""
+    return tensor.requires_grad or (_level() is not None and any(layer.requires_grad for layer in layers(tensor)))
+
+
+def is_batched(tensor: Tensor | None) -> bool:
+    """Whether torch.vmap hides a dimension of a tensor, at any level."""
+    if tensor is None or _level() is None:
+        return False
+    return any(torch._C._functorch.is_batchedtensor(layer) for layer in layers(tensor))
+
+
+def has_tangent(tensor: Tensor | None) -> bool:
+    """Whether a tensor carries a derivative of forward mode, at any level."""
+    if tensor is None or _forward_ad._current_level < 0:
+        return False
+    return any(_is_dual(layer) for layer in layers(tensor))
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    if torch._C._functorch.is_batchedtensor(tensor):
+        return False  # what it wraps is looked at next
+    return _forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def transforms() -> frozenset[str]:
+    """Name the transforms of torch.func that run: `"Vmap"`, `"Grad"`, `"Jvp"`, `"Functionalize"`."""
+    if _level() is None:
+        return frozenset()
+    return frozenset(level.key().name for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def static_shape(tensor: Tensor) -> tuple[Any, ...]:
+    """Give a tensor's sizes; while torch.jit.trace runs they are tensors in disguise, and here plain numbers."""
+    state = _tracer()
+    if state is None:
+        return tuple(tensor.shape)
+    _set_tracer(None)
+    try:
+        return tuple(tensor.shape)
+    finally:
+        _set_tracer(state)
