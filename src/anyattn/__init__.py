@@ -19,7 +19,8 @@ from anyattn.errors import (
 from anyattn.integrations.models import reset_attention_backend, set_attention_backend
 from anyattn.prepare import prepare_mask
 from anyattn.reasons import Conversion, Reason
-from anyattn.seeing import BackendRow, backends, explain, plan, record
+from anyattn.recording import record
+from anyattn.seeing import BackendRow, backends, explain, plan
 from anyattn.spec import AttentionSpec, MaskSpec
 from anyattn.varlen import attention_varlen
 from anyattn.version import __version__

@@ -6,7 +6,7 @@ and installs a guard that reads it again before each call: so a change of backen
 
 from __future__ import annotations
 
-from anyattn import policy
+from anyattn import lifetime, policy
 
 token: str
 """Names the scope in force in this thread or task."""
@@ -17,7 +17,7 @@ entered: list[policy.Entered]
 
 def __getattr__(name: str) -> object:
     if name == "token":
-        return policy.token()
+        return lifetime.token()
     if name == "entered":
         return policy.thread.entered
     raise AttributeError(name)

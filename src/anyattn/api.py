@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from anyattn import policy, tracing
+from anyattn import lifetime, policy, tracing
 from anyattn.describe import Options
 from anyattn.dispatch import (
     Backends,
@@ -28,6 +28,7 @@ from anyattn.traced import traced_call
 
 _current = policy.current.get
 _thread = policy.thread
+_held = lifetime.held
 _tracing = torch.compiler.is_dynamo_compiling
 _grad_enabled = torch.is_grad_enabled
 # True where any device's autocast is on; one call instead of one per device type.
@@ -99,7 +100,7 @@ def attention(
         options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
         return traced_call(query, key, value, attn_mask, sinks, options, backend)
     scope = _current()
-    if scope.pinned or _thread.entered:
+    if scope.look or _thread.entered or _held:
         scope = live_scope(scope)
     if backend is not None:
         scope = scope_of_call(scope, backend)
@@ -173,7 +174,7 @@ def scaled_dot_product_attention(
         options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BHSD")
         return traced_call(query, key, value, attn_mask, sinks, options, backend)
     scope = _current()
-    if scope.pinned or _thread.entered:
+    if scope.look or _thread.entered or _held:
         scope = live_scope(scope)
     if backend is not None:
         scope = scope_of_call(scope, backend)

@@ -62,7 +62,7 @@ class Capabilities:
         backward: Whether it gives gradients.
         deterministic: Whether its gradients are deterministic when asked.
         exact: Whether it computes in the inputs' precision; False for quantised kernels.
-        quantised: What a quantised kernel computes in: `"int8"` or `"fp8"` (its loosest part).
+        quantised: What a quantised kernel computes in: `"int8"`, `"fp8"` or `"fp4"` (its loosest part).
         value_max: The largest magnitude in value that the kernel can hold, or None where the dtype's own is.
         unit_stride: Whether head_dim must be contiguous.
         aligned: Whether storage must be 16-byte aligned (it is copied where it isn't).

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 
 import torch
 
-from anyattn import _in_force, environment, policy
+from anyattn import _in_force, environment, lifetime, policy
 from anyattn.decision import Precision, Preference
+from anyattn.decorating import Function, Steps, decorated
 from anyattn.dispatch import Backends, make_preference
-from anyattn.pins import live_scope
+from anyattn.pins import settled
+from anyattn.scopes import Life, Owner
 
 _current = policy.current.get
 _tracing = torch.compiler.is_dynamo_compiling
 
 
-class attention_backend:
-    """Choose the backend of every call inside a `with` block, in this thread or task alone.
+class attention_backend(Owner):
+    """Choose the backend of every call inside a `with` block or a decorated function, in this thread or task alone.
+
+    The block is in force where it was entered, and in tasks, threads and contexts that copy that context, until it is
+    left; then nowhere. It may be left in any order, and in another thread or context than it was entered in. Leaving
+    twice does nothing. One object can be entered again, and in several threads at once.
+
+    A block inside a generator or coroutine is in force at each of its steps, whatever thread or context runs the step,
+    and there it beats blocks that the consumer entered. While the generator is suspended, the block also lasts in the
+    context where it was entered; that is how a function made with `contextlib.contextmanager` can hold it.
+
+    As a decorator it takes functions, methods, generators, coroutines and async generators; each call has a block of
+    its own. That of a generator or coroutine is in force only while it runs, and in the tasks that it starts.
 
     Gradient checkpointing runs a forward again during the backward, which may be outside the block and, on a GPU, is on
-    another thread: pin the model (`anyattn.set_attention_backend`) for checkpointed training. A block inside a
-    generator lasts while the generator is suspended.
+    another thread: pin the model (`anyattn.set_attention_backend`) for checkpointed training.
 
     A module's own pin beats the block, which is said once; `override=True` turns that round.
 
     Args:
         backend: A name, an alias, `"auto"`, or a list in order of preference.
         override: Whether the block beats pins.
-        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"` or `"fp8"`.
+        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"`, `"fp8"` or `"fp4"`.
 
     Raises:
         UnknownBackendError: If a name is unknown.
@@ -37,15 +50,19 @@ class attention_backend:
         >>> q = k = v = torch.randn(1, 8, 2, 16)
         >>> with anyattn.attention_backend("native_math"):
         ...     out = anyattn.attention(q, k, v)
+        >>> @anyattn.attention_backend("native_math")
+        ... def attend(q, k, v):
+        ...     return anyattn.attention(q, k, v)
     """
 
     def __init__(self, backend: Backends, *, override: bool = False, precision: Precision = "exact") -> None:
         self.override = override
+        self.lives: list[Life] = []
         if _tracing():
             is_list = not isinstance(backend, str)
             names = tuple(backend) if is_list else (backend,)
             mode = "prefer" if is_list or backend == "auto" else "require"
-            self.wish = Preference(names, mode, "context", precision)  # type: ignore[arg-type]
+            self.wish: Preference = Preference(names, mode, "context", precision)  # type: ignore[arg-type]
         else:
             self.wish = make_preference(backend, "context", precision)
 
@@ -53,9 +70,10 @@ class attention_backend:
         if _tracing():
             _in_force.entered.append(policy.plain("context", self.wish, self.override))
         else:
-            scope = live_scope(_current())
-            policy.outer.set((scope, *policy.outer.get()))
-            policy.current.set(policy.enter(scope, self.wish, self.override))
+            scope = _current()
+            if scope.look:
+                scope = settled(scope)  # takes back a pin that was broken off
+            lifetime.begin(self, scope, sys._getframe(1))
         return self
 
     def __exit__(
@@ -64,9 +82,21 @@ class attention_backend:
         if _tracing():
             _in_force.entered.pop()
         else:
-            scope, *rest = policy.outer.get()
-            policy.outer.set(tuple(rest))
-            policy.current.set(scope)
+            lifetime.leave(self)
+
+    def __call__(self, function: Function) -> Function:
+        """Decorate a function: each call of it is made in a block of its own."""
+        wish, override = self.wish, self.override
+        return decorated(function, lambda: _Again(wish, override), lambda: Steps(wish, override))
+
+
+class _Again(attention_backend):
+    """A block of a wish that is made already."""
+
+    def __init__(self, wish: Preference, override: bool) -> None:
+        self.override = override
+        self.lives = []
+        self.wish = wish
 
 
 def set_default_backend(backend: Backends | None, *, precision: Precision = "exact") -> None:
@@ -81,7 +111,8 @@ def set_default_backend(backend: Backends | None, *, precision: Precision = "exa
 def reset() -> None:
     """Forget every decision and every kernel's fault, and look at the machine and the environment variables again.
 
-    What `set_default_backend` set stays.
+    What `set_default_backend` set stays. Call it after `torch.nn.attention.activate_flash_attention_impl` and the like:
+    calls that were decided before go on as they are until another call is decided, or one of them fails.
     """
     environment.forget()
     policy.forget_faults()

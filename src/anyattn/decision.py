@@ -9,7 +9,7 @@ from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec
 
 Mode = Literal["require", "prefer"]
-Precision = Literal["exact", "int8", "fp8"]
+Precision = Literal["exact", "int8", "fp8", "fp4"]
 
 
 @dataclass(frozen=True, slots=True)

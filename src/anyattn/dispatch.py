@@ -225,7 +225,6 @@ def is_aligned(tensor: Tensor, *, padded: bool = False) -> bool:
     return start % 16 == 0 and all(stride * size % 16 == 0 for stride in rows)
 
 
-_call_scopes: dict[Any, policy.Scope] = {}
 _preferences: dict[Any, Preference] = {}
 
 
@@ -238,16 +237,16 @@ def scope_of_call(scope: policy.Scope, backend: Any) -> policy.Scope:
     """
     if isinstance(backend, list):
         backend = tuple(backend)
-    key = (scope.serial, backend)
-    found = _call_scopes.get(key)
+    calls = scope.base.calls
+    found: policy.Scope | None = calls.get(backend)
     if found is None or scope.recorder is not None:
         wish = make_preference(backend, "backend=", scope.settings.precision)
-        found = policy.derive(scope, context=wish, override=True)
+        found = policy.changed(scope, context=wish, override=True)
         # Names of third parties can go again; those of the plan stay.
         if scope.recorder is None and all(name in BY_NAME or name == AUTO for name in wish.names):
-            if len(_call_scopes) > 1024:
-                _call_scopes.clear()
-            _call_scopes[key] = found
+            if len(calls) > 1024:
+                calls.clear()
+            calls[backend] = found
     return found
 
 
@@ -259,8 +258,12 @@ def make_preference(backend: Any, source: str, precision: Precision = "exact") -
         TypeError: If it is neither a name nor a list of names.
         InvalidCallError: If the list is empty, or the precision isn't one.
     """
-    if precision not in ("exact", "int8", "fp8"):
-        raise InvalidCallError(f"precision must be 'exact', 'int8' or 'fp8'; {precision!r} was given.")
+    if type(backend) is str:
+        known = _preferences.get((backend, source, precision))
+        if known is not None:
+            return known
+    if precision not in ("exact", "int8", "fp8", "fp4"):
+        raise InvalidCallError(f"precision must be 'exact', 'int8', 'fp8' or 'fp4'; {precision!r} was given.")
     if not isinstance(backend, str | list | tuple):
         raise TypeError(f"A backend is a name or a list of names, not {type(backend).__name__}.")
     key = (tuple(backend) if isinstance(backend, list) else backend, source, precision)
@@ -285,7 +288,9 @@ def decide(spec: AttentionSpec, scope: policy.Scope) -> Decision:
         BackendUnavailableError: If the one backend required can't be used here.
         UnsupportedCallError: If nothing that was allowed admits the call.
     """
-    decision = decision_for(spec, scope, detect())
+    env = detect()
+    policy.follow(env.overrides)
+    decision = decision_for(spec, scope, env)
     if decision.chosen is None:
         wish = decision.preference
         raise refusal(decision) from policy.load_error(wish.names[0]) if wish.mode == "require" else None

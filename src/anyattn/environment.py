@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import importlib.machinery
 import os
 import platform
 import shutil
@@ -17,6 +16,9 @@ from typing import Any
 
 import torch
 from packaging.version import InvalidVersion, Version
+
+from anyattn import installed
+from anyattn.installed import Modules, Packages, module_exists
 
 Arch = tuple[int, int]
 
@@ -30,13 +32,15 @@ DISTRIBUTIONS: tuple[str, ...] = (
     "flash-attn-4",
     "kernels",
     "sageattention",
+    "tokenspeed-fa3",
     "torch-npu",
     "torch-xla",
     "transformers",
     "triton",
     "xformers",
 )
-"""The distributions whose presence and version matter to a choice."""
+"""The distributions whose presence and version matter to a choice of anyattn's own backends. Others, which a third
+party's `Package` names, are looked up when they are asked for."""
 
 MODULES: tuple[str, ...] = (
     "aiter.ops.mha",
@@ -51,6 +55,9 @@ MODULES: tuple[str, ...] = (
     "xformers.ops",
 )
 """The modules whose presence tells more than a distribution's name does; none is imported to find out."""
+
+BUILDS: tuple[str, ...] = ("fa3_fwd_config", "flash_attn_config")
+"""The modules of plain Python that say what a build of FlashAttention-3 left out."""
 
 VARIABLES: tuple[str, ...] = ("HF_HUB_OFFLINE", "KERNELS_CACHE", "LOCAL_KERNELS", "TRANSFORMERS_OFFLINE")
 """The environment variables that say where a kernel's code comes from; those that steer choosing are `policy`'s."""
@@ -82,7 +89,7 @@ class Environment:
     Attributes:
         torch: The version of torch.
         devices: The devices, cpu always among them.
-        packages: Version of each installed distribution that matters.
+        packages: Version of each installed distribution that matters, by name as pip compares names.
         cudnn: The version of cuDNN, such as `(9, 19, 0)`, or None.
         cpu: The widest instruction set that torch uses on the processor, such as `"AVX512"`.
         cxx: Whether a C++ compiler is at hand, which compiled CPU code needs.
@@ -90,6 +97,10 @@ class Environment:
         platform: The operating system and processor.
         modules: Those of `MODULES` that could be imported, as far as files tell.
         variables: Those of `VARIABLES` that are set.
+        builds: Per module of `BUILDS` that is there, each feature and whether the build left it out.
+        overrides: torch's CUDA kernels that are replaced in this process (`"native_flash"`, `"native_cudnn"`,
+            `"varlen_attn"`), and by what: `"FA3"`, `"FA4"`, or the file that registered another kernel.
+        cudnn_file: The file of the cuDNN that is loaded; empty where that can't be told.
     """
 
     torch: Version
@@ -102,14 +113,22 @@ class Environment:
     platform: str = ""
     modules: frozenset[str] = frozenset()
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    builds: Mapping[str, Mapping[str, bool]] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cudnn_file: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "packages", MappingProxyType(dict(self.packages)))
+        if not isinstance(self.packages, Packages):
+            object.__setattr__(self, "packages", Packages(self.packages))
         object.__setattr__(self, "variables", MappingProxyType(dict(self.variables)))
+        object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
+        builds = {name: MappingProxyType(dict(flags)) for name, flags in self.builds.items()}
+        object.__setattr__(self, "builds", MappingProxyType(builds))
 
     def __hash__(self) -> int:
-        packages, variables = (tuple(sorted(pairs.items())) for pairs in (self.packages, self.variables))
-        return hash((self.torch, self.devices, packages, self.cudnn, self.cpu, self.cxx, self.modules, variables))
+        mappings = (self.packages, self.variables, self.overrides, *self.builds.values())
+        pairs = tuple(tuple(sorted(mapping.items())) for mapping in mappings)
+        return hash((self.torch, self.devices, pairs, self.cudnn, self.cpu, self.cxx, self.modules))
 
     def device(self, device_type: str, index: int | None = None) -> Device | None:
         """Find a device; without an index, the first of its type."""
@@ -127,6 +146,10 @@ class Environment:
         except (KeyError, InvalidVersion):
             return None
 
+    def left_out(self, config: str, feature: str) -> bool | None:
+        """Say whether a build left a feature out, by its module of `BUILDS`; None where that isn't known."""
+        return self.builds.get(config, {}).get(feature)
+
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as plain data, for JSON."""
         return {
@@ -140,6 +163,9 @@ class Environment:
             "platform": self.platform,
             "modules": sorted(self.modules),
             "variables": dict(self.variables),
+            "builds": {name: dict(flags) for name, flags in self.builds.items()},
+            "overrides": dict(self.overrides),
+            "cudnn_file": self.cudnn_file,
         }
 
 
@@ -147,13 +173,17 @@ _supposed: list[Environment] = []
 
 
 def detect() -> Environment:
-    """Look at this machine, once per process until `forget`; inside `supposed`, give that machine instead."""
-    return _supposed[-1] if _supposed else _look()
+    """Look at this machine, once per process until `forget`; inside `supposed`, give that machine instead.
+
+    Whether torch's kernels are replaced is looked at each time: one call of a program's own changes it.
+    """
+    return _supposed[-1] if _supposed else _with(tuple(sorted(installed.overrides().items())))
 
 
 def forget() -> None:
     """Forget what was seen of this machine, so that the next `detect` looks again."""
     _look.cache_clear()
+    _with.cache_clear()
 
 
 @contextlib.contextmanager
@@ -166,42 +196,33 @@ def supposed(env: Environment) -> Iterator[None]:
         _supposed.remove(env)
 
 
+@functools.lru_cache(maxsize=16)
+def _with(overrides: tuple[tuple[str, str], ...]) -> Environment:
+    return dataclasses.replace(_look(), overrides=dict(overrides))
+
+
 @functools.lru_cache(maxsize=1)
 def _look() -> Environment:
+    cudnn = _cudnn()
     return Environment(
         torch=Version(torch.__version__),
         devices=_devices(),
         packages=_packages(),
-        cudnn=_cudnn(),
+        cudnn=cudnn,
         cpu=torch.backends.cpu.get_cpu_capability(),
         cxx=any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")),
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
-        modules=frozenset(name for name in MODULES if module_exists(name)),
+        modules=Modules(name for name in MODULES if module_exists(name)),
         variables=variables_now(),
+        builds={name: flags for name in BUILDS if (flags := installed.build_flags(name)) is not None},
+        cudnn_file="" if cudnn is None else installed.cudnn_file(),
     )
 
 
 def variables_now() -> dict[str, str]:
     """Give those of `VARIABLES` that are set at this moment; `detect` keeps what they were when it looked."""
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
-
-
-def module_exists(name: str) -> bool:
-    """Whether a module's file is there, without importing it or its parents; a bare namespace counts as absent."""
-    path: list[str] | None = None
-    spec = None
-    for part in _prefixes(name):
-        spec = importlib.machinery.PathFinder.find_spec(part, path)
-        if spec is None:
-            return False
-        path = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
-    return spec is not None and spec.origin is not None
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def _devices() -> tuple[Device, ...]:
@@ -230,11 +251,7 @@ def _xla_type() -> str:
     Asking for the type starts no XLA runtime, which processes that are still to be spawned couldn't bear; counting
     devices would. Source: `torch_xla/runtime.py` of torch_xla 2.9.
     """
-    import importlib.metadata
-
-    try:
-        importlib.metadata.version("torch-xla")
-    except importlib.metadata.PackageNotFoundError:
+    if installed.version_of("torch-xla") is None:
         return ""
     try:
         runtime = importlib.import_module("torch_xla.runtime")
@@ -243,16 +260,9 @@ def _xla_type() -> str:
         return f"unknown: torch_xla can't be imported ({type(error).__name__}: {error})"
 
 
-def _packages() -> dict[str, str]:
-    import importlib.metadata
-
-    versions = {}
-    for name in DISTRIBUTIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+def _packages() -> Packages:
+    found = {name: version for name in DISTRIBUTIONS if (version := installed.version_of(name)) is not None}
+    return Packages(found, installed.version_of)
 
 
 def _cudnn() -> tuple[int, int, int] | None:

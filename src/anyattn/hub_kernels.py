@@ -59,6 +59,16 @@ SAGE = HubKernel(
 named is swallowed, attn_mask, scale and dropout_p with it. It has no kernel for sm100, no varlen entry and no backward:
 its output is detached. It raises RuntimeError where the build lacks the GPU's kernel. Causal is upper left."""
 
+SAGE_BLACKWELL = HubKernel(
+    "SageAttention/sage-blackwell",
+    ("sageattn3_blackwell",),
+    version=1,
+    source=_DIFFUSERS,
+    note="SageAttention 3, another kernel than sage-attention's",
+)
+"""`sageattn3_blackwell(q, k, v, attn_mask=None, is_causal=False, per_block_mean=True, **kwargs)`, `(B, H, S, D)`: it
+ignores attn_mask, swallows scale, and writes to the caller's key. See `anyattn.adapters.sage_blackwell`."""
+
 AITER = HubKernel(
     "kernels-community/aiter-flash-attn-ck",
     ("flash_attn_func", "flash_attn_varlen_func"),

@@ -61,7 +61,7 @@ KNOWN: tuple[KnownBackend, ...] = (
     KnownBackend(
         "flash4",
         "flash4",
-        "flash-attn-4, an NVIDIA GPU of sm90 or newer",
+        "flash-attn-4, an NVIDIA GPU of sm90 to sm103",
         "pip install --pre flash-attn-4",
         ("flash_attn_4", "_flash_4"),
     ),
@@ -97,7 +97,10 @@ KNOWN: tuple[KnownBackend, ...] = (
     ),
     KnownBackend("flash3_hub", "flash3", "kernels >= 0.12", _HUB, ("_flash_3_hub", "_flash_3_varlen_hub")),
     KnownBackend("flash4_hub", "flash4", "kernels >= 0.12", _HUB, ("flash_4_hub",)),
-    KnownBackend("sage_hub", "sage", "kernels >= 0.12", _HUB, ("sage_blackwell_hub",)),
+    KnownBackend("sage_hub", "sage", "kernels >= 0.12", _HUB),
+    KnownBackend(
+        "sage_blackwell_hub", "sage_blackwell", "kernels >= 0.12, an NVIDIA GPU of sm120; computes in fp4", _HUB
+    ),
     KnownBackend("aiter_hub", "aiter", "kernels >= 0.12 and an AMD GPU", _HUB, ("aiter_fa2_hub",)),
 )
 """Every backend of the plan, in the order in which tables list them."""

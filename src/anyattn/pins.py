@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from anyattn import _in_force, policy
+from anyattn import _in_force, lifetime, policy
 from anyattn.decision import Precision, Preference
 from anyattn.dispatch import make_preference
 
@@ -104,28 +104,20 @@ def live_scope(scope: policy.Scope) -> policy.Scope:
     """Give the scope that is truly in force where a pin is, or where compiled code entered something.
 
     A pin is left behind where its module's forward was broken off by what isn't an Exception (Ctrl-C), after which
-    torch runs no hook: then it is taken back here. And compiled code enters pins and blocks in a list of this
-    thread's, which is honoured by what runs below a graph break.
+    torch runs no hook: then it is taken back here. Blocks that ended elsewhere, those of generators, and what compiled
+    code entered are `anyattn.lifetime`'s.
     """
     entries = _stack.entries
     while entries and not _is_running(entries[-1].frame):
         _take_back(entries.pop())
         scope = policy.current.get()
-    if policy.thread.entered:
-        if not _is_under_compiled_code():
-            policy.thread.entered.clear()  # broken off likewise
-        scope = policy.with_entered(scope, tuple(policy.thread.entered))
-    return scope
+    return lifetime.in_force(scope)
 
 
-def _is_under_compiled_code() -> bool:
-    """Whether this thread runs something that torch.compile made: its wrapper is on the stack then."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_filename.endswith("eval_frame.py"):
-            return True
-        frame = frame.f_back
-    return False
+def settled(scope: policy.Scope) -> policy.Scope:
+    """Give the scope that this context holds, once a pin that was left behind is taken back."""
+    live_scope(scope)
+    return policy.current.get()
 
 
 def _is_running(wanted: FrameType) -> bool:

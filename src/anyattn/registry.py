@@ -46,6 +46,7 @@ BUILTIN: dict[str, str] = {
     "flash3_hub": "anyattn.adapters.flash3:Flash3Hub",
     "flash4_hub": "anyattn.adapters.flash4:Flash4Hub",
     "sage_hub": "anyattn.adapters.sage:SageHub",
+    "sage_blackwell_hub": "anyattn.adapters.sage_blackwell:SageBlackwellHub",
     "aiter_hub": "anyattn.adapters.aiter:AiterHub",
 }
 """Each built backend and the class that implements it: one line adds one."""

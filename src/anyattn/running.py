@@ -272,6 +272,8 @@ def raise_kernel_error(error: Exception, decision: Decision) -> NoReturn:
         raise error
     name = decision.chosen or ""
     cure = "Choose another backend, and run `anyattn doctor` to look into this one."
+    if policy.follow(detect().overrides):
+        cure = "torch's kernels were replaced or put back after this was decided; calls are decided anew. " + cure
     if loses_device(error):
         cure = "The device's context may be lost: start the process anew. " + cure
     raise KernelError(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from anyattn import environment, policy, registry
@@ -43,6 +42,7 @@ class BackendRow:
         needs: What it needs.
         install: The command that installs that; empty where it comes with torch.
         reasons: Why it isn't usable.
+        origin: Where its kernel's code comes from, and what that build leaves out; empty where it is part of torch.
     """
 
     name: str
@@ -54,6 +54,16 @@ class BackendRow:
     needs: str
     install: str
     reasons: tuple[Reason, ...]
+    origin: str = ""
+
+
+def _version_in(origin: str) -> str:
+    """Give the version in "distribution version, ..."; empty where there is none, as with a Hub revision."""
+    words = origin.split()
+    try:
+        return str(Version(words[1].rstrip(",")))
+    except (IndexError, InvalidVersion):
+        return ""
 
 
 def backends(env: environment.Environment | None = None) -> tuple[BackendRow, ...]:
@@ -78,8 +88,8 @@ def backends(env: environment.Environment | None = None) -> tuple[BackendRow, ..
         family = backend.family if backend is not None else (known.family if known else "")
         missing = any(reason.code in ("not_built", "not_installed") for reason in reasons)
         version = str(env.torch) if family in ("native", "flex") else ""
-        if backend is not None and not missing:
-            version = version or backend.origin(env).rpartition(" ")[2]
+        origin = "" if backend is None or missing else backend.origin(env)
+        version = version or _version_in(origin)
         rows.append(
             BackendRow(
                 name,
@@ -91,6 +101,7 @@ def backends(env: environment.Environment | None = None) -> tuple[BackendRow, ..
                 known.needs if known else "",
                 known.install if known else "",
                 reasons,
+                origin,
             )
         )
     return tuple(rows)
@@ -292,32 +303,3 @@ def _check_planned_mask(spec: AttentionSpec, mask: Mask, sinks: Tensor | None) -
 def _off_plan(shapes: Any, dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -> InvalidCallError:
     given = tuple(tuple(tensor.shape) for tensor in (query, key, value))
     return InvalidCallError(f"The plan is for {shapes} in {dtype}; {given} in {query.dtype} was given. Plan again.")
-
-
-@contextmanager
-def record() -> Iterator[list[Decision]]:
-    """Collect the decision of every call made inside the block, in this thread or task.
-
-    Calls inside code compiled by torch.compile run without Python and aren't seen.
-
-    Example:
-        >>> import torch, anyattn
-        >>> q = k = v = torch.randn(1, 8, 2, 16)
-        >>> with anyattn.record() as calls:
-        ...     out = anyattn.attention(q, k, v)
-        >>> [call.chosen for call in calls]
-        ['native']
-    """
-    calls: list[Decision] = []
-    outer = live_scope(_current())
-
-    def told(decision: Decision) -> None:
-        calls.append(decision)
-        if outer.recorder is not None:
-            outer.recorder(decision)
-
-    changed = policy.current.set(policy.recording(outer, told))
-    try:
-        yield calls
-    finally:
-        policy.current.reset(changed)

@@ -48,7 +48,7 @@ def rule(spec: AttentionSpec) -> tuple[str, ...]:
 
 
 _DEFAULT_ORDER = ("native", "native_math", "flex")
-_LOOSER = {"exact": (), "int8": ("int8",), "fp8": ("int8", "fp8")}
+_LOOSER = {"exact": (), "int8": ("int8",), "fp8": ("int8", "fp8"), "fp4": ("int8", "fp8", "fp4")}
 
 NO_FAULTS: Mapping[str, Reason] = {}
 

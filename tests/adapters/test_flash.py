@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import anyattn
-from anyattn import known_bad, masks
+from anyattn import installed, known_bad, masks
 from anyattn.adapters.flash4 import Flash4
 from anyattn.capabilities import declared_reasons
 from anyattn.environment import Environment, preset
@@ -17,6 +21,7 @@ from anyattn.testing import doubles
 from anyattn.testing.doubles import flash3
 
 FLASH2 = {"flash-attn": "2.8.3"}
+FLASH3 = {"flash-attn-3": "3.0.0"}
 FLASH4 = {"flash-attn-4": "4.0.0b36"}
 
 
@@ -38,6 +43,7 @@ def _codes(backend: str, spec: AttentionSpec, env: Environment) -> set[str]:
     [
         ("flash2", FLASH2, ()),
         ("flash3", {}, ("flash_attn_interface",)),
+        ("flash3", FLASH3, ("flash_attn_interface",)),
         ("flash3", {"fa3-fwd": "0.0.3"}, ()),
         ("flash4", FLASH4, ()),
     ],
@@ -72,6 +78,7 @@ def test_version_outside_the_range_is_refused(version: str) -> None:
         ("flash3", "a100", {}, ("flash_attn_interface",)),
         ("flash3", "b200", {}, ("flash_attn_interface",)),
         ("flash4", "a100", FLASH4, ()),
+        ("flash4", "rtx5090", FLASH4, ()),
         ("flash2", "mi300", FLASH2, ()),
     ],
 )
@@ -101,7 +108,7 @@ def test_arch_without_a_kernel_is_refused(
     ],
 )
 def test_call_without_a_kernel_is_refused(backend: str, changes: dict[str, object], code: str) -> None:
-    env = _machine("h100", FLASH2 | FLASH4, ("flash_attn_interface",))
+    env = _machine("h100", FLASH2 | FLASH3 | FLASH4, ("flash_attn_interface",))
     assert code in _codes(backend, _spec(**changes), env)
 
 
@@ -135,9 +142,113 @@ def test_fa3_fwd_refuses_what_its_build_lacks() -> None:
     assert _codes("flash3", _spec(requires_grad=("query",)), env) == {"backward"}
     assert _codes("flash3", _spec(dtype=torch.float16), env) == {"dtype"}
     assert _codes("flash3", _spec(mask=window), env) == {"mask"}
-    whole = _machine("h100", {}, ("flash_attn_interface",))
+    whole = _machine("h100", FLASH3, ("flash_attn_interface",))
     for changes in ({"requires_grad": ("query",)}, {"dtype": torch.float16}, {"mask": window}):
         assert not _codes("flash3", _spec(**changes), whole)
+
+
+FULL = flash3.without()
+WINDOW = MaskSpec(pattern=PatternSpec(4, 0, "upper_left"))
+KEYS = MaskSpec(key="lengths", dead_rows=True, prefix=True)
+
+
+def _built(builds: Mapping[str, Mapping[str, bool]], packages: dict[str, str] | None = None) -> Environment:
+    env = _machine("h100", {} if packages is None else packages, ("flash_attn_interface",))
+    return dataclasses.replace(env, builds=builds)
+
+
+@pytest.mark.parametrize(
+    ("flag", "changes", "code"),
+    [
+        ("BACKWARD", {"requires_grad": ("query",)}, "backward"),
+        ("SOFTCAP", {"softcap": 5.0}, "softcap"),
+        ("LOCAL", {"mask": WINDOW}, "mask"),
+        ("FP16", {"dtype": torch.float16}, "dtype"),
+        ("VARLEN", {"mask": KEYS}, "mask"),
+        ("HDIM256", {"head_dim": 256, "head_dim_v": 256}, "head_dim"),
+        ("HDIMDIFF64", {"head_dim_v": 128}, "head_dim_v"),
+    ],
+)
+def test_what_a_build_of_flash3_leaves_out_is_refused(flag: str, changes: dict[str, object], code: str) -> None:
+    assert not _codes("flash3", _spec(**changes), _built(FULL))
+    assert _codes("flash3", _spec(**changes), _built(flash3.without(flag))) == {code}
+    assert code in _codes("flash3", _spec(**changes), _built({})) or flag == "HDIM256", "it doesn't say"
+
+
+@pytest.mark.parametrize("flag", ["HDIM64", "HDIM96", "HDIM128", "HDIM192", "HDIMDIFF192", "SPLIT", "PACKGQA", "SM8x"])
+def test_what_is_rounded_up_or_never_used_may_be_left_out(flag: str) -> None:
+    for dim in (64, 96, 128, 192, 256):
+        assert not _codes("flash3", _spec(head_dim=dim, head_dim_v=dim), _built(flash3.without(flag)))
+    assert not _codes("flash3", _spec(head_dim=192, head_dim_v=128), _built(flash3.without(flag)))
+    assert not _codes("flash3", _spec(head_dim_v=32), _built(flash3.without(flag)))
+
+
+def test_own_distribution_counts_as_whole_but_for_what_would_be_silent() -> None:
+    env = _built({}, FLASH3)
+    assert not _codes("flash3", _spec(requires_grad=("query",)), env)
+    assert _codes("flash3", _spec(head_dim_v=128), env) == {"head_dim_v"}
+    both = _built({}, FLASH3 | {"tokenspeed-fa3": "3.0.0"})
+    assert _codes("flash3", _spec(requires_grad=("query",)), both) == {"backward"}
+
+
+def test_hub_build_is_not_told_by_the_package_beside_it() -> None:
+    env = _built(flash3.without("BACKWARD"), {"kernels": "0.17.2"})
+    assert not _codes("flash3_hub", _spec(requires_grad=("query",)), env)
+    assert _codes("flash3_hub", _spec(head_dim_v=128), env) == {"head_dim_v"}
+
+
+def test_fp8_needs_a_build_with_it() -> None:
+    assert not _codes("flash3_fp8", _spec(), _built(flash3.without("FP16")))
+    assert _codes("flash3_fp8", _spec(), _built(flash3.without("FP8"))) == {"not_installed"}
+    assert _codes("flash3_fp8", _spec(), _built({})) == {"not_installed"}
+
+
+def test_tokenspeed_fa3_is_named_with_what_it_leaves_out() -> None:
+    env = _built(flash3.TOKENSPEED.builds, dict(flash3.TOKENSPEED.packages))
+    row = next(row for row in anyattn.backends(env) if row.name == "flash3")
+    assert row.usable
+    assert row.version == "3.0.0.post20260810"
+    assert row.origin.startswith("tokenspeed-fa3 3.0.0.post20260810, built without BACKWARD, HDIM96")
+    assert anyattn.explain(_spec(), env=env, backend="flash3").origin == row.origin
+
+
+def test_tokenspeed_fa3_refuses_before_it_runs_what_it_would_get_wrong() -> None:
+    q, k, v = (torch.randn(1, 8, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    with doubles.installed("flash3", flash3.TOKENSPEED):
+        out = anyattn.attention(q, k, v, backend="flash3")
+        want, _ = anyattn.reference.attention(q, k, v)
+        assert torch.allclose(out.double(), want, atol=2e-2)
+        for refused in ({"softcap": 5.0}, {"value": torch.randn(1, 8, 2, 128, dtype=torch.bfloat16)}):
+            arguments: dict[str, Any] = {"query": q, "key": k, "value": v} | refused
+            with pytest.raises(anyattn.UnsupportedCallError):
+                anyattn.attention(**arguments, backend="flash3")
+        with pytest.raises(anyattn.UnsupportedCallError, match="gradients"):
+            anyattn.attention(q.requires_grad_(), k, v, backend="flash3")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        (
+            "CONFIG = {'build_flags': {'FLASHATTENTION_DISABLE_BACKWARD': True, "
+            "'FLASH_ATTENTION_DISABLE_HDIMDIFF64': False, 'OTHER': True}}",
+            {"BACKWARD": True, "HDIMDIFF64": False},
+        ),
+        ("CONFIG = {}", None),
+        ("CONFIG = None", None),
+        ("raise ImportError('torn')", None),
+        (None, None),
+    ],
+)
+def test_flags_are_read_in_both_spellings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, flags: dict[str, bool] | None
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn_config", raising=False)
+    if text is not None:
+        (tmp_path / "flash_attn_config.py").write_text(text)
+    assert installed.build_flags("flash_attn_config") == flags
+    sys.modules.pop("flash_attn_config", None)
 
 
 def test_a_whole_build_comes_before_fa3_fwd() -> None:
@@ -150,7 +261,7 @@ def test_a_whole_build_comes_before_fa3_fwd() -> None:
 @pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
 @pytest.mark.parametrize("storage", [Storage(aligned=False), Storage(unit_stride=False)])
 def test_misaligned_storage_is_copied_before_it_costs_the_context(backend: str, storage: Storage) -> None:
-    env = _machine("h100", FLASH2 | FLASH4, ("flash_attn_interface",))
+    env = _machine("h100", FLASH2 | FLASH3 | FLASH4, ("flash_attn_interface",))
     decision = anyattn.explain(_spec(storage=storage), env=env, backend=backend)
     assert decision.chosen == backend
     assert "copy" in {conversion.code for conversion in decision.conversions}
@@ -158,7 +269,7 @@ def test_misaligned_storage_is_copied_before_it_costs_the_context(backend: str, 
 
 @pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
 def test_pattern_with_a_key_mask_is_refused_since_it_would_be_aligned_by_the_used_keys(backend: str) -> None:
-    env = _machine("h100", FLASH2 | FLASH4, ("flash_attn_interface",))
+    env = _machine("h100", FLASH2 | FLASH3 | FLASH4, ("flash_attn_interface",))
     mask = MaskSpec(pattern=PatternSpec(-1, 0, "upper_left"), key="padding", dead_rows=True)
     assert _codes(backend, _spec(mask=mask), env) == {"mask"}
 
@@ -173,7 +284,7 @@ def test_right_window_that_flash2_would_drop_is_refused() -> None:
 
 
 def test_key_masks_move_only_where_they_must() -> None:
-    env = _machine("h100", FLASH2 | FLASH4, ("flash_attn_interface",))
+    env = _machine("h100", FLASH2 | FLASH3 | FLASH4, ("flash_attn_interface",))
     for backend, prefix, code in (
         ("flash4", True, "keys_lengths"),
         ("flash4", False, "keys_front"),

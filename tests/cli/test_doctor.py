@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
-from anyattn import environment, known_bad, registry
+from anyattn import environment, installed, known_bad, registry
 from anyattn.backend import Backend
 from anyattn.cli import doctor as command
 from anyattn.cli import probe, render, trial
 from anyattn.cli.app import app
 from anyattn.cli.catalogue import cure, known_bad_here, listed
 from anyattn.cli.variables import variables
+from anyattn.cli.views import doctor as doctor_view
 from anyattn.cli.views.doctor import show
 from anyattn.dispatch import describe
 from anyattn.names import BY_NAME, KNOWN
@@ -393,3 +396,30 @@ def test_default_is_tried_inside_torch_compile_too(monkeypatch):
         found = command._default((), _default_told(), (), machine, {})
     assert (found.works, found.compiled) == (True, "raised")
     assert "need torch 2.8" in found.compiled_detail
+
+
+def test_cudnn_its_file_and_replaced_kernels_are_printed():
+    machine = dataclasses.replace(
+        environment.preset("h100"), cudnn_file="/lib/libcudnn.so.9", overrides={"native_flash": "FA3"}
+    )
+
+    def printed(env):
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(doctor_view._machine(env))
+        return console.export_text()
+
+    assert "9.19.0, from /lib/libcudnn.so.9" in printed(machine)
+    assert "torch's native_flash, by FA3" in printed(machine)
+    assert "9.19.0, from a file that is unknown" in printed(environment.preset("h100"))
+    assert "replaced" not in printed(environment.preset("h100"))
+
+
+def test_file_of_cudnn_is_read_from_the_process_maps(monkeypatch, tmp_path):
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "7f0 r-xp 0 00:00 1 /x/libcudnn_graph.so.9\n7f1 r-xp 0 00:00 2       /a b/libcudnn.so.9\n7f2 rw-p 0 0:0 0\n"
+    )
+    monkeypatch.setattr(installed, "Path", lambda name: maps)
+    assert installed.cudnn_file() == "/a b/libcudnn.so.9"
+    monkeypatch.setattr(installed.platform, "system", lambda: "Windows")
+    assert installed.cudnn_file() == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,12 +10,33 @@ from pathlib import Path
 
 import pytest
 
+from anyattn.environment import detect, preset
+
 MODULE = """
 from anyattn.adapters.native import NativeMath
+from anyattn.kernel_source import Package
 
 
 class Mine(NativeMath):
     name = "mine"
+
+
+class Packaged(NativeMath):
+    name = "packaged"
+    needed = Package("typing_extensions", "typing_extensions", (), ">=4", found_by="typing_extensions")
+
+    def availability(self, env):
+        yield from self.needed.reasons(env)
+
+
+class Missing(Packaged):
+    name = "missing"
+    needed = Package("no-such-kernel", "no_such_kernel", (), install="pip install no-such-kernel")
+
+
+class Old(Packaged):
+    name = "old"
+    needed = Package("Typing.Extensions", "typing_extensions", (), "<1")
 
 
 class Wrong(NativeMath):
@@ -51,12 +73,14 @@ def package(tmp_path: Path) -> Path:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-attention\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[anyattn.backends]\nmine = their_attention:Mine\nwrong = their_attention:Wrong\n"
+        "packaged = their_attention:Packaged\nmissing = their_attention:Missing\nold = their_attention:Old\n"
     )
     return site
 
 
 def _python(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *arguments], env=environment, cwd=site, capture_output=True, text=True, check=False
     )
@@ -70,6 +94,34 @@ def test_installed_backend_is_listed_and_called(package: Path) -> None:
     )
     done = _python(package, "-c", code)
     assert done.stdout.split("\n")[:2] == ["True", "mine torch.Size([1, 5, 2, 8])"], done.stderr
+
+
+def test_package_that_only_a_third_party_names_is_looked_for(package: Path) -> None:
+    code = (
+        "import torch, anyattn; q = torch.randn(1, 5, 2, 8);"
+        "rows = {row.name: [reason.code for reason in row.reasons] for row in anyattn.backends()};"
+        "print(rows['packaged'], rows['missing'], rows['old']);"
+        "chosen = anyattn.explain(q, q, q, backend='packaged').chosen;"
+        "print(chosen, anyattn.attention(q, q, q, backend='packaged').shape)"
+    )
+    done = _python(package, "-c", code)
+    assert done.stdout.split("\n")[:2] == [
+        "[] ['not_installed'] ['wrong_version']",
+        "packaged torch.Size([1, 5, 2, 8])",
+    ], done.stderr
+
+
+def test_made_up_machine_holds_what_it_was_given_alone() -> None:
+    made_up = preset("h100", packages={"typing-extensions": "4.1"})
+    assert made_up.packages["Typing_Extensions"] == "4.1"
+    assert "pytest" not in made_up.packages
+    assert detect().packages["pytest"] == pytest.__version__
+    assert "pytest" in detect().modules
+    assert "pytest" not in dataclasses.replace(detect(), packages={}, modules=frozenset()).packages
+    before = hash(detect())
+    assert "no-such-thing" not in detect().packages
+    assert hash(detect()) == before
+    assert "pytest" not in dict(detect().packages), "what is looked up changes neither the value nor its hash"
 
 
 def test_suite_runs_on_third_party(package: Path) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = Path(anyattn.__file__).parent
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-MODULES = ("api", "choosing", "masks", "prepare", "seeing")
+MODULES = ("api", "choosing", "masks", "prepare", "recording")
 """What a person calls: these have examples. Others may have some, and they are run too."""
 
 IN_GUIDES = ("masks.md",)

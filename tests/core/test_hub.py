@@ -393,7 +393,7 @@ def test_failing_load_is_passed_over_in_a_list_and_raised_for_a_name(monkeypatch
 
 def test_constants_are_pinned_and_come_from_diffusers_repositories() -> None:
     found = {name: value for name, value in vars(hub_kernels).items() if isinstance(value, HubKernel)}
-    assert set(found) == {"FLASH2", "FLASH3", "FLASH4", "SAGE", "AITER"}
+    assert set(found) == {"FLASH2", "FLASH3", "FLASH4", "SAGE", "SAGE_BLACKWELL", "AITER"}
     for kernel in found.values():
         assert kernel.source
         assert kernel.functions

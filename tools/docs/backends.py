@@ -78,6 +78,8 @@ def _name(row: Row) -> str:
 
 def _kernel(row: Row) -> str:
     known = BY_NAME[row.backend.name]
+    if row.backend.downloads:  # the package of the same kernel isn't what is called
+        return known.needs
     floors = [
         f"{package.distribution or package.module} {package.versions}".strip()
         for package in getattr(row.backend, "packages", ())

@@ -21,7 +21,7 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "native": ("torch",),
     "flex": ("torch",),
     "flash2": ("flash-attn",),
-    "flash3": ("flash-attn-3", "fa3-fwd"),
+    "flash3": ("flash-attn-3", "tokenspeed-fa3", "fa3-fwd"),
     "flash4": ("flash-attn-4",),
     "sage": ("sageattention",),
     "xformers": ("xformers",),

@@ -33,7 +33,7 @@ def set_attention_backend(
     Args:
         model: A `torch.nn.Module`, or a Diffusers pipeline.
         backend: A name, an alias, `"auto"`, or a list in order of preference.
-        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"` or `"fp8"`.
+        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"`, `"fp8"` or `"fp4"`.
 
     Returns:
         For Diffusers a report of what was set, else None.

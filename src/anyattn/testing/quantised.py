@@ -21,17 +21,20 @@ INT8_MAX = 127.0
 FP8_MAX = 448.0
 """The largest number of float8_e4m3fn."""
 
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The numbers of float4_e2m1; blocks of 16 share a step."""
+
 SHARE = 0.75
 """The rest of the budget is for what a kernel rounds besides: the weights."""
 
 
 def format_of(backend: str) -> str:
-    """Say what a backend's kernel computes in where that is coarser than its inputs: `"int8"`, `"fp8"`, or nothing."""
+    """Say what a backend's kernel computes in where that is coarser than its inputs, such as `"int8"`, or nothing."""
     found = registry.get(backend)
     if found is None or (found.is_double and not found.quantises):
         return ""
     loose = {caps.quantised for caps in found.declarations.values() if not caps.exact and caps.quantised}
-    return "fp8" if "fp8" in loose else next(iter(loose), "")
+    return next((kind for kind in ("fp4", "fp8") if kind in loose), next(iter(loose), ""))
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,17 @@ def holds(inputs: Inputs, kind: str) -> bool:
 def plain(inputs: Inputs, kind: str) -> tuple[Tensor, Tensor]:
     """Compute in float64 with rounded inputs, in the coarsest way that there is for the kind.
 
-    For `"fp8"` all three are rounded to that. For `"int8"` query and key are, with one step for each batch entry and
-    head, keys less their mean: that moves a row's scores together (SageAttention, Zhang et al., arXiv:2410.02367).
+    For `"fp8"` and `"fp4"` all three are rounded to that. For `"int8"` query and key are, with one step for each batch
+    entry and head, keys less their mean: that moves a row's scores together (SageAttention, Zhang et al.,
+    arXiv:2410.02367).
     """
     case = inputs.case
     query, key, value = (inputs.bshd(t).detach().double() for t in (inputs.query, inputs.key, inputs.value))
     mine = inputs.detached().replace(case=case.replace(layout="BSHD"))
     if kind == "fp8":
         return mine.replace(query=as_fp8(query), key=as_fp8(key), value=as_fp8(value)).refer()
+    if kind == "fp4":
+        return mine.replace(query=as_fp4(query), key=as_fp4(key), value=as_fp4(value)).refer()
     mean = torch.zeros_like(key[:, :1]) if case.softcap is not None else key.mean(1, keepdim=True)
     out, lse = mine.replace(query=as_int8(query), key=as_int8(key - mean), value=value).refer()
     moved = mean.repeat_interleave(case.heads // case.kv_heads, 2)
@@ -103,3 +109,13 @@ def as_fp8(tensor: Tensor) -> Tensor:
     """Round (B, S, H, D) to float8_e4m3fn, scaled for each batch entry and head."""
     step = (tensor.abs().amax((1, 3), keepdim=True) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
     return (tensor / step).to(torch.float8_e4m3fn).to(tensor.dtype) * step
+
+
+def as_fp4(tensor: Tensor) -> Tensor:
+    """Round (B, S, H, D), D a multiple of 16, to float4_e2m1, scaled for each 16 numbers along D."""
+    blocks = tensor.unflatten(-1, (-1, 16))  # type: ignore[no-untyped-call]
+    step = (blocks.abs().amax(-1, keepdim=True) / FP4[-1]).clamp_min(torch.finfo(torch.float32).tiny)
+    grid = torch.tensor(FP4, dtype=tensor.dtype, device=tensor.device)
+    nearest = ((blocks / step).abs().unsqueeze(-1) - grid).abs().argmin(-1)
+    rounded: Tensor = (grid[nearest] * blocks.sign() * step).flatten(-2)
+    return rounded

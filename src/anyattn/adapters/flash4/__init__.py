@@ -45,13 +45,14 @@ PACKAGES = (
 _CUDA = Capabilities(
     dtypes=frozenset((torch.float16, torch.bfloat16)),
     arch_min=(9, 0),
+    # sm120 and sm121 take another kernel, which betas up to b29 had wrong, or with illegal accesses (flash-attention
+    # issues 2386, 2453 and pull request 2860); nobody ran a later one there, nor anything on sm110.
+    arch_max=(10, 3),
     head_dim_max=256,
     # `_validate_head_dims`.
     head_dims=(
         HeadDims(9, 256),
         HeadDims(10, 128, pairs=((192, 128),), plain_pairs=((256, 256),)),
-        HeadDims(11, 128, pairs=((192, 128),), plain_pairs=((256, 256),)),
-        HeadDims(12, 128),
     ),
     head_dim_v=True,
     causal=frozenset(("lower_right",)),
@@ -92,12 +93,9 @@ class Flash4(Backend):
         return f"flash-attn-4 {env.packages.get('flash-attn-4', '')}".strip()
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        arch = _arch(spec, env)
         if spec.needs_grad and spec.is_gqa and spec.head_dim != spec.head_dim_v:
             got = f"{spec.head_dim} and {spec.head_dim_v} with {spec.num_heads} heads on {spec.num_kv_heads}"
             yield Reason("head_dim_v", "head_dim_v == head_dim for gradients of shared heads", got)
-        if arch[0] == 12 and spec.deterministic and spec.needs_grad:
-            yield Reason("deterministic", "an arch below sm120 for deterministic gradients", f"sm{arch[0]}{arch[1]}")
         if "sinks" in spec.requires_grad:
             yield Reason("backward", "sinks that need no gradient", "sinks that require one", "detach them")
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from packaging.version import Version
 
-from anyattn.adapters.native import kernels, packed, short
+from anyattn.adapters.native import kernels, mps, packed, replaced, short
 from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE
 from anyattn.backend import Backend, Lowering, MaskedRunner, Plan, Runner
 from anyattn.capabilities import Capabilities, lowered_mask_reasons, needs_dense, pattern_is_native
@@ -100,11 +100,18 @@ class NativeFlash(_Kernel):
         caps = super().capabilities(spec, env)
         return packed.declared(caps) if caps is not None and packed.takes(spec, env) else caps
 
+    def origin(self, env: Environment) -> str:
+        return replaced.origin(env, ("native_flash", "varlen_attn"))
+
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        return iter(()) if spec.packed else super().rejects(spec, env)
+        yield from replaced.flash_reasons(spec, env)
+        if not spec.packed:
+            yield from super().rejects(spec, env)
+        elif packed.may_be_cudnn(spec, env):
+            yield Reason("setting", "a packed call that torch hands to its flash kernel", packed.CUDNN, "choose native")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
-        return packed.lower(spec) if spec.packed else super().lower(spec, env)
+        return packed.lower(spec, packed.kernel_of(spec, env)) if spec.packed else super().lower(spec, env)
 
 
 class NativeEfficient(_Kernel):
@@ -124,6 +131,9 @@ class NativeCudnn(_Kernel):
     declarations = CUDNN
     # What is wrong there is SDPA's way of making the mask additive, which the op isn't reached through.
     avoids = frozenset(("cudnn-dead-rows", "dropout-of-everything"))
+
+    def origin(self, env: Environment) -> str:
+        return replaced.origin(env, ("native_cudnn",))
 
     def availability(self, env: Environment) -> Iterator[Reason]:
         yield from super().availability(env)
@@ -168,6 +178,9 @@ class Native(Backend):
     declarations = NATIVE
     run = staticmethod(kernels.run)
 
+    def origin(self, env: Environment) -> str:
+        return replaced.origin(env)
+
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = super().capabilities(spec, env)
         return packed.declared(caps) if caps is not None and packed.takes(spec, env) else caps
@@ -185,22 +198,18 @@ class Native(Backend):
                     yield Reason("lse", "a device whose SDPA kernels give lse (cpu, cuda)", spec.device_type)
 
     def known_bad(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        # Every row is avoided by `lower`, which sends the call to a kernel that is right.
-        return iter(())
+        # Every other row is avoided by `lower`, which sends the call to a kernel that is right.
+        return mps.known_bad(spec, env) if spec.device_type == "mps" else iter(())
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         if spec.packed:
-            return packed.lower(spec)
+            return packed.lower(spec, packed.kernel_of(spec, env))
         if spec.return_lse or spec.sinks:
             return next(sub.lower(spec, env) for sub in _with_lse(spec, env) if not sub.reasons(spec, env))
         plain = lower_to("sdpa", self.declarations[spec.device_type], spec, env)
         if spec.device_type == "cuda":
             return _steer(plain, spec, env)
-        rows = hits((self.name,), spec, env) if spec.device_type == "mps" else ()
-        if rows:
-            why = Conversion("copy", f"query, key and value copied: {rows[0].what} otherwise ({rows[0].link})")
-            return dataclasses.replace(plain, copy=True, conversions=(*plain.conversions, why))
-        return plain
+        return mps.lower(plain, spec, env) if spec.device_type == "mps" else plain
 
     def bind(self, plan: Plan) -> Runner | None:
         return short.bind_sdpa(plan)
@@ -232,14 +241,18 @@ def _steer(plain: Lowering, spec: AttentionSpec, env: Environment) -> Lowering:
     """Keep a CUDA call from the kernels that are wrong for it: torch picks only where every pick is right."""
     rows = hits([Native.name, *(sub.name for sub in _FUSED)], spec, env)
     misaligned = not (spec.storage.aligned and spec.storage.unit_stride and spec.storage.mask_aligned)
-    if not rows and not misaligned:
+    # What stands in the flash kernel's place raises, where torch's own would have been passed over or right.
+    lost = tuple(replaced.flash_reasons(spec, env))
+    if not rows and not misaligned and not lost:
         return plain
     first = _by_priority(spec, env)[0]
-    mendable = not misaligned and {row.name for row in rows} == {"cudnn-dead-rows"} <= first.avoids
+    mendable = not misaligned and not lost and {row.name for row in rows} == {"cudnn-dead-rows"} <= first.avoids
     if mendable and not first.reasons(spec, env):
         note = Conversion("additive_mask", f"the mask made additive, with -inf: {rows[0].what} ({rows[0].link})")
         return dataclasses.replace(plain, entry="sdpa_additive", conversions=(note, *plain.conversions))
-    why = "; ".join(f"{row.what} with {row.backends[0]} for {row.when}" for row in rows)
+    said = [f"{row.what} with {row.backends[0]} for {row.when}" for row in rows]
+    said += [f"native_flash needs {reason.need}, got {reason.got}" for reason in lost]
+    why = "; ".join(said)
     dense = spec.mask.dense
     if dense is not None and dense.kind == "bias" and dense.dtype == torch.float32 and spec.dtype.itemsize == 2:
         wide = spec.replace(dtype=dense.dtype)

@@ -77,6 +77,25 @@ def _math(
     return out, None
 
 
+def _written_out(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, None]:
+    """Compute in float32 with matrix products and a softmax, for devices whose own kernel is wrong."""
+    assert not is_causal
+    times = spec.num_heads // spec.num_kv_heads
+    wide = [tensor.float() for tensor in (query, repeat_heads(key, times), repeat_heads(value, times))]
+    scores = wide[0] @ wide[1].transpose(-2, -1) * spec.scale
+    if mask is not None:
+        scores = scores + additive(mask, scores.dtype)
+    top = scores.detach().amax(-1, keepdim=True)
+    # A row without a key is -inf throughout: it gives zeros, and finite gradients.
+    weights = (scores - torch.where(torch.isneginf(top), 0.0, top)).exp()
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total == 0, 1.0, total)
+    weights = F.dropout(weights, spec.dropout_p) if spec.dropout_p else weights
+    return (weights @ wide[2]).to(query.dtype), None
+
+
 def _pad_head_dim(tensor: Tensor) -> Tensor:
     left_over = tensor.shape[-1] % 8
     return F.pad(tensor, (0, 8 - left_over)) if left_over else tensor
@@ -138,6 +157,7 @@ _ENTRIES: Mapping[str, _Entry] = {
     "flash": _flash,
     "efficient": _efficient,
     "cudnn": _cudnn,
+    "written_out": _written_out,
 }
 
 
@@ -164,6 +184,9 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0])
     if mask is not None and misread(spec):
         mask = mask.to(query.dtype)
+    if mask is not None and lowering.copy and spec.device_type == "mps" and lengths[0] <= 8:
+        shape = (query.shape[0], query.shape[1], *lengths)
+        mask = mask.expand(shape).contiguous()
     told = _told(mask, given, plan, query.dtype)
     out, lse = _ENTRIES[lowering.entry](spec, query, key, value, told, lowering.is_causal)
     if lowering.upcast:

@@ -17,16 +17,20 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
+from anyattn.adapters.native import replaced
 from anyattn.alignment import realigned
 from anyattn.backend import Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities
 from anyattn.environment import Environment
+from anyattn.installed import varlen_is_replaced
 from anyattn.reasons import Conversion
-from anyattn.spec import AttentionSpec
+from anyattn.spec import UNKNOWN, AttentionSpec
 
 ENTRY = "varlen_attn"
 
 _SINCE = Version("2.11")
+_MAY_BE_CUDNN = Version("2.14")
+CUDNN = "torch >= 2.14 hands it to cuDNN"
 
 
 def takes(spec: AttentionSpec, env: Environment) -> bool:
@@ -43,7 +47,22 @@ def takes(spec: AttentionSpec, env: Environment) -> bool:
     most = 192 if spec.needs_grad and device.arch not in ((8, 0), (9, 0), (10, 0)) else 256
     wide = spec.head_dim != spec.head_dim_v or spec.head_dim > most
     plain = spec.scale > 0 and not spec.dropout_p and spec.softcap is None and not (spec.deterministic or wide)
-    return plain and spec.dtype.itemsize == 2 and env.torch >= _SINCE
+    if not (plain and spec.dtype.itemsize == 2 and env.torch >= _SINCE):
+        return False
+    # cuDNN's own limits (torch asks for none but a multiple of 8) are those of native_cudnn.
+    return replaced.takes_packed(spec, env) and not (may_be_cudnn(spec, env) and spec.head_dim > 128)
+
+
+def may_be_cudnn(spec: AttentionSpec, env: Environment) -> bool:
+    """Whether torch hands a packed call to cuDNN in place of flash (torch 2.14.1, `varlen.py`, by reading). Law: pure.
+
+    The lengths on the host decide, so that a length which isn't known yet may be either.
+    """
+    device = env.device(spec.device_type, spec.device_index)
+    if not spec.packed or device is None or device.arch is None or device.rocm or device.arch[0] not in (9, 10):
+        return False
+    new = env.torch >= _MAY_BE_CUDNN and env.cudnn is not None and env.cudnn >= (9, 18, 0)
+    return new and spec.mask.pattern is None and (spec.seqlen_q == UNKNOWN or spec.seqlen_q > 128)
 
 
 def declared(caps: Capabilities) -> Capabilities:
@@ -51,9 +70,17 @@ def declared(caps: Capabilities) -> Capabilities:
     return caps.replace(varlen=True, causal=frozenset(("lower_right",)), causal_square=False, dead_rows=True)
 
 
-def lower(spec: AttentionSpec) -> Lowering:
+def kernel_of(spec: AttentionSpec, env: Environment) -> str:
+    """Say which kernel torch's entry hands a packed call to. Law: pure."""
+    if may_be_cudnn(spec, env):
+        return "on cuDNN, or on flash for 128 queries at most" if spec.seqlen_q == UNKNOWN else "on cuDNN"
+    by = replaced.origin(env, ("native_flash", "varlen_attn"))
+    return f"with {by}" if by else "on its flash kernel"
+
+
+def lower(spec: AttentionSpec, kernel: str = "on its flash kernel") -> Lowering:
     """Describe how a packed call reaches the entry."""
-    notes = [Conversion("packed", "torch's own entry for packed sequences, on its flash kernel")]
+    notes = [Conversion("packed", f"torch's own entry for packed sequences, {kernel}")]
     copy = not (spec.storage.aligned and spec.storage.unit_stride)
     if copy:
         text = "query, key and value copied: the kernel needs 16-byte aligned rows and a contiguous head_dim"
@@ -73,9 +100,21 @@ def _functions() -> tuple[Any, Any]:
     return varlen.varlen_attn, varlen.AuxRequest(lse=True)
 
 
+def _still_torchs_own() -> None:
+    """Refuse where torch's entry was replaced after the call was decided: causal would be aligned to the other corner.
+
+    Raises:
+        RuntimeError: If it was.
+    """
+    if varlen_is_replaced():
+        raise RuntimeError("torch's packed entry was replaced after this was decided; call anyattn.reset()")
+
+
 def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
     """Call it, on `(T, H, D)`."""
     spec = plan.spec
+    if spec.mask.pattern is not None and not spec.same_lengths and not torch.compiler.is_compiling():
+        _still_torchs_own()
     if plan.lowering.copy:
         query, key, value = realigned(query), realigned(key), realigned(value)
     if spec.is_gqa:

@@ -40,6 +40,10 @@ def show(found: DoctorReport) -> RenderableType:
         said = (under(Text(row.name, style="bold"), row.origin) for row in waiting)
         parts.append(section("From the Hub", *said, note="downloaded and tried where named: anyattn doctor NAME"))
     troubled = [row for row in usable if _complaints(row)]
+    named = [row for row in usable if row.origin and not row.downloads]
+    if named:
+        said = (under(Text(row.name, style="bold"), row.origin) for row in named)
+        parts.append(section("Whose kernels", *said, note="packages, and what their builds leave out"))
     if troubled:
         parts.append(section("What went wrong", *(under(row.name, *_complaints(row)) for row in troubled)))
     parts += _absent(found.backends)
@@ -56,12 +60,16 @@ def show(found: DoctorReport) -> RenderableType:
 
 def _machine(machine: Environment) -> RenderableType:
     packages = ", ".join(f"{name} {version}" for name, version in sorted(machine.packages.items()))
-    cudnn = "none" if machine.cudnn is None else ".".join(map(str, machine.cudnn))
+    cudnn = "none"
+    if machine.cudnn is not None:
+        cudnn = f"{'.'.join(map(str, machine.cudnn))}, from {machine.cudnn_file or 'a file that is unknown'}"
+    replaced = [("  replaced", f"torch's {kernel}, by {by}") for kernel, by in sorted(machine.overrides.items())]
     rows: list[tuple[str, RenderableType]] = [
         ("  python", f"{machine.python} on {machine.platform}"),
         ("  torch", str(machine.torch)),
         *(("  device", _device(device, machine.cpu)) for device in machine.devices),
         ("  cuDNN", cudnn),
+        *replaced,
         ("  C++ compiler", "yes" if machine.cxx else "none: nothing can be compiled for the CPU"),
         ("  packages", packages or "none that a choice depends on"),
     ]

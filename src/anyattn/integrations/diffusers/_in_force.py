@@ -6,7 +6,7 @@ torch.compile refuses `ContextVar.get`, but reads a missing attribute of a modul
 
 from __future__ import annotations
 
-from anyattn import policy
+from anyattn import lifetime
 from anyattn.integrations.diffusers import routes
 
 wish: str
@@ -16,7 +16,7 @@ wish: str
 def __getattr__(name: str) -> str:
     if name != "wish":
         raise AttributeError(name)
-    settings = policy.current.get().settings
+    settings = lifetime.settings()
     if settings.context is not None and settings.override:
         return "override"
     if settings.pin is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anyattn import _in_force as core
-from anyattn import api, policy
+from anyattn import api, lifetime
 from anyattn.errors import AnyattnWarning
 from anyattn.integrations.diffusers import _in_force, routes
 from anyattn.integrations.diffusers.arguments import EXTRAS, WINDOW, to_call
@@ -213,7 +213,7 @@ def _wish() -> str:
 
 
 def _say_once(name: str) -> None:
-    context = str(policy.current.get().settings.context)
+    context = str(lifetime.settings().context)
     if name == context or (name, context) in _said:
         return
     _said.add((name, context))

@@ -136,7 +136,7 @@ def set_attention_backend(
     Args:
         target: A pipeline, a model or a part of a model.
         backend: A name, an alias (all of Diffusers' names are), `"auto"`, or a list in order of preference.
-        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"` or `"fp8"`.
+        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"`, `"fp8"` or `"fp4"`.
 
     Returns:
         What was pinned and what was left alone, with reasons.

@@ -37,6 +37,7 @@ DOUBLES: dict[str, str] = {
     "flash3_hub": "anyattn.testing.doubles.hub:FLASH3",
     "flash4_hub": "anyattn.testing.doubles.hub:FLASH4",
     "sage_hub": "anyattn.testing.doubles.hub:SAGE",
+    "sage_blackwell_hub": "anyattn.testing.doubles.hub:SAGE_BLACKWELL",
     "aiter_hub": "anyattn.testing.doubles.hub:AITER",
 }
 """The double of each backend that has one: one line adds one."""
@@ -55,7 +56,9 @@ def double_of(backend: str) -> Double:
 
 def supposed_environment(double: Double, env: Environment) -> Environment:
     """Give a machine on which the double's packages are installed, and no others that matter."""
-    return dataclasses.replace(env, packages=dict(double.packages), modules=double.found)
+    return dataclasses.replace(
+        env, packages=dict(double.packages), modules=frozenset(double.found), builds=double.builds, overrides={}
+    )
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class Double:
         modules: Makes the fake modules, by full name; parents come before children.
         found: The modules of `anyattn.environment.MODULES` that count as present.
         device_type: The type of device whose declaration is run on the CPU.
+        builds: What its build left out, as `anyattn.environment.Environment.builds` says it.
     """
 
     backend: str
@@ -29,6 +30,7 @@ class Double:
     modules: Callable[[], Mapping[str, types.ModuleType]]
     found: frozenset[str] = frozenset()
     device_type: str = "cuda"
+    builds: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
 
 
 def module(name: str, **attributes: object) -> types.ModuleType:

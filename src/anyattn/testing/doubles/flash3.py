@@ -1,11 +1,13 @@
-"""Doubles of FlashAttention-3: the whole build, fa3-fwd, and builds that return lse always or never.
+"""Doubles of FlashAttention-3: the whole build, fa3-fwd, tokenspeed-fa3, and builds that return lse always or never.
 
-Source: `hopper/flash_attn_interface.py` and `hopper/flash_api.cpp` of flash-attention; fa3-fwd 0.0.3 on an H100.
+Source: `hopper/flash_attn_interface.py` and `hopper/flash_api.cpp` of flash-attention, tokenspeed-fa3 3.0.0 (by
+reading); fa3-fwd 0.0.3 on an H100.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import types
 from collections.abc import Callable, Mapping
@@ -166,7 +168,6 @@ def _forward_only(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _returning(function: Callable[..., Any], always: bool) -> Callable[..., Any]:
     """Give the function as builds before September 2025 had it: without the flag."""
-    import inspect
 
     def old(*tensors: Any, **options: Any) -> Any:
         if "return_attn_probs" in options:
@@ -178,6 +179,43 @@ def _returning(function: Callable[..., Any], always: bool) -> Callable[..., Any]
     kept = [p for p in signature.parameters.values() if p.name != "return_attn_probs"]
     old.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     return old
+
+
+class _LateBackward(torch.autograd.Function):
+    """An output that is accepted with gradients, and raises where they are wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("This flash attention build does not support backward.")
+
+
+def _tokenspeed(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, sinks: Tensor | None = None, **options: Any) -> Any:
+        if options.get("softcap"):
+            raise RuntimeError("This flash attention build does not support tanh softcapping.")
+        if sinks is not None:
+            raise NotImplementedError("the double has no sinks")
+        result = function(q, k, v, *rest, **options)
+        out, lse = result if isinstance(result, tuple) else (result, None)
+        if q.shape[-1] <= 64 < v.shape[-1]:
+            # The kernel for 64 and 64 runs: what is beyond is never written.
+            out = out.clone()
+            out[..., 64:] = torch.nan
+        if out.requires_grad:
+            out = _LateBackward.apply(out)  # type: ignore[no-untyped-call]
+        return out if lse is None else (out, lse)
+
+    signature = inspect.signature(function)
+    extra = inspect.Parameter("sinks", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), extra]
+    )
+    return forward
 
 
 def _modules(name: str, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Mapping[str, types.ModuleType]:
@@ -194,13 +232,31 @@ def _fa3_fwd() -> Mapping[str, types.ModuleType]:
 
 
 _FOUND = frozenset(("flash_attn_interface",))
+_FEATURES = ("BACKWARD", "SPLIT", "PAGEDKV", "APPENDKV", "LOCAL", "SOFTCAP", "PACKGQA", "FP16", "FP8", "VARLEN")
+_DIMS = ("HDIM64", "HDIM96", "HDIM128", "HDIM192", "HDIM256", "SM8x", "HDIMDIFF64", "HDIMDIFF192")
 
-DOUBLE = Double("flash3", {}, _whole, _FOUND)
-FP8 = Double("flash3_fp8", {}, _whole, _FOUND)
+
+def without(*features: str) -> Mapping[str, Mapping[str, bool]]:
+    """Say what a build left out, as its flash_attn_config does."""
+    return {"flash_attn_config": {name: name in features for name in (*_FEATURES, *_DIMS)}}
+
+
+_OWN = {"flash-attn-3": "3.0.0"}
+
+DOUBLE = Double("flash3", _OWN, _whole, _FOUND, builds=without())
+FP8 = Double("flash3_fp8", _OWN, _whole, _FOUND, builds=without())
 FORWARD = Double("flash3", {"fa3-fwd": "0.0.3"}, _fa3_fwd, frozenset(("fa3_fwd_interface",)))
+TOKENSPEED = Double(
+    "flash3",
+    {"tokenspeed-fa3": "3.0.0.post20260810"},
+    lambda: _modules("flash_attn_interface", _tokenspeed),
+    _FOUND,
+    builds=without("BACKWARD", "SOFTCAP", "HDIM96", "SM8x", "HDIMDIFF64", "HDIMDIFF192"),
+)
+# Builds of 2025 had no flash_attn_config.
 ALWAYS_LSE = Double(
-    "flash3", {}, lambda: _modules("flash_attn_interface", lambda function: _returning(function, True)), _FOUND
+    "flash3", _OWN, lambda: _modules("flash_attn_interface", lambda function: _returning(function, True)), _FOUND
 )
 NEVER_LSE = Double(
-    "flash3", {}, lambda: _modules("flash_attn_interface", lambda function: _returning(function, False)), _FOUND
+    "flash3", _OWN, lambda: _modules("flash_attn_interface", lambda function: _returning(function, False)), _FOUND
 )

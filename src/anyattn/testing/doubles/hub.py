@@ -14,7 +14,7 @@ import torch
 
 from anyattn import hub_kernels
 from anyattn.hub import HubKernel
-from anyattn.testing.doubles import aiter, flash2, flash3, flash4, sage
+from anyattn.testing.doubles import aiter, flash2, flash3, flash4, sage, sage_blackwell
 from anyattn.testing.doubles.double import Double, module
 
 
@@ -65,6 +65,11 @@ FLASH4 = hub_double(
     {"flash_attn_func": flash4.flash_attn_func, "flash_attn_varlen_func": flash4.flash_attn_varlen_func},
 )
 SAGE = hub_double("sage_hub", hub_kernels.SAGE, {"sageattn": sage.sageattn})
+SAGE_BLACKWELL = hub_double(
+    "sage_blackwell_hub",
+    hub_kernels.SAGE_BLACKWELL,
+    {"sageattn3_blackwell": sage_blackwell.sageattn3_blackwell},
+)
 
 
 def _forward_only(function: Callable[..., Any]) -> Callable[..., Any]:

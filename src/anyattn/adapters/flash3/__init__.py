@@ -1,8 +1,12 @@
-"""FlashAttention-3: a build of `hopper/` (flash_attn_interface, flash_attn_3), or the package fa3-fwd.
+"""FlashAttention-3: a build of `hopper/` (flash_attn_interface, flash_attn_3), tokenspeed-fa3, or the package fa3-fwd.
 
 Sources: `hopper/flash_attn_interface.py` and `hopper/flash_api.cpp` of flash-attention; fa3-fwd 0.0.3 on an H100.
 Causal and windows are aligned to the lower right. What a function returns changed twice under one version number, so it
 is told from its signature and from what comes back.
+
+Builds leave features out, and say so in a module of plain Python (`Environment.builds`). What one leaves out is
+refused; so is what one may have left out that doesn't say: without backward a call with gradients is accepted, and
+raises when they are wanted. Only flash-attention's own distribution counts as whole without that module.
 """
 
 from __future__ import annotations
@@ -16,6 +20,17 @@ import torch
 from torch import Tensor
 
 from anyattn import flash_like, hub_kernels
+from anyattn.adapters.flash3.builds import (
+    BUILD,
+    FORWARD_ONLY,
+    OWN,
+    PACKAGES,
+    Build,
+    config_of,
+    distribution_of,
+    of_build,
+    rejected,
+)
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
 from anyattn.capabilities import Capabilities
 from anyattn.environment import Environment
@@ -24,18 +39,6 @@ from anyattn.hub import FromHub
 from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec
-
-_NAMES = ("flash_attn_func", "flash_attn_varlen_func")
-_BUILD = "build hopper/ of github.com/Dao-AILab/flash-attention"
-
-FORWARD_ONLY = Package("fa3-fwd", "fa3_fwd_interface", _NAMES, ">=0.0.3", "pip install fa3-fwd (forward only)")
-
-PACKAGES = (
-    Package("", "flash_attn_interface", _NAMES, install=_BUILD, found_by="flash_attn_interface"),
-    # The package itself holds the functions since July 2026, and the extension alone before.
-    Package("flash-attn-3", "flash_attn_3", _NAMES, install=_BUILD, found_by="flash_attn_3"),
-    FORWARD_ONLY,
-)
 
 _CUDA = Capabilities(
     dtypes=frozenset((torch.float16, torch.bfloat16)),
@@ -64,7 +67,7 @@ _CUDA = Capabilities(
 
 
 class Flash3(Backend):
-    """FlashAttention-3 in the inputs' precision; forward only where fa3-fwd is the source."""
+    """FlashAttention-3 in the inputs' precision; what it takes follows from what its build left out."""
 
     name = "flash3"
     family = "flash3"
@@ -79,21 +82,23 @@ class Flash3(Backend):
         package = first_that_serves(self.packages, env)
         if package is None:
             return ""
-        version = env.packages.get(package.distribution or "flash-attn-3", "")
-        return f"{package.module} {version}".strip()
+        distribution = package.distribution or distribution_of(env)
+        version = env.packages.get(distribution, "")
+        named = f"{distribution} {version}" if distribution else package.module
+        flags = env.builds.get(config_of(package))
+        absent = [] if flags is None else sorted(name for name, is_out in flags.items() if is_out)
+        without = f", built without {', '.join(absent)}" if absent else ""
+        unknown = flags is None and package is not FORWARD_ONLY and distribution != OWN
+        return f"{named}{without}{', which may be built without anything' if unknown else ''}"
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = super().capabilities(spec, env)
-        if caps is not None and first_that_serves(self.packages, env) is FORWARD_ONLY:
-            # fa3-fwd is built without backward, local windows and fp16 (its fa3_fwd_config.py).
-            dtypes = caps.dtypes - {torch.float16}
-            return caps.replace(backward=False, deterministic=False, window=frozenset(), dtypes=dtypes)
-        return caps
+        package = first_that_serves(self.packages, env)
+        return caps if caps is None or package is None else of_build(caps, Build(package, env))
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        yield from _head_dims(spec)
-        if spec.deterministic and spec.needs_grad and spec.head_dim > 192:
-            yield Reason("deterministic", "head_dim <= 192 for deterministic gradients", str(spec.head_dim))
+        package = first_that_serves(self.packages, env)
+        yield from rejected(spec, None if package is None else Build(package, env))
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         caps = self.capabilities(spec, env)
@@ -119,19 +124,6 @@ class Flash3(Backend):
 def _look_at_lse(functions: Any) -> None:
     """Note whether a build is asked for lse; if not, it comes unasked or not at all."""
     functions.asks_for_lse = "return_attn_probs" in inspect.signature(functions.flash_attn_func).parameters
-
-
-def _head_dims(spec: AttentionSpec) -> Iterator[Reason]:
-    """Refuse head dims without a kernel (`hopper/flash_api.cpp`)."""
-    dim, dim_v = spec.head_dim, spec.head_dim_v
-    pair = (128 < dim <= 192 and 96 < dim_v <= 128) or (dim <= 64 and dim_v <= 512)
-    if dim > 256:
-        yield Reason("head_dim", "head_dim <= 256", str(dim))
-    if dim != dim_v and not pair:
-        need = "head_dim_v == head_dim, or head_dim <= 64, or head_dim in (128, 192] with head_dim_v in (96, 128]"
-        yield Reason("head_dim_v", need, f"{dim} and {dim_v}")
-    elif dim != dim_v and spec.needs_grad:
-        yield Reason("head_dim_v", "head_dim_v == head_dim with gradients", f"{dim} and {dim_v}")
 
 
 def _call(plan: Plan, call: KernelCall, **descale: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -196,8 +188,19 @@ class Flash3Fp8(Flash3):
     quantises = True
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _FP8}
 
+    def availability(self, env: Environment) -> Iterator[Reason]:
+        yield from super().availability(env)
+        package = first_that_serves(self.packages, env)
+        if package is not None and not Build(package, env).has("FP8"):
+            yield Reason("not_installed", "FlashAttention-3 with FP8", self.origin(env), f"{BUILD} whole")
+
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
-        return self.declarations.get(spec.device_type)
+        caps = self.declarations.get(spec.device_type)
+        package = first_that_serves(self.packages, env)
+        if caps is None or package is None:
+            return caps
+        # What is quantised reaches the kernel in fp8, whatever dtype it was.
+        return of_build(caps, Build(package, env)).replace(dtypes=caps.dtypes)
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
@@ -238,6 +241,9 @@ class Flash3Hub(FromHub, Flash3):
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         return self.declarations.get(spec.device_type)  # whatever package is installed beside it
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        yield from rejected(spec, None)
 
     def load(self) -> None:
         super().load()

@@ -1,0 +1,44 @@
+"""SDPA on Apple GPUs: the rule that keeps calls from what is wrong there.
+
+Source: the rows of `anyattn.known_bad` for MPS. One rule covers most: contiguous query, key and value, a full-size
+contiguous mask, and never the causal flag. What is left is written out in float32, or refused. Nothing of this ran on
+an Apple GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from anyattn.backend import Lowering
+from anyattn.environment import Environment
+from anyattn.known_bad import hits
+from anyattn.reasons import Conversion, Reason
+from anyattn.spec import AttentionSpec
+
+_FLAG = frozenset(("mps-causal-half", "mps-mask-and-causal"))
+_WRITTEN_OUT = frozenset(("mps-vector", "mps-value-dim", "mps-long-half"))
+_REFUSED = frozenset(("mps-4g",))
+
+
+def known_bad(spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+    """Yield the rows that nothing here avoids. Law: pure."""
+    return (row.reason() for row in hits(("native",), spec, env) if row.name in _REFUSED)
+
+
+def lower(plain: Lowering, spec: AttentionSpec, env: Environment) -> Lowering:
+    """Change how a call reaches SDPA where it would be wrong there. Law: pure, and exact."""
+    rows = hits(("native",), spec, env)
+    if not rows:
+        return plain
+    names = {row.name for row in rows}
+    why = "; ".join(f"{row.what} for {row.when} ({row.link})" for row in rows)
+    notes = list(plain.conversions)
+    if names & _WRITTEN_OUT:
+        notes.append(Conversion("steered", f"written out in float32: {why}"))
+        return dataclasses.replace(plain, entry="written_out", is_causal=False, conversions=tuple(notes))
+    is_causal = plain.is_causal and not names & _FLAG
+    if is_causal != plain.is_causal:
+        notes.append(Conversion("dense_mask", f"causal given as a dense mask: {why}"))
+    notes.append(Conversion("copy", f"query, key and value contiguous, and the mask at its full size: {why}"))
+    return dataclasses.replace(plain, copy=True, is_causal=is_causal, conversions=tuple(notes))

@@ -1,0 +1,72 @@
+"""SageAttention 3 in fp4, from the Hub, for NVIDIA GPUs of sm120: never run on a real one.
+
+Source: Diffusers 0.42.1, `models/attention_dispatch.py`, and the kernel's own `sageattn3_blackwell`, by reading. It
+takes `(B, H, S, D)`, contiguous. It ignores `attn_mask`, and swallows every keyword that it doesn't know, scale among
+them: its scale is `D**-0.5`. It takes the mean off the caller's own key, in place, so that it is given a copy. Key
+heads must be as many as query heads; the output carries no gradient, and there is no lse. Causal attention where the
+lengths differ, torch.compile and CUDA graphs: nobody saw what it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from anyattn import flash_like, hub_kernels
+from anyattn.backend import Lowering, Output, Parts, Plan
+from anyattn.capabilities import BOTH, Capabilities
+from anyattn.environment import Environment
+from anyattn.flash_like import KernelCall
+from anyattn.hub import FromHub
+from anyattn.kernel_source import FUNCTIONS
+from anyattn.reasons import Reason
+from anyattn.spec import AttentionSpec
+
+_CUDA = Capabilities(
+    dtypes=frozenset((torch.float16, torch.bfloat16)),
+    arch_min=(12, 0),
+    # 12.1 isn't in the build (kernels-community pull request 1099).
+    arch_max=(12, 0),
+    head_dim_max=128,
+    head_dim_multiple=64,
+    causal=BOTH,
+    causal_square=True,
+    quantised="fp4",
+    unit_stride=False,
+    batch_max=65535,
+    device_guard=True,
+)
+
+
+class SageBlackwellHub(FromHub):
+    """SageAttention 3, scores, weights and value in fp4; forward alone."""
+
+    name = "sage_blackwell_hub"
+    family = "sage_blackwell"
+    hub = hub_kernels.SAGE_BLACKWELL
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        if spec.scale != spec.head_dim**-0.5:
+            need = f"scale=None, which is head_dim ** -0.5 ({spec.head_dim**-0.5})"
+            yield Reason("scale", need, str(spec.scale), "multiply query by what is missing")
+        if spec.mask.pattern is not None and not spec.same_lengths:
+            yield Reason("mask", "seqlen_q == seqlen_kv for causal", f"{spec.seqlen_q} and {spec.seqlen_kv}")
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        return flash_like.lower("sageattn3_blackwell", self.declarations[spec.device_type], spec, head_dim_multiple=1)
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        return flash_like.attend(plan, query, key, value, parts, _call)
+
+
+def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, None]:
+    query, value = (tensor.transpose(1, 2).contiguous() for tensor in (call.query, call.value))
+    key = call.key.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # it is written to
+    causal = call.left == -1 and call.right == 0
+    out: Tensor = FUNCTIONS[plan.backend].sageattn3_blackwell(query, key, value, is_causal=causal)
+    return out.transpose(1, 2), None
