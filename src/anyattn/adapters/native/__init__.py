@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from packaging.version import Version
 
 from anyattn.adapters.native import kernels, mps, packed, replaced, short
-from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE
+from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE, why_repeated
 from anyattn.backend import Backend, Lowering, MaskedRunner, Plan, Runner
 from anyattn.capabilities import Capabilities, lowered_mask_reasons, needs_dense, pattern_is_native
 from anyattn.environment import Environment
@@ -23,9 +22,6 @@ from anyattn.known_bad import hits
 from anyattn.lowering import mask_conversions
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec
-
-_CPU_SHARED_HEADS_SINCE = Version("2.9")
-"""Since when the CPU flash op takes fewer key heads than query heads (pytorch pull request 157893)."""
 
 
 class _Kernel(Backend):
@@ -56,13 +52,9 @@ def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec, env: Environme
     if copy:
         text = "query, key and value copied: the kernel needs 16-byte aligned rows and a contiguous head_dim"
         conversions.append(Conversion("copy", text))
-    if entry == "efficient" and (spec.is_gqa or spec.storage.expanded_kv):
-        text = "key and value heads repeated in memory: the kernel has no GQA and misreads expanded heads"
-        conversions.append(Conversion("repeat_heads", text))
-    reads_past = entry == "flash_cpu" and spec.is_gqa and env.torch < _CPU_SHARED_HEADS_SINCE
-    if reads_past:
-        text = "key and value heads repeated in memory: before torch 2.9 the CPU kernel reads past shared heads"
-        conversions.append(Conversion("repeat_heads", text))
+    why = why_repeated(entry, spec, env)
+    if why:
+        conversions.append(Conversion("repeat_heads", f"key and value heads repeated in memory: {why}"))
     if entry in ("flash", "cudnn") and spec.head_dim % 8:
         conversions.append(Conversion("pad_head_dim", f"head_dim {spec.head_dim} padded to a multiple of 8"))
     pattern = spec.mask.pattern
@@ -70,8 +62,7 @@ def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec, env: Environme
     if is_causal and _loses_causal(entry, spec):
         is_causal, dense = False, True
         conversions.append(Conversion("dense_mask", "causal given as a dense mask: NaN otherwise where scale <= 0"))
-    repeated = spec.is_gqa and (entry == "efficient" or reads_past)
-    return Lowering(entry, is_causal, dense, copy, repeat_heads=repeated, conversions=tuple(conversions))
+    return Lowering(entry, is_causal, dense, copy, repeat_heads=bool(why), conversions=tuple(conversions))
 
 
 def _loses_causal(entry: str, spec: AttentionSpec) -> bool:
