@@ -9,22 +9,22 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from anyattn import lifetime, policy, tracing
-from anyattn.describe import Options
+from anyattn.describe import Options, plain_options
 from anyattn.dispatch import (
     Backends,
-    autocast_dtype,
-    bias_is_aligned,
     entry_for,
     explain_failure,
-    place_key,
     scope_of_call,
 )
 from anyattn.faults import is_kernels, passes_over
 from anyattn.masks import Mask
 from anyattn.pins import live_scope
 from anyattn.prepare import known_of, known_of_tensor, tensor_name
+from anyattn.reading import autocast_dtype, bias_is_aligned, place_key
 from anyattn.running import Entry, raise_kernel_error
 from anyattn.traced import traced_call
+from anyattn.tracing import is_plain
+from anyattn.transformed import call_under
 
 _current = policy.current.get
 _thread = policy.thread
@@ -133,8 +133,9 @@ def attention(
             except Exception as error:
                 if not is_kernels(error):
                     raise
-                options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
-                explain_failure(error, scope, query, key, value, attn_mask, options)
+                if is_plain():
+                    options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
+                    explain_failure(error, scope, query, key, value, attn_mask, options)
     plain = (dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
     return _general(scope, query, key, value, attn_mask, sinks, plain)
 
@@ -179,7 +180,41 @@ def scaled_dot_product_attention(
     if backend is not None:
         scope = scope_of_call(scope, backend)
     plain = (dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BHSD")
+    if sinks is None:
+        found = run_decided(scope, query, key, value, attn_mask, plain)
+        if found is not None:
+            return found
     return _general(scope, query, key, value, attn_mask, sinks, plain)
+
+
+def run_decided(
+    scope: policy.Scope, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, plain: tuple[Any, ...]
+) -> Any:
+    """Run a call in the (batch, heads, sequence, head_dim) layout that is in the short table; None where it isn't.
+
+    Args:
+        scope: The scope in force.
+        query: `(B, H, S_q, D)`; key and value likewise, as in `scaled_dot_product_attention`.
+        key: `(B, H_kv, S_kv, D)`.
+        value: `(B, H_kv, S_kv, D_v)`.
+        attn_mask: As there.
+        plain: The fields of `Options`, in their order.
+    """
+    try:
+        name = None
+        if attn_mask is not None:
+            name = tensor_name(attn_mask) if type(attn_mask) is Tensor else attn_mask.short
+        place = query.is_cpu or place_key(query, key, value)
+        call = scope.short[name, query.shape, key.shape, value.shape, query.dtype, place, plain]
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        return None  # not decided yet, or wrong: described elsewhere, with an error that says why
+    try:
+        return call(query, key, value) if attn_mask is None else call(query, key, value, attn_mask)
+    except Exception as error:
+        if not is_kernels(error):
+            raise
+        explain_failure(error, scope, query, key, value, attn_mask, Options(*plain))
+        return None
 
 
 def _general(
@@ -203,8 +238,14 @@ def _general(
     except (TypeError, AttributeError, RuntimeError):
         # Not tensors, symbolic sizes, or an unhashable option: described anew, and refused where it is wrong.
         table_key = entry = None
+    # SDPA itself, without a mask, is what it is under every tracer and transform; all else is decided anew there.
+    if (entry is None or not entry.short or attn_mask is not None) and not is_plain():
+        return call_under(scope, query, key, value, attn_mask, sinks, plain)
     if entry is None:
-        entry = entry_for(scope, table_key, query, key, value, attn_mask, sinks, Options(*plain))
+        options = plain_options(Options(*plain))
+        if any(given is not made and type(given) is not type(made) for given, made in zip(plain, options, strict=True)):
+            return _general(scope, query, key, value, attn_mask, sinks, tuple(options))
+        entry = entry_for(scope, table_key, query, key, value, attn_mask, sinks, options)
     try:
         if attn_mask is None and sinks is None:
             result = entry.call(query, key, value)
@@ -212,6 +253,8 @@ def _general(
             result = entry.call_masked(query, key, value, attn_mask, sinks)
     except Exception as error:
         kernels = is_kernels(error)
+        if kernels and not is_plain():
+            return call_under(scope, query, key, value, attn_mask, sinks, plain)
         if not (kernels and passes_over(error, entry.decision)):
             _record(scope, entry)
             if kernels:

@@ -13,6 +13,7 @@ from torch import Tensor
 from anyattn.errors import InvalidCallError
 from anyattn.mask_functions import MaskFunction, MaskMod, looks_at
 from anyattn.spec import BlockSpec
+from anyattn.tracing import is_plain
 
 _seen: weakref.WeakKeyDictionary[Any, BlockSpec] = weakref.WeakKeyDictionary()
 
@@ -207,6 +208,14 @@ def written_out(
 ) -> Tensor:
     """Write a mask function out as a dense boolean mask `(B or 1, H or 1, S_q, S_kv)`."""
     entries, each = batch if function.per_batch else 1, heads if function.per_head else 1
+    if not torch.compiler.is_compiling() and not is_plain():
+        # create_mask goes through torch.vmap, which doesn't go together with every tracer and transform.
+        if function.broadcasts:
+            return _broadcast(function, entries, each, seqlen_q, seqlen_kv, device)
+        if torch._C._get_tracing_state() is not None:
+            raise InvalidCallError(
+                "torch.jit.trace can't follow a mask made with masks.from_function. Give the mask as a boolean tensor."
+            )
 
     def make() -> Tensor:
         return positions(function.mask_mod, entries, each, seqlen_q, seqlen_kv, device)
@@ -215,3 +224,11 @@ def written_out(
         return make()
     found: Tensor = function.kept(("dense", entries, each, seqlen_q, seqlen_kv), device, make)
     return found
+
+
+def _broadcast(
+    function: MaskFunction, entries: int, heads: int, seqlen_q: int, seqlen_kv: int, device: torch.device
+) -> Tensor:
+    """Write a mask function out by one call, with indices that broadcast to `(B or 1, H or 1, S_q, S_kv)`."""
+    b, h, q, kv = (torch.arange(size, device=device) for size in (entries, heads, seqlen_q, seqlen_kv))
+    return function.mask_mod(b[:, None, None, None], h[:, None, None], q[:, None], kv)

@@ -61,6 +61,8 @@ class Capabilities:
         lse: Whether it gives the log-sum-exp.
         backward: Whether it gives gradients.
         deterministic: Whether its gradients are deterministic when asked.
+        forward_ad: Whether it gives derivatives of forward mode (torch.func.jvp, dual tensors).
+        vmap: Whether it can be called inside torch.vmap.
         exact: Whether it computes in the inputs' precision; False for quantised kernels.
         quantised: What a quantised kernel computes in: `"int8"`, `"fp8"` or `"fp4"` (its loosest part).
         value_max: The largest magnitude in value that the kernel can hold, or None where the dtype's own is.
@@ -104,6 +106,8 @@ class Capabilities:
     lse: bool = False
     backward: bool = False
     deterministic: bool = False
+    forward_ad: bool = False
+    vmap: bool = False
     exact: bool = False
     quantised: str = ""
     value_max: float | None = None
@@ -352,7 +356,7 @@ def _features(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     if spec.sinks and not caps.sinks:
         if not caps.lse:
             yield Reason("sinks", "no sinks", "sinks", "choose a backend that gives lse")
-        elif spec.needs_grad:
+        elif spec.needs_grad or spec.forward_ad:
             yield Reason("sinks", "sinks without gradients (done by rescaling with lse)", "gradients needed")
         elif spec.dropout_p:
             yield Reason("sinks", "sinks without dropout (done by rescaling with lse)", f"dropout {spec.dropout_p}")
@@ -374,6 +378,12 @@ def _gradients(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     if spec.needs_grad and not caps.backward:
         needed = ", ".join(sorted(spec.requires_grad))
         yield Reason("backward", "no gradients", f"gradients of {needed}", "use torch.no_grad(), or another backend")
+    if spec.forward_ad and not caps.forward_ad:
+        hint = "use reverse mode (torch.func.vjp, jacrev), or choose native or native_math"
+        yield Reason("forward_ad", "no derivatives of forward mode", "a tensor with a tangent (torch.func.jvp)", hint)
+    if spec.vmap and not caps.vmap:
+        hint = "give the call the whole batch, or choose native"
+        yield Reason("vmap", "a call outside torch.vmap", "a tensor with a dimension that torch.vmap hides", hint)
     if "mask" in spec.requires_grad and caps.backward and not caps.mask_grad:
         yield Reason("mask_grad", "a mask that needs no gradient", "a mask that requires one", "detach the mask")
     if spec.deterministic and spec.needs_grad and caps.backward and not caps.deterministic:

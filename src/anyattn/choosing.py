@@ -11,7 +11,6 @@ from anyattn import _in_force, environment, lifetime, policy
 from anyattn.decision import Precision, Preference
 from anyattn.decorating import Function, Steps, decorated
 from anyattn.dispatch import Backends, make_preference
-from anyattn.pins import settled
 from anyattn.scopes import Life, Owner
 
 _current = policy.current.get
@@ -71,8 +70,6 @@ class attention_backend(Owner):
             _in_force.entered.append(policy.plain("context", self.wish, self.override))
         else:
             scope = _current()
-            if scope.look:
-                scope = settled(scope)  # takes back a pin that was broken off
             lifetime.begin(self, scope, sys._getframe(1))
         return self
 

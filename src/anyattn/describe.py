@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anyattn import scalars
 from anyattn.errors import InvalidCallError
 from anyattn.masks import Align, Pattern, join_patterns
 from anyattn.spec import (
@@ -22,6 +23,7 @@ from anyattn.spec import (
     PatternSpec,
     Storage,
 )
+from anyattn.tracing import needs_gradient, static_shape
 
 
 class Facts(NamedTuple):
@@ -68,9 +70,27 @@ class Options(NamedTuple):
     layout: Layout = "BSHD"
 
 
+def plain_options(options: Options) -> Options:
+    """Write numbers and flags of any kind as Python's own.
+
+    Raises:
+        InvalidCallError: For a tensor whose value can't be read.
+    """
+    return Options(
+        scalars.number("dropout_p", options.dropout_p),
+        scalars.flag("is_causal", options.is_causal),
+        scalars.number("scale", options.scale),
+        scalars.flag("enable_gqa", options.enable_gqa),
+        scalars.window(options.window),
+        scalars.number("softcap", options.softcap),
+        scalars.flag("return_lse", options.return_lse),
+        options.layout,
+    )
+
+
 def facts_of(tensor: Tensor) -> Facts:
     """Read the facts of a tensor; its sizes are symbols where they are being traced."""
-    return Facts(tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
+    return Facts(static_shape(tensor), tensor.dtype, tensor.device, needs_gradient(tensor))
 
 
 def check_tensors(query: object, key: object, value: object) -> None:
@@ -104,6 +124,8 @@ def build_spec(
     same_lengths: bool | None = None,
     deterministic: bool = False,
     compiled: bool = False,
+    forward_ad: bool = False,
+    vmap: bool = False,
 ) -> AttentionSpec:
     """Check a call and describe it.
 
@@ -149,6 +171,8 @@ def build_spec(
         storage=storage,
         deterministic=deterministic,
         compiled=compiled,
+        forward_ad=forward_ad,
+        vmap=vmap,
     )
 
 
@@ -219,6 +243,10 @@ def _check_types(query: Facts, key: Facts, value: Facts) -> None:
 
 
 def _check_number(name: str, number: object) -> None:
+    if number == scalars.TENSOR:
+        raise InvalidCallError(
+            f"{name} is a tensor whose value can't be had in compiled code. Give a number, or multiply query by it."
+        )
     if not isinstance(number, int | float):
         raise InvalidCallError(f"{name} must be a number; {type(number).__name__} was given.")
     if not math.isfinite(number):
@@ -240,6 +268,8 @@ def _check_options(options: Options) -> None:
         ("enable_gqa", options.enable_gqa),
         ("return_lse", options.return_lse),
     ):
+        if str(flag) == scalars.TENSOR:
+            raise InvalidCallError(f"{name} is a tensor whose value can't be had in compiled code. Give True or False.")
         if type(flag) is not bool:
             raise InvalidCallError(f"{name} must be True or False; {flag!r} was given.")
 

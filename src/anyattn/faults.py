@@ -79,7 +79,18 @@ def broken_import(name: str, error: BaseException | str) -> Reason:
 
 
 def passes_over(error: Exception, decision: Decision) -> bool:
-    """Whether a call whose kernel failed is to be tried with the next backend; notes the fault if so.
+    """Whether a call whose kernel failed is to be tried with the next backend; notes the fault if so."""
+    if not may_go_on(error, decision):
+        return False
+    assert decision.chosen is not None
+    hint = "`anyattn doctor` looks into it, and anyattn.reset() has it tried again"
+    reason = Reason("fault", "a kernel that runs the call", told(error), hint)
+    policy.add_fault(decision.chosen, spec_of_fault(decision.spec), reason)
+    return True
+
+
+def may_go_on(error: Exception, decision: Decision) -> bool:
+    """Whether a call whose kernel failed may be tried with the next backend.
 
     Only where a list or `auto` chose: an explicit name fails. Out-of-memory is no fault of the kernel's, and a lost
     device leaves nothing to go on with.
@@ -87,12 +98,7 @@ def passes_over(error: Exception, decision: Decision) -> bool:
     if decision.preference.mode == "require" or decision.chosen is None or decision.spec.is_empty:
         return False
     ours = isinstance(error, AnyattnError) and not isinstance(error, KernelError)
-    if ours or is_out_of_memory(error) or loses_device(error):
-        return False
-    hint = "`anyattn doctor` looks into it, and anyattn.reset() has it tried again"
-    reason = Reason("fault", "a kernel that runs the call", told(error), hint)
-    policy.add_fault(decision.chosen, spec_of_fault(decision.spec), reason)
-    return True
+    return not (ours or is_out_of_memory(error) or loses_device(error))
 
 
 def spec_of_fault(spec: AttentionSpec) -> AttentionSpec:

@@ -191,7 +191,7 @@ def _rebuilt(scope: Scope, without: Life | None) -> Scope:
         at = at.outer
     for one in reversed(kept):
         if one.life is None:
-            at = scopes.derive(at, pin=one.settings.pin)
+            at = scopes.derive(at, pin=one.settings.pin, routed=one.settings.routed)
         elif one.life.ended or one.life is without:
             continue
         else:

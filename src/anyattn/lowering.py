@@ -17,13 +17,29 @@ from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Mask
 from anyattn.reasons import Conversion
 from anyattn.spec import AttentionSpec, PatternSpec, describe_mask
+from anyattn.tracing import records
 
 
-def pattern_mask(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int, device: torch.device) -> Tensor:
-    """Make the boolean `(S_q, S_kv)` mask of a pattern, True = attend."""
-    offset = seqlen_kv - seqlen_q if pattern.align == "lower_right" else 0
-    rows = torch.arange(seqlen_q, device=device).unsqueeze(1) + offset
-    columns = torch.arange(seqlen_kv, device=device).unsqueeze(0)
+def pattern_mask(
+    pattern: PatternSpec,
+    seqlen_q: int,
+    seqlen_kv: int,
+    device: torch.device,
+    like: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Make the boolean `(S_q, S_kv)` mask of a pattern, True = attend.
+
+    `like` is query and key `(B, H, S, D)`: where a graph is recorded, lengths are counted in it, since it may run with
+    others, and make_fx takes lengths that are equal now for one.
+    """
+    if like is not None and not torch.compiler.is_compiling() and records():
+        rows, columns = _places(like[0]).unsqueeze(1), _places(like[1]).unsqueeze(0)
+        if pattern.align == "lower_right":
+            rows = rows + columns[:, -1:] - rows[-1:]
+    else:
+        offset = seqlen_kv - seqlen_q if pattern.align == "lower_right" else 0
+        rows = torch.arange(seqlen_q, device=device).unsqueeze(1) + offset
+        columns = torch.arange(seqlen_kv, device=device).unsqueeze(0)
     allowed: Tensor | None = None
     if pattern.right != -1:
         allowed = columns <= rows + pattern.right
@@ -33,6 +49,11 @@ def pattern_mask(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int, device: to
     if allowed is None:
         return torch.ones(seqlen_q, seqlen_kv, dtype=torch.bool, device=device)
     return allowed
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """Count the rows of `(B, H, S, D)` from 0, as operations on the tensor itself."""
+    return torch.ones_like(tensor.detach()[0, 0, :, 0], dtype=torch.int64).cumsum(0) - 1
 
 
 def key_mask(key: Tensor, seqlen_kv: int) -> Tensor:
@@ -63,6 +84,7 @@ def joined_mask(
     *,
     pattern: bool,
     batch: int | None = None,
+    like: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | None:
     """Join every part of a mask into one tensor with four dimensions.
 
@@ -74,6 +96,7 @@ def joined_mask(
         device: Where to make it.
         pattern: Whether the pattern belongs in it.
         batch: B, for a backend that is traced with a batch that isn't known; None is the spec's.
+        like: Query and key `(B, H, S, D)`, for a backend that may be recorded in a graph: see `pattern_mask`.
 
     Returns:
         Boolean (True = attend) or floating (added), broadcastable to `(B, H, S_q, S_kv)`; None where
@@ -81,7 +104,7 @@ def joined_mask(
     """
     allowed: Tensor | None = None
     if pattern and spec.mask.pattern is not None:
-        allowed = pattern_mask(spec.mask.pattern, seqlen_q, seqlen_kv, device)[None, None]
+        allowed = pattern_mask(spec.mask.pattern, seqlen_q, seqlen_kv, device, like)[None, None]
     if parts.key is not None:
         keys = key_mask(parts.key, seqlen_kv)
         allowed = keys if allowed is None else allowed & keys
@@ -130,7 +153,7 @@ def within_base_2(bias: Tensor) -> Tensor:
 
 def _once(tensor: Tensor) -> Tensor:
     """Give a tensor without its repetitions: length 1 where the stride is 0."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not records():
         for axis, stride in enumerate(tensor.stride()):
             if stride == 0 and tensor.shape[axis] > 1:
                 tensor = tensor.narrow(axis, 0, 1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from anyattn import scalars
 from anyattn.errors import InvalidCallError
 from anyattn.tracing import has_values
 
@@ -82,9 +83,21 @@ class MaskFunction:
         per_head: Whether it looks at the head index.
         sizes: B, S_q and S_kv where its tensors fix them, else None.
         captured: The tensors that it reads.
+        broadcasts: Whether it may be called with index tensors of several dimensions, as well as with single indices.
     """
 
-    __slots__ = ("__weakref__", "_kept", "_lock", "_state", "captured", "mask_mod", "per_batch", "per_head", "sizes")
+    __slots__ = (
+        "__weakref__",
+        "_kept",
+        "_lock",
+        "_state",
+        "broadcasts",
+        "captured",
+        "mask_mod",
+        "per_batch",
+        "per_head",
+        "sizes",
+    )
 
     def __init__(
         self,
@@ -93,12 +106,15 @@ class MaskFunction:
         per_head: bool,
         sizes: tuple[int | None, int | None, int | None] = (None, None, None),
         captured: tuple[Tensor, ...] = (),
+        *,
+        broadcasts: bool = False,
     ) -> None:
         self.mask_mod = mask_mod
         self.per_batch = per_batch
         self.per_head = per_head
         self.sizes = sizes
         self.captured = captured
+        self.broadcasts = broadcasts
         self._state: Any = None
         self._kept: dict[Any, Any] = {}
         # Made where first needed: torch.compile traces no locks, and a function may be made while it traces.
@@ -265,6 +281,7 @@ def joined(first: MaskFunction, second: MaskFunction) -> MaskFunction:
         first.per_head or second.per_head,
         (sizes[0], sizes[1], sizes[2]),
         first.captured + second.captured,
+        broadcasts=first.broadcasts and second.broadcasts,
     )
 
 
@@ -286,14 +303,20 @@ def same_document(ids: Tensor) -> MaskFunction:
         entry = b * 0 if shared else b
         return ids[entry, q] == ids[entry, kv]
 
-    return MaskFunction(mask_mod, not shared, False, (None if shared else batch, seqlen, seqlen), (ids,))
+    return MaskFunction(
+        mask_mod, not shared, False, (None if shared else batch, seqlen, seqlen), (ids,), broadcasts=True
+    )
 
 
 def prefix_then_causal(lengths: Tensor | int) -> MaskFunction:
     """Allow the prefix to every row, and after it what isn't later; `lengths` is an int or `(B or 1,)`."""
-    if isinstance(lengths, int) and not isinstance(lengths, bool) and lengths >= 0:
+    if not isinstance(lengths, Tensor | torch.SymInt) and not torch.compiler.is_dynamo_compiling():
+        lengths = scalars.index("The prefix's length", lengths)
+    if isinstance(lengths, int | torch.SymInt) and not isinstance(lengths, bool) and lengths >= 0:
         whole = lengths
-        return MaskFunction(lambda b, h, q, kv: (kv < whole) | (kv <= q), False, False)
+        return MaskFunction(lambda b, h, q, kv: (kv < whole) | (kv <= q), False, False, broadcasts=True)
+    if isinstance(lengths, Tensor) and lengths.dim() == 0:
+        lengths = lengths[None]
     if not isinstance(lengths, Tensor) or lengths.dim() != 1 or lengths.dtype not in _INTEGERS:
         raise InvalidCallError(f"prefix_lm needs an int >= 0 or an integer tensor (B,); {_said(lengths)} was given.")
     per_entry = lengths
@@ -303,11 +326,15 @@ def prefix_then_causal(lengths: Tensor | int) -> MaskFunction:
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (kv < per_entry[b * 0 if shared else b]) | (kv <= q)
 
-    return MaskFunction(mask_mod, not shared, False, (None if shared else batch, None, None), (per_entry,))
+    return MaskFunction(
+        mask_mod, not shared, False, (None if shared else batch, None, None), (per_entry,), broadcasts=True
+    )
 
 
 def same_or_earlier_frame(tokens: int) -> MaskFunction:
     """Allow keys of the row's own frame and of earlier ones."""
+    if not torch.compiler.is_dynamo_compiling():
+        tokens = scalars.index("tokens_per_frame", tokens)
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise InvalidCallError(f"frame_causal needs an int >= 1; {_said(tokens)} was given.")
-    return MaskFunction(lambda b, h, q, kv: kv // tokens <= q // tokens, False, False)
+    return MaskFunction(lambda b, h, q, kv: kv // tokens <= q // tokens, False, False, broadcasts=True)

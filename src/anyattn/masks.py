@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from anyattn import scalars
 from anyattn.errors import InvalidCallError
 from anyattn.mask_functions import (
     MaskFunction,
@@ -58,9 +59,11 @@ def _check_align(align: object) -> None:
         raise InvalidCallError(f"align must be 'upper_left' or 'lower_right', not {align!r}.")
 
 
-def _check_side(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < -1:
+def _side(name: str, value: Any) -> int:
+    side = value if torch.compiler.is_dynamo_compiling() else scalars.index(f"The window's {name} side", value)
+    if isinstance(side, bool) or not isinstance(side, int) or side < -1:
         raise InvalidCallError(f"A window's {name} side must be an int >= 0, or -1 for unbounded; {value!r} was given.")
+    return side
 
 
 def _check_tensor(owner: str, tensor: object) -> None:
@@ -259,9 +262,7 @@ class SlidingWindow(Mask):
 
     def __init__(self, left: int, right: int, align: Align = "upper_left") -> None:
         _check_align(align)
-        _check_side("left", left)
-        _check_side("right", right)
-        super().__init__(pattern=(left, right, align))
+        super().__init__(pattern=(_side("left", left), _side("right", right), align))
 
 
 class KeyPadding(Mask):

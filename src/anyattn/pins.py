@@ -1,162 +1,183 @@
-"""Pins: a backend for a module and all that is inside it, put in force while its forward runs.
+"""Pins: a backend for a module and all that is inside it, put in force while it runs.
 
-Every module of the tree that isn't torch's own gets the hooks, not only the root: gradient checkpointing runs
-inner modules again during the backward, on another thread, where no outer forward is on the stack.
+The root is covered, and every module inside it that may compute attention: gradient checkpointing runs inner modules
+again during the backward, on another thread, where no outer forward is on the stack. All other modules stay as they
+are.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
-from types import FrameType
-from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from anyattn import _in_force, lifetime, policy
+from anyattn import attending, lifetime, policy
+from anyattn.covering import OWN_PIN, PIN, Host, Mark, adopt, cover, is_covered, live, refresh, uncover
 from anyattn.decision import Precision, Preference
 from anyattn.dispatch import make_preference
 
-_OWN = "_anyattn_pin"
-_EFFECTIVE = "_anyattn_pin_in_force"
-_HANDLES = "_anyattn_pin_handles"
+_lock = threading.RLock()
+_roots: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
-class _Entry(NamedTuple):
-    """A module whose forward is running: the scope to go back to, if it changed, and the frame that runs it."""
-
-    module: int
-    before: policy.Scope | None
-    frame: FrameType
-
-
-class _Stack(threading.local):
-    def __init__(self) -> None:
-        self.entries: list[_Entry] = []
-
-
-_stack = _Stack()
-_roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def pin(module: nn.Module, backend: str | list[str] | tuple[str, ...], *, precision: Precision = "exact") -> None:
+def pin(
+    module: nn.Module,
+    backend: str | list[str] | tuple[str, ...],
+    *,
+    precision: Precision = "exact",
+    host: Host | None = None,
+    judged: frozenset[type] = frozenset(),
+) -> None:
     """Pin a module: its attention, and that of everything inside it without a pin of its own.
 
     Args:
         module: Any module.
         backend: A name, an alias, `"auto"`, or a list in order of preference.
         precision: The loosest precision that lists and `auto` may use.
+        host: The integration that sets it, which is told of copies.
+        judged: What the host has looked at; see `anyattn.covering.Mark`.
 
     Raises:
         UnknownBackendError: If a name is unknown; nothing is changed then.
     """
-    module.__dict__[_OWN] = make_preference(backend, "model", precision)
-    _roots.add(module)
-    _spread(module, None)
+    wish = make_preference(backend, "model", precision)
+    with _lock:
+        mark: Mark | None = module.__dict__.get(OWN_PIN)
+        if mark is None or mark.owner() is not module:  # none yet, or shared with what this is a shallow copy of
+            mark = module.__dict__[OWN_PIN] = Mark()
+            mark.owner = weakref.ref(module)
+        mark.preference, mark.host, mark.judged = wish, host, judged
+        _add_root(module)
+        _lay_out(module)
 
 
 def unpin(module: nn.Module) -> bool:
     """Take a module's own pin back, and nothing else; say whether there was one.
 
-    What an enclosing module pins applies again.
+    What an enclosing module pins applies again. For a part that was copied out of a pinned model, what it inherited
+    counts as its own.
     """
-    if module.__dict__.pop(_OWN, None) is None:
-        return False
-    _roots.discard(module)
-    _spread(module, None)
-    # A module doesn't know what encloses it or shares its parts, so every pin is laid out again.
-    for root in list(_roots):
-        _spread(root, None)
-    return True
+    with _lock:
+        mark: Mark | None = module.__dict__.pop(OWN_PIN, None)
+        found = mark is not None and mark.preference is not None
+        if mark is not None and mark.owner() is module:
+            mark.clear()
+        if mark is None:
+            found = _drop_orphans(module)
+        for number in [number for number, root in _roots.items() if root is module]:
+            del _roots[number]
+        if mark is not None:
+            _spread(module, None, frozenset())
+        # A module doesn't know what encloses it or shares its parts, so every pin is laid out again.
+        for root in list(_roots.values()):
+            _lay_out(root)
+        return found
+
+
+def unpin_all(host: Host) -> None:
+    """Take back every pin that an integration set, those of copies too."""
+    for root in list(_roots.values()):
+        if is_hosted(root, host):
+            unpin(root)
+    for mark in list(live):
+        if mark.host is host:
+            mark.preference = None
+
+
+def is_hosted(module: nn.Module, host: Host) -> bool:
+    """Whether a module has a pin of its own that an integration set."""
+    mark = _own(module)
+    return mark is not None and mark.host is host
 
 
 def pin_of(module: nn.Module) -> Preference | None:
     """Give the pin in force for a module: its own, or the nearest enclosing one."""
-    found: Preference | None = module.__dict__.get(_EFFECTIVE)
+    mark: Mark | None = module.__dict__.get(PIN)
+    if mark is None:
+        marks = (_enclosing(root, module, None) for root in reversed(list(_roots.values())))
+        mark = next((found for found in marks if found is not None), None)
+    elif not is_covered(module):
+        return None  # a copy made by a way that left the covering out
+    if mark is None or mark.preference is None:
+        return None
+    return mark.preference if mark.host is None or mark.host.reaches(module) else None
+
+
+def _enclosing(root: nn.Module, wanted: nn.Module, inherited: Mark | None) -> Mark | None:
+    mark = _own(root) or inherited
+    if root is wanted:
+        return mark
+    for child in root.children():
+        found = _enclosing(child, wanted, mark)
+        if found is not None:
+            return found
+    return None
+
+
+def _own(module: nn.Module) -> Mark | None:
+    mark: Mark | None = module.__dict__.get(OWN_PIN)
+    return mark if mark is not None and mark.preference is not None else None
+
+
+def _add_root(module: nn.Module) -> None:
+    if not any(root is module for root in list(_roots.values())):
+        _roots[max(_roots.keys(), default=0) + 1] = module
+
+
+def _lay_out(root: nn.Module) -> None:
+    mark = _own(root)
+    if mark is None:
+        return
+    roots = [root, *(part for part in root.modules() if part is not root and _own(part) is not None)]
+    _spread(root, None, frozenset(id(module) for part in roots for module in attending.modules(part)))
+    mark.harmless = frozenset(type(module) for module in root.modules() if not is_covered(module))
+
+
+def _spread(module: nn.Module, inherited: Mark | None, covered: frozenset[int]) -> None:
+    own = _own(module)
+    mark = own or inherited
+    if mark is not None and (own is not None or id(module) in covered):
+        module.__dict__[PIN] = mark
+        cover(module)
+    elif PIN in module.__dict__:
+        del module.__dict__[PIN]
+        uncover(module)
+    for child in module.children():
+        _spread(child, mark, covered)
+
+
+def _drop_orphans(part: nn.Module) -> bool:
+    """Take away what a part inherited from a root that wasn't copied along, or is gone."""
+    found = False
+    for module in part.modules():
+        mark: Mark | None = module.__dict__.get(PIN)
+        if mark is not None and mark.owner() is None:
+            found = found or (mark.preference is not None and is_covered(module))
+            del module.__dict__[PIN]
+            uncover(module)
     return found
 
 
-def _spread(module: nn.Module, inherited: Preference | None) -> None:
-    own: Preference | None = module.__dict__.get(_OWN)
-    effective = own if own is not None else inherited
-    if effective is None:
-        module.__dict__.pop(_EFFECTIVE, None)
-        for handle in module.__dict__.pop(_HANDLES, ()):
-            handle.remove()
-    else:
-        module.__dict__[_EFFECTIVE] = effective
-        if _HANDLES not in module.__dict__ and not _is_torch_own(module):
-            module.__dict__[_HANDLES] = (
-                module.register_forward_pre_hook(_enter, prepend=True),
-                module.register_forward_hook(_leave, always_call=True),
-            )
-    for child in module.children():
-        _spread(child, effective)
+def _refresh(root: nn.Module) -> None:
+    """Cover what was added to the tree since the pin was set: a backward may run it again by itself."""
+    mark = _own(root)
+    if mark is None:
+        return
+    harmless, waiting = mark.harmless, [root]
+    while waiting:
+        module = waiting.pop()
+        if type(module) not in harmless and PIN not in module.__dict__:
+            with _lock:
+                _lay_out(root)
+            return
+        waiting += [child for child in module._modules.values() if child is not None]
 
 
-def _is_torch_own(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
+refresh[OWN_PIN] = _refresh
+adopt[OWN_PIN] = _add_root
 
 
 def live_scope(scope: policy.Scope) -> policy.Scope:
-    """Give the scope that is truly in force where a pin is, or where compiled code entered something.
-
-    A pin is left behind where its module's forward was broken off by what isn't an Exception (Ctrl-C), after which
-    torch runs no hook: then it is taken back here. Blocks that ended elsewhere, those of generators, and what compiled
-    code entered are `anyattn.lifetime`'s.
-    """
-    entries = _stack.entries
-    while entries and not _is_running(entries[-1].frame):
-        _take_back(entries.pop())
-        scope = policy.current.get()
+    """Give the scope that is truly in force: without blocks that ended, with those of generators and compiled code."""
     return lifetime.in_force(scope)
-
-
-def settled(scope: policy.Scope) -> policy.Scope:
-    """Give the scope that this context holds, once a pin that was left behind is taken back."""
-    live_scope(scope)
-    return policy.current.get()
-
-
-def _is_running(wanted: FrameType) -> bool:
-    """Whether a frame is on this thread's stack; a pinned module's is a few frames up from its attention."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame is wanted:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _take_back(entry: _Entry) -> None:
-    if entry.before is not None:
-        policy.current.set(entry.before)
-
-
-def _enter(module: nn.Module, args: Any) -> None:
-    preference: Preference | None = getattr(module, _EFFECTIVE, None)
-    if torch.compiler.is_dynamo_compiling():
-        if preference is not None:
-            _in_force.entered.append(policy.plain("pin", preference))
-        return
-    live_scope(policy.current.get())
-    before = None
-    if preference is not None:
-        scope = policy.current.get()
-        if scope.settings.pin is not preference:
-            before = scope
-            policy.current.set(policy.derive(scope, pin=preference))
-    _stack.entries.append(_Entry(id(module), before, sys._getframe(1)))
-
-
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_dynamo_compiling():
-        if getattr(module, _EFFECTIVE, None) is not None:
-            _in_force.entered.pop()
-        return
-    entries = _stack.entries
-    # Where another hook raised before ours ran there is nothing of this module's to undo.
-    if entries and entries[-1].module == id(module):
-        _take_back(entries.pop())

@@ -9,16 +9,19 @@ from typing import Any, Final
 from anyattn import scopes
 from anyattn.decision import Mode, Precision, Preference
 from anyattn.errors import InvalidSettingError
-from anyattn.scopes import Entered, Scope, Settings, changed, current, derive, scope_for, thread
-from anyattn.tokens import plain, scope_of_token, with_entered
+from anyattn.scopes import Entered, Scope, Settings, changed, current, derive, inside, leave, scope_for, thread
+from anyattn.tokens import ROUTE, plain, scope_of_token, with_entered
 
 __all__ = (
+    "ROUTE",
     "Entered",
     "Scope",
     "Settings",
     "changed",
     "current",
     "derive",
+    "inside",
+    "leave",
     "plain",
     "scope_for",
     "scope_of_token",

@@ -88,6 +88,18 @@ def parts_of(mask: Mask | None, sinks: Tensor | None = None) -> Parts:
     return Parts(mask.key, dense, block, sinks)
 
 
+def autocast_mask(mask: Mask | None, dtype: torch.dtype) -> Mask | None:
+    """Cast a mask as autocast does where it is of the other half precision; float32 is kept, being more precise."""
+    if mask is None or mask.dense is None or mask.dense.dtype not in _HALF or mask.dense.dtype == dtype:
+        return mask
+    # What float16 can't hold would become -inf in it: a row of bfloat16's least would lose every key.
+    to = torch.float32 if dtype == torch.float16 else dtype
+    return Mask(pattern=mask.pattern, key=mask.key, dense=mask.dense.to(to), block=mask.block)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
 def mask_facts(mask: Mask | None, known: Known) -> MaskFacts:
     """Read what a mask is made of; parts known to allow everything are left out."""
     if mask is None:

@@ -33,6 +33,8 @@ ReasonCode = Literal[
     "backward",
     "deterministic",
     "compile",
+    "forward_ad",
+    "vmap",
     "cuda_graph",
     "memory",
     "precision",

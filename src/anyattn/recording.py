@@ -7,7 +7,6 @@ from types import TracebackType
 
 from anyattn import lifetime, policy
 from anyattn.decision import Decision
-from anyattn.pins import settled
 from anyattn.scopes import Owner
 
 _current = policy.current.get
@@ -18,8 +17,6 @@ class Recording(Owner):
 
     def __enter__(self) -> list[Decision]:
         scope = _current()
-        if scope.look:
-            scope = settled(scope)  # takes back a pin that was broken off
         calls: list[Decision] = []
         lifetime.begin(self, scope, sys._getframe(1)).tell = calls.append
         return calls

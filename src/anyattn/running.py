@@ -18,9 +18,11 @@ from anyattn.environment import detect
 from anyattn.errors import AnyattnError, BackendUnavailableError, KernelError
 from anyattn.faults import broken_import, is_out_of_memory, loses_device
 from anyattn.lowering import apply_sinks, empty_attention, is_copied_for
-from anyattn.prepare import as_mask, parts_of
+from anyattn.prepare import as_mask, autocast_mask, parts_of
+from anyattn.reasons import Reason
 from anyattn.refusals import listed
 from anyattn.spec import AttentionSpec
+from anyattn.tracing import is_plain
 
 
 class Entry:
@@ -79,14 +81,20 @@ def load(backend: Backend) -> None:
         # The backend knows better what is amiss, and what would cure it.
         known = (reason for reason in error.reasons if reason.code == "broken_import")
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        policy.add_fault(backend.name, None, next(known, None) or broken_import(backend.name, error), cause)
+        _note(backend.name, next(known, None) or broken_import(backend.name, error), cause)
         raise
     except Exception as error:
         reason = broken_import(backend.name, error)
-        policy.add_fault(backend.name, None, reason, error)
+        _note(backend.name, reason, error)
         text = listed(f"The attention backend {backend.name} is installed but can't be imported:", [reason])
         raise BackendUnavailableError(text, backend=backend.name, reasons=(reason,)) from error
     _loaded.add(backend)
+
+
+def _note(name: str, reason: Reason, error: Exception) -> None:
+    """Note that a kernel can't be imported, unless that may be due to a tracer or transform."""
+    if is_plain():
+        policy.add_fault(name, None, reason, error)
 
 
 def make_plan(decision: Decision) -> tuple[Plan, Run]:
@@ -239,6 +247,7 @@ def _autocast(call: Any, call_masked: Any, dtype: torch.dtype, device_type: str)
 
     def cast_call_masked(query: Tensor, key: Tensor, value: Tensor, mask: Any, sinks: Tensor | None) -> Output:
         with torch.autocast(device_type, enabled=False):
+            mask = autocast_mask(as_mask(mask), dtype)
             return call_masked(cast(query), cast(key), cast(value), mask, sinks)  # type: ignore[no-any-return]
 
     return cast_call, cast_call_masked

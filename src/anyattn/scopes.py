@@ -30,12 +30,14 @@ class Settings:
         override: Whether that wish beats pins.
         pin: The wish pinned to the module whose forward is running.
         precision: The loosest precision allowed, where a block or pin says so.
+        routed: Whether the model that is running was given to anyattn by its host's own setter.
     """
 
     context: Preference | None = None
     override: bool = False
     pin: Preference | None = None
     precision: Precision = "exact"
+    routed: bool = False
 
 
 class Scope:
@@ -48,6 +50,7 @@ class Scope:
     __slots__ = (
         "__weakref__",
         "above",
+        "asked",
         "base",
         "block",
         "life",
@@ -63,6 +66,7 @@ class Scope:
     base: Base
     settings: Settings
     look: bool
+    asked: bool
     outer: Scope | None
     life: Life | None
     block: Life | None
@@ -77,7 +81,8 @@ class Scope:
     ) -> None:
         self.base = base
         self.settings = base.settings
-        self.look = base.look  # whether a call must look further than at this scope
+        self.look = False  # whether a call must look further than at this scope
+        self.asked = base.asked
         self.stale = False  # whether something that this scope was made of has ended
         self.outer = outer
         self.life = life  # the block or record that this scope is of
@@ -128,12 +133,13 @@ class Scope:
 class Base(Scope):
     """The one scope of its settings, which owns the tables."""
 
-    __slots__ = ("calls", "entered", "text")
+    __slots__ = ("calls", "entered", "inner", "text")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.look = settings.pin is not None
-        self.stale = False
+        self.look = self.stale = False
+        # Whether anything asks a host to come here: not what only says what runs once a call has come.
+        self.asked = settings.context is not None or settings.pin is not None or settings.routed
         self.base = self
         self.outer = self.life = self.block = self.recorder = self.above = None
         self.records = ()
@@ -141,6 +147,7 @@ class Base(Scope):
         self.table = {}
         self.short = {}
         self.entered: dict[int, tuple[Preference, Base]] = {}
+        self.inner: dict[int, tuple[Preference | None, Base]] = {}
         self.calls: dict[Any, Scope] = {}
         self.text = ""
 
@@ -226,6 +233,7 @@ def _drop_scopes() -> None:
         _scopes.pop(stale)
     for scope in list(_alive):
         scope.entered.clear()
+        scope.inner.clear()
         scope.calls.clear()
 
 
@@ -256,8 +264,33 @@ def changed(scope: Scope, **changes: Any) -> Scope:
 
 
 def derive(scope: Scope, **changes: Any) -> Scope:
-    """Give the scope with a pin changed, to be put in force; it ends with the blocks that it stands on."""
-    found = scope_for(replace(scope.settings, **changes))
+    """Give the scope with a pin or route changed, to be put in force; it ends with the blocks that it stands on."""
+    return _upon(scope, scope_for(replace(scope.settings, **changes)))
+
+
+def inside(scope: Scope, pin: Preference | None) -> Scope:
+    """Give the scope inside a module that has a pin, or (None) that its host's own setter gave to anyattn."""
+    settings = scope.settings
+    if settings.routed if pin is None else settings.pin is pin:
+        return scope
+    base = scope.base
+    found = base.inner.get(id(pin))  # keyed as in `base_of`
+    if found is None:
+        found = (pin, scope_for(replace(settings, routed=True) if pin is None else replace(settings, pin=pin)))
+        if len(base.inner) < _MAX_SCOPES:
+            base.inner[id(pin)] = found
+    return _upon(scope, found[1])
+
+
+def leave(before: Scope, inner: Scope) -> None:
+    """End what `inside` began, and nothing that was begun or ended meanwhile."""
+    scope = current.get()
+    if scope is not inner and scope is not before:
+        before = derive(scope, pin=before.settings.pin, routed=before.settings.routed)
+    current.set(before)
+
+
+def _upon(scope: Scope, found: Base) -> Scope:
     if scope.outer is None:
         return found
     made = None if scope.above is None else scope.above.get(found)

@@ -14,16 +14,18 @@ from anyattn import environment, policy, registry
 from anyattn.backend import Output, Runner
 from anyattn.decision import Decision
 from anyattn.describe import Options
-from anyattn.dispatch import Backends, decision_for, describe, make_first, scope_of_call
+from anyattn.dispatch import Backends, decision_for, make_first, scope_of_call
 from anyattn.errors import InvalidCallError
 from anyattn.faults import is_kernels, passes_over
 from anyattn.masks import Mask
 from anyattn.names import BY_NAME
 from anyattn.pins import live_scope
 from anyattn.prepare import as_mask
+from anyattn.reading import describe
 from anyattn.reasons import Reason
 from anyattn.running import Entry, make_entry, raise_kernel_error
 from anyattn.spec import AttentionSpec
+from anyattn.tracing import has_tangent, is_plain, needs_gradient
 
 _current = policy.current.get
 
@@ -237,13 +239,15 @@ class _Made:
         Raises:
             AnyattnError: Where the backend was required, or nothing else admits the call.
         """
-        if not passes_over(error, self.entry.decision):
+        # What fails under a tracer or transform says nothing of plain calls.
+        if not is_plain() or not passes_over(error, self.entry.decision):
             raise_kernel_error(error, self.entry.decision)
         self.entry = make_first(self.spec, self.scope, make_entry)
 
 
 def _refuse_gradients(decision: Decision, query: Tensor, key: Tensor, value: Tensor) -> None:
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    wanted = torch.is_grad_enabled() and any(needs_gradient(tensor) for tensor in (query, key, value))
+    if wanted or any(has_tangent(tensor) for tensor in (query, key, value)):
         raise InvalidCallError(
             f"The plan is for a call without gradients, and {decision.chosen} gives none. Plan again with inputs that "
             "require them, or run it under torch.no_grad()."

@@ -148,6 +148,8 @@ class AttentionSpec:
         deterministic: Whether deterministic algorithms are asked for.
         captured: Whether the call goes into a CUDA graph that is being captured.
         compiled: Whether the call is being traced by torch.compile or torch.export.
+        forward_ad: Whether a tensor carries a tangent: forward-mode AD, as in torch.func.jvp and jacfwd.
+        vmap: Whether torch.vmap hides a dimension of a tensor.
         packed: Whether sequences of several lengths stand one after the other, `(T, H, D)`; batch is how many there
             are, and the lengths are those of the longest.
         packed_pattern: Of packed sequences that were padded, a pattern that became a dense mask.
@@ -181,6 +183,8 @@ class AttentionSpec:
     compiled: bool = False
     packed: bool = False
     packed_pattern: PatternSpec | None = None
+    forward_ad: bool = False
+    vmap: bool = False
     # Fields and not properties: torch.compile reads the fields of a frozen dataclass, and nothing else of it.
     is_gqa: bool = field(init=False, compare=False, repr=False)
     needs_grad: bool = field(init=False, compare=False, repr=False)
@@ -226,6 +230,10 @@ class AttentionSpec:
             parts.append("in a CUDA graph")
         if self.requires_grad:
             parts.append("grad of " + ", ".join(sorted(self.requires_grad)))
+        if self.forward_ad:
+            parts.append("forward-mode AD")
+        if self.vmap:
+            parts.append("under vmap")
         return ", ".join(parts)
 
 

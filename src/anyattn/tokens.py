@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from anyattn import scopes
 from anyattn.decision import Mode, Precision, Preference
 from anyattn.scopes import Entered, Scope, Settings, scope_for
+
+ROUTE: Final[Entered] = ("route", (), "prefer", "", "exact", False)
+"""What compiled code enters where a model was given to anyattn by its host's own setter."""
 
 
 def _text(settings: Settings) -> str:
@@ -49,7 +52,9 @@ def with_entered(scope: Scope, entered: Sequence[Entered], blocks_from: int = 0)
     settings = scope.settings
     for index, (kind, names, mode, source, precision, override) in enumerate(entered):
         wish = Preference(names, mode, source, precision)
-        if kind == "pin":
+        if kind == "route":
+            settings = replace(settings, routed=True)
+        elif kind == "pin":
             settings = replace(settings, pin=wish)
         elif index >= blocks_from:
             settings = replace(settings, context=wish, override=override, precision=precision)

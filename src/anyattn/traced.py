@@ -18,15 +18,17 @@ from anyattn.alignment import starts_aligned
 from anyattn.backend import Output, Plan, Run
 from anyattn.block_masks import block_at
 from anyattn.capabilities import MAX_LOWERED_MASK_BYTES
-from anyattn.describe import Facts, MaskFacts, Options, build_spec
+from anyattn.describe import Facts, MaskFacts, Options, build_spec, plain_options
 from anyattn.dispatch import make_first, scope_of_call
 from anyattn.environment import detect
 from anyattn.errors import BackendUnavailableError, InvalidCallError
 from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Mask
-from anyattn.prepare import NOTHING, MadeFor, as_mask, function_facts, mask_facts, parts_of
+from anyattn.prepare import NOTHING, MadeFor, as_mask, autocast_mask, function_facts, mask_facts, parts_of
 from anyattn.running import execute, make_plan
+from anyattn.scalars import TENSOR
 from anyattn.spec import UNKNOWN, Storage
+from anyattn.tracing import transforms
 
 
 def _size(size: int) -> int:
@@ -37,11 +39,20 @@ def _size(size: int) -> int:
 
 def _number(number: Any) -> Any:
     """Make a number static: with dynamic shapes even the defaults of arguments arrive as symbols."""
+    if isinstance(number, Tensor):
+        return TENSOR
     if isinstance(number, float):
         return number.__float__()
     if isinstance(number, int) and not isinstance(number, bool):
         return operator.index(number)
     return number
+
+
+def _flag(flag: Any) -> Any:
+    """Make a flag static: one that follows from sizes arrives as a symbol, and becomes a guard."""
+    if isinstance(flag, bool):
+        return True if flag else False  # noqa: SIM210
+    return TENSOR if isinstance(flag, Tensor) else flag
 
 
 def _static_options(options: Options) -> tuple[Any, ...]:
@@ -50,12 +61,12 @@ def _static_options(options: Options) -> tuple[Any, ...]:
         window = (_number(window[0]), _number(window[1]))
     return (
         _number(options.dropout_p),
-        options.is_causal,
+        _flag(options.is_causal),
         _number(options.scale),
-        options.enable_gqa,
+        _flag(options.enable_gqa),
         window,
         _number(options.softcap),
-        options.return_lse,
+        _flag(options.return_lse),
         options.layout,
     )
 
@@ -105,8 +116,9 @@ def traced_call(
         # As outside: cast once, and run with autocast off, so that a mask keeps its precision.
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+        mask = autocast_mask(as_mask(attn_mask), dtype)
         with torch.autocast(kind, enabled=False):
-            return _traced(query, key, value, as_mask(attn_mask), sinks, options, backend)
+            return _traced(query, key, value, mask, sinks, options, backend)
     return _traced(query, key, value, as_mask(attn_mask), sinks, options, backend)
 
 
@@ -124,7 +136,7 @@ def _traced(
         fits = _mask_fits(mask, query, key, axis)
     large = _is_large(query, key, axis, mask is not None)
     # Comparisons of sizes are turned into plain booleans, which makes guards of them.
-    same = True if query.shape[axis] == key.shape[axis] else False  # noqa: SIM210
+    same = _same_lengths(query, key, axis)
     agree = True if _batches_agree(query, key, value, axis) else False  # noqa: SIM210
     plan: Plan = _choose(
         _in_force.token,
@@ -140,6 +152,17 @@ def _traced(
     )
     run: Run = getattr(_runs, plan.backend if plan.lowering.entry != "empty" else "empty")
     return execute(run, plan, query, key, value, parts_of(mask, sinks))
+
+
+def _same_lengths(query: Tensor, key: Tensor, axis: int) -> bool:
+    """Whether the lengths are one. What is exported isn't made again for others: there they must be known to be."""
+    if query.dim() != 4 or key.dim() != 4:
+        return False
+    if torch.compiler.is_exporting():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return True if statically_known_true(query.shape[axis] == key.shape[axis]) else False  # noqa: SIM210
+    return True if query.shape[axis] == key.shape[axis] else False  # noqa: SIM210
 
 
 def _block_plain(mask: Mask) -> tuple[Any, ...]:
@@ -254,12 +277,16 @@ def _choose(
     storage: tuple[bool, bool, bool, bool],
     block: tuple[Any, ...],
 ) -> Plan:
-    options = Options(*options_plain)
+    options = plain_options(Options(*options_plain))
     scope = policy.scope_of_token(token, entered)
     if backend is not None:
         scope = scope_of_call(scope, backend)
     grad, same, agree, fits, deterministic = flags
     query, key, value = (Facts(*fact) for fact in facts)
+    # Of tensors inside torch.func's transforms compiled code says nothing: what runs around the call counts.
+    levels = transforms()
+    if "Grad" in levels:
+        query, key, value = (fact._replace(requires_grad=True) for fact in (query, key, value))
     if not agree:
         raise InvalidCallError("query, key and value need the same batch size, and key and value the same length.")
     if not fits:
@@ -280,6 +307,8 @@ def _choose(
         same_lengths=same,
         deterministic=deterministic,
         compiled=True,
+        forward_ad="Jvp" in levels,
+        vmap="Vmap" in levels,
     )
     plan, run = make_first(spec, scope, make_plan)
     setattr(_runs, "empty" if spec.is_empty else plan.backend, run)

@@ -134,3 +134,13 @@ def static_shape(tensor: Tensor) -> tuple[Any, ...]:
         return tuple(tensor.shape)
     finally:
         _set_tracer(state)
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether a tensor's value is had now, though a tracer or transform runs.
+
+    While torch.jit.trace runs every size is such a tensor; torch warns where one is made a number.
+    """
+    if not _is_real(tensor):
+        return False
+    return _tracer() is not None or not records()

@@ -15,24 +15,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn import packed_rows, policy, registry, tracing
+from anyattn import packed_rows, policy, registry, scalars, tracing
 from anyattn.backend import Output, Parts, Plan, Run
 from anyattn.capabilities import Capabilities
 from anyattn.checks import can_check, check_magnitude, check_output
 from anyattn.decision import Decision
-from anyattn.describe import Facts, MaskFacts, Options, build_spec
-from anyattn.dispatch import Backends, autocast_dtype, is_aligned, make_first, scope_of_call
+from anyattn.describe import Facts, MaskFacts, Options, build_spec, facts_of, plain_options
+from anyattn.dispatch import Backends, make_first, scope_of_call
 from anyattn.environment import detect
 from anyattn.errors import InvalidCallError
 from anyattn.faults import is_kernels, passes_over
 from anyattn.host_lengths import check_starts
 from anyattn.masks import Mask
 from anyattn.pins import live_scope
+from anyattn.reading import autocast_dtype, is_aligned
+from anyattn.reasons import Reason
 from anyattn.running import execute, make_plan, raise_kernel_error
-from anyattn.spec import AttentionSpec, Storage
+from anyattn.spec import UNKNOWN, AttentionSpec, Storage
+from anyattn.traced_varlen import traced_varlen_call
+from anyattn.tracing import has_values, is_plain
+from anyattn.transformed import first_that_runs
 
 _current = policy.current.get
+_tracing = torch.compiler.is_dynamo_compiling
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_dynamo_compiling)
 _Lengths = tuple[Tensor, Tensor, int, int]
+_Planned = tuple[Plan, Run, Decision, list[bool]]
 
 
 def attention_varlen(
@@ -88,7 +96,8 @@ def attention_varlen(
             are read on the host, once per tensor), and with the value checks elsewhere.
         AnyattnError: As for `attention`.
 
-    Under torch.compile this call is made outside the compiled graph.
+    Under torch.compile this call is made outside the compiled graph; torch.export takes it into its own, and the
+    lengths that it is given may be others then. Values aren't checked where there are none.
 
     Example:
         >>> import torch, anyattn
@@ -99,12 +108,18 @@ def attention_varlen(
     """
     options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _outside_compiled_code()(query, key, value, lengths, attn_mask, sinks, options, backend)
+    if _tracing() and _exporting():
+        return traced_varlen_call(_run, query, key, value, lengths, attn_mask, sinks, options, backend)
+    return _outside(query, key, value, lengths, attn_mask, sinks, options, backend)
+
+
+def _outside(*arguments: Any) -> Output:
+    return _outside_compiled_code()(*arguments)  # type: ignore[no-any-return]
 
 
 # The frame itself is left out of compiled code by this attribute, which torch.compiler.disable sets; what it calls is
 # disabled when torch._dynamo, whose import takes over a second, is there at all.
-attention_varlen._torchdynamo_disable = True  # type: ignore[attr-defined]
+_outside._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 _disabled: list[Any] = []
 
@@ -125,6 +140,7 @@ def _attend(
     options: Options,
     backend: Backends | None,
 ) -> Output:
+    lengths = (lengths[0], lengths[1], _most("max_seqlen_q", lengths[2]), _most("max_seqlen_k", lengths[3]))
     _check(query, key, value, *lengths)
     if sinks is not None and not isinstance(sinks, Tensor):
         raise InvalidCallError(f"sinks must be a tensor (num_heads,); {type(sinks).__name__} was given.")
@@ -138,6 +154,17 @@ def _attend(
     cast = autocast_dtype(query.device.type)
     if cast is not None:
         query, key, value = (_cast(tensor, cast) for tensor in (query, key, value))
+    if not is_plain():
+        under = scope
+
+        def decide(failed: dict[str, Reason]) -> _Planned:
+            return _planned(under, query, key, value, lengths, attn_mask, sinks, options, failed)
+
+        def run_packed(found: _Planned) -> Output:
+            with torch.autocast(query.device.type, enabled=False):
+                return _run(found[0], found[1], query, key, value, lengths, sinks)
+
+        return first_that_runs(scope, decide, run_packed, lambda found: found[2])
     while True:
         plan, run, decision, compared = _planned(scope, query, key, value, lengths, attn_mask, sinks, options)
         caps = _declared(plan) if checked else None
@@ -221,9 +248,10 @@ def _check(query: object, key: object, value: object, cu_q: object, cu_k: object
     if key.shape[0] != value.shape[0]:
         raise InvalidCallError(f"key and value need as many tokens; given {key.shape[0]} and {value.shape[0]}.")
     for name, starts, most in (("q", cu_q, max_q), ("k", cu_k, max_k)):
-        if isinstance(most, bool) or not isinstance(most, int) or most < 0:
+        symbol = isinstance(most, torch.SymInt | Tensor)
+        if not symbol and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
             raise InvalidCallError(f"max_seqlen_{name} must be an int >= 0; {most!r} was given.")
-        if not isinstance(starts, Tensor) or starts.dim() != 1 or starts.dtype != torch.int32 or not len(starts):
+        if not isinstance(starts, Tensor) or starts.dim() != 1 or starts.dtype != torch.int32 or not starts.shape[0]:
             given = f"{starts.dtype} {tuple(starts.shape)}" if isinstance(starts, Tensor) else type(starts).__name__
             raise InvalidCallError(
                 f"cu_seqlens_{name} must be an int32 tensor (batch + 1,) that begins with 0; {given} was given."
@@ -234,15 +262,22 @@ def _check(query: object, key: object, value: object, cu_q: object, cu_k: object
             )
     assert isinstance(cu_q, Tensor)
     assert isinstance(cu_k, Tensor)
-    assert isinstance(max_q, int)
-    assert isinstance(max_k, int)
     if cu_q.shape != cu_k.shape:
         raise InvalidCallError(
             f"cu_seqlens_q and cu_seqlens_k need one length, batch + 1; given {len(cu_q)} and {len(cu_k)}."
         )
-    if query.is_cpu or (policy.checks_enabled() and can_check(cu_q, cu_k)):
+    if (query.is_cpu and has_values(cu_q, cu_k)) or (policy.checks_enabled() and can_check(cu_q, cu_k)):
+        assert isinstance(max_q, int)
+        assert isinstance(max_k, int)
         check_starts("q", cu_q.tolist(), max_q, query.shape[0])
         check_starts("k", cu_k.tolist(), max_k, key.shape[0])
+
+
+def _most(name: str, given: Any) -> Any:
+    """Give a largest length as an int; one that a tracer follows stays as it is."""
+    if isinstance(given, torch.SymInt) or (isinstance(given, Tensor) and torch._C._get_tracing_state() is not None):
+        return given
+    return scalars.index(name, given)
 
 
 def describe_packed(
@@ -260,6 +295,7 @@ def describe_packed(
         InvalidCallError: If it is wrong for any backend.
     """
     cu_q, cu_k, max_q, max_k = lengths
+    options = plain_options(options)
     pattern = None
     if attn_mask is not None:
         if not isinstance(attn_mask, Mask) or attn_mask.pattern is None or _holds_tensors(attn_mask):
@@ -268,19 +304,18 @@ def describe_packed(
                 f"are left out of the packed tensors. {attn_mask!r} was given."
             )
         pattern = attn_mask.pattern
-    batch = len(cu_q) - 1
-    facts = [
-        Facts((batch, most, *tensor.shape[1:]), tensor.dtype, tensor.device, tensor.requires_grad)
-        for tensor, most in ((query, max_q), (key, max_k), (value, max_k))
-    ]
-    seen = None if sinks is None else Facts(tuple(sinks.shape), sinks.dtype, sinks.device, sinks.requires_grad)
-    same = cu_q is cu_k and max_q == max_k
+    records = tracing.records()
+    batch = tracing.static_shape(cu_q)[0] - 1
+    facts = [_packed_facts(tensor, batch, most) for tensor, most in ((query, max_q), (key, max_k), (value, max_k))]
+    seen = None if sinks is None else facts_of(sinks)
+    # One tensor for both may stand for two inputs of a graph that is recorded.
+    same = not records and cu_q is cu_k and max_q == max_k
+    tensors = (query, key, value, sinks, cu_q, cu_k)
     storage = Storage()
     if not query.is_cpu:
-        tensors = (query, key, value)
         storage = Storage(
-            aligned=all(is_aligned(tensor) for tensor in tensors),
-            unit_stride=all(tensor.stride(-1) == 1 for tensor in tensors),
+            aligned=all(is_aligned(tensor) for tensor in (query, key, value)),
+            unit_stride=all(tensor.stride(-1) == 1 for tensor in (query, key, value)),
         )
     spec = build_spec(
         facts[0],
@@ -293,8 +328,19 @@ def describe_packed(
         same_lengths=same,
         storage=storage,
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        compiled=records or tracing.is_fake(query),
+        forward_ad=any(tracing.has_tangent(tensor) for tensor in tensors),
+        vmap=any(tracing.is_batched(tensor) for tensor in tensors),
     )
     return spec.replace(packed=True)
+
+
+def _packed_facts(tensor: Tensor, batch: Any, most: Any) -> Facts:
+    """Read a packed tensor's facts as those of the largest sequence; where a graph is recorded lengths aren't known."""
+    facts = facts_of(tensor)
+    free = tracing.records()
+    sizes = tuple(UNKNOWN if type(n) is not int or (free and n) else n for n in (batch, most))
+    return facts._replace(shape=(*sizes, *(int(n) for n in facts.shape[1:])))
 
 
 def _holds_tensors(mask: Mask) -> bool:
@@ -310,22 +356,23 @@ def _planned(
     attn_mask: Mask | None,
     sinks: Tensor | None,
     options: Options,
-) -> tuple[Plan, Run, Decision, list[bool]]:
+    failed: dict[str, Reason] | None = None,
+) -> _Planned:
     """Find the call in the scope's table, or decide it; the list is empty until its results were compared."""
     base = scope if scope.recorder is None else policy.scope_for(scope.settings)
     spec = describe_packed(query, key, value, lengths, attn_mask, sinks, options)
     if tracing.is_captured(query):
         spec = spec.replace(captured=True)
     table_key = ("varlen", spec)
-    found: tuple[Plan, Run, Decision, list[bool]] | None = base.table.get(table_key)
+    found: _Planned | None = None if failed else base.table.get(table_key)
     if found is None:
         generation = policy.generation()
 
-        def make(decision: Decision) -> tuple[Plan, Run, Decision, list[bool]]:
+        def make(decision: Decision) -> _Planned:
             return (*make_plan(decision), decision, [])
 
-        found = make_first(spec, base, make)
-        if generation == policy.generation():
+        found = make_first(spec, base, make, failed)
+        if not failed and generation == policy.generation():
             base.remember(table_key, found)
     return found
 
@@ -352,11 +399,12 @@ def _run(
     ]
     result = execute(run, plan, padded[0], padded[1], padded[2], parts)
     tokens = torch.arange(query.shape[0], device=query.device)
-    sequence = torch.searchsorted(starts_q, tokens, right=True) - 1
+    # Meta tensors have no values to search for, and torch doesn't search them.
+    sequence = tokens if query.is_meta else torch.searchsorted(starts_q, tokens, right=True) - 1
     # Tokens after the last sequence's end have no place: theirs is the first, and what they get zeros.
     inside = tokens < starts_q[-1]
     place = torch.where(inside, tokens - starts_q[sequence], 0)
-    sequence = sequence.clamp(max=len(starts_q) - 2)
+    sequence = sequence.clamp(max=starts_q.shape[0] - 2)
     out, lse = result if isinstance(result, tuple) else (result, None)
     packed = out[sequence, place]
     found = packed if lse is None else (packed, lse[sequence, :, place].t())

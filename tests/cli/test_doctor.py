@@ -20,8 +20,8 @@ from anyattn.cli.catalogue import cure, known_bad_here, listed
 from anyattn.cli.variables import variables
 from anyattn.cli.views import doctor as doctor_view
 from anyattn.cli.views.doctor import show
-from anyattn.dispatch import describe
 from anyattn.names import BY_NAME, KNOWN
+from anyattn.reading import describe
 from anyattn.reasons import Reason
 from anyattn.testing import doubles
 

@@ -83,7 +83,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dropout that isn't a number": ({"dropout_p": "0.1"}, "number"),
     "a scale that is NaN": ({"scale": float("nan")}, "finite"),
     "a scale that is infinite": ({"scale": float("inf")}, "finite"),
-    "a scale that is a tensor": ({"scale": torch.tensor(0.5)}, "number"),
+    "a scale that is a tensor": ({"scale": torch.tensor([0.5])}, "number"),
     "is_causal that is no flag": ({"is_causal": "yes"}, "is_causal"),
     "a window of one side": ({"window": (3,)}, "window"),
     "a window below -1": ({"window": (-2, 3)}, "window"),

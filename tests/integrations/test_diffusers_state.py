@@ -56,7 +56,7 @@ def snapshot():
 
 def hooks(model):
     return [
-        (path, len(module._forward_pre_hooks), len(module._forward_hooks), sorted(vars(module)))
+        (path, type(module), len(module._forward_pre_hooks), len(module._forward_hooks), sorted(vars(module)))
         for path, module in model.named_modules()
     ]
 

@@ -23,10 +23,10 @@ from anyattn import masks, reference, registry, tolerance
 from anyattn.backend import Backend
 from anyattn.decision import Preference
 from anyattn.describe import Options
-from anyattn.dispatch import describe
 from anyattn.environment import Environment, detect
 from anyattn.errors import BackendUnavailableError, UnsupportedCallError
 from anyattn.faults import told as _said
+from anyattn.reading import describe
 from anyattn.reasons import Reason
 from anyattn.running import load, make_entry
 from anyattn.selection import resolve

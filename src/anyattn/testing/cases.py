@@ -198,7 +198,7 @@ class Inputs:
             InvalidCallError: If it is wrong for any backend.
         """
         from anyattn.describe import Options
-        from anyattn.dispatch import describe
+        from anyattn.reading import describe
 
         case = self.case
         options = Options(

@@ -10,6 +10,7 @@ from torch import Tensor
 from anyattn.backend import Plan
 from anyattn.flash_like import KernelCall
 from anyattn.kernel_source import FUNCTIONS
+from anyattn.tracing import records
 
 
 def attend(plan: Plan, call: KernelCall, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -40,7 +41,7 @@ def attend(plan: Plan, call: KernelCall, sinks: Tensor | None) -> tuple[Tensor, 
         softcap,
         spec.deterministic,
     )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or records():
         out, lse = torch.ops.anyattn.flash4(*arguments)
     else:
         out, lse = _kernel(*arguments, with_lse=with_lse)

@@ -21,6 +21,7 @@ from anyattn.backend import Output, Parts, Plan
 from anyattn.lowering import joined_mask, normalise_lse, repeat_heads
 from anyattn.masks import serial_of
 from anyattn.spec import UNKNOWN, AttentionSpec, Storage
+from anyattn.tracing import is_fake, is_plain
 
 _BASE_2 = torch.finfo(torch.float32).max * math.log(2)
 """What is below minus this in natural units is -inf in base 2."""
@@ -49,7 +50,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     seqlen_kv = key.shape[2]
     if plan.lowering.pad_keys:
         key, value = (F.pad(tensor, (0, 0, 0, -seqlen_kv % 16)) for tensor in (key, value))
-    if plan.lowering.compiled and not torch.compiler.is_compiling():
+    # Code that was compiled for real tensors reads memory that fake ones don't have.
+    if plan.lowering.compiled and not torch.compiler.is_compiling() and is_plain() and not is_fake(query):
         lengths = (query.shape[0], query.shape[2], key.shape[2])
         call = _in_turn(_kind(plan), None if parts.block is None else serial_of(parts.block), lengths)
     with_lse = spec.return_lse or spec.sinks
@@ -84,7 +86,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
 
 def _written_out(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Tensor:
     """Compute attention (B, H, S, D) in plain operations, in float32 at least, as eager FlexAttention does."""
-    mask = joined_mask(spec, parts, query.shape[2], key.shape[2], query.device, pattern=True, batch=query.shape[0])
+    sizes = (query.shape[2], key.shape[2], query.device)
+    mask = joined_mask(spec, parts, *sizes, pattern=True, batch=query.shape[0], like=(query, key))
     assert mask is not None
     dtype = torch.promote_types(query.dtype, torch.float32)
     times = spec.num_heads // spec.num_kv_heads

@@ -195,6 +195,11 @@ class Native(Backend):
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         if spec.packed:
             return packed.lower(spec, packed.kernel_of(spec, env))
+        if spec.forward_ad:
+            said = "sent to native_math: torch's other kernels have no derivatives of forward mode"
+            sent = Conversion("steered", said)
+            lowering = lower_to("math", self.declarations[spec.device_type], spec)
+            return dataclasses.replace(lowering, conversions=(sent, *lowering.conversions))
         if spec.return_lse or spec.sinks:
             return next(sub.lower(spec, env) for sub in _with_lse(spec, env) if not sub.reasons(spec, env))
         plain = lower_to("sdpa", self.declarations[spec.device_type], spec, env)

@@ -35,8 +35,11 @@ _MATH = Capabilities(
     dropout=True,
     dropout_of_all=True,
     scale_any=True,
+    lse=True,
     backward=True,
     deterministic=True,
+    forward_ad=True,
+    vmap=True,
     exact=True,
     unit_stride=False,
     aligned=False,
@@ -44,7 +47,7 @@ _MATH = Capabilities(
     cuda_graph=True,
 )
 
-_FLASH_CPU = _MATH.replace(head_dim_v=False, mask_grad=False, dropout=False, dropout_of_all=False, lse=True)
+_FLASH_CPU = _MATH.replace(head_dim_v=False, mask_grad=False, dropout=False, dropout_of_all=False, forward_ad=False)
 
 _FUSED_CUDA = Capabilities(
     dtypes=_HALF,
@@ -57,6 +60,7 @@ _FUSED_CUDA = Capabilities(
     dropout=True,
     lse=True,
     backward=True,
+    vmap=True,
     exact=True,
     unit_stride=False,
     compile=True,
@@ -105,15 +109,13 @@ CUDNN: Mapping[str, Capabilities] = {
     ),
 }
 
-_NATIVE = _MATH.replace(lse=True)
-
 NATIVE: Mapping[str, Capabilities] = {
-    "cpu": _NATIVE,
-    "cuda": _NATIVE,
+    "cpu": _MATH,
+    "cuda": _MATH,
     "mps": _MATH,
     "xpu": _MATH,
     # Shapes alone: nothing is computed.
-    "meta": _MATH,
+    "meta": _MATH.replace(lse=False),
 }
 
 _CPU_SHARED_HEADS_SINCE = Version("2.9")

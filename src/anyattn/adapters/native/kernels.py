@@ -24,11 +24,12 @@ from anyattn.lowering import (
     kept_key_bias,
     kept_within_base_2,
     normalise_lse,
+    pattern_mask,
     repeat_heads,
     with_huge_biases,
     within_base_2,
 )
-from anyattn.spec import AttentionSpec
+from anyattn.spec import AttentionSpec, PatternSpec
 
 FUSED_CUDA: frozenset[str] = frozenset(("flash", "efficient", "cudnn"))
 
@@ -69,12 +70,29 @@ def _flash_cpu(
 
 def _math(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     bias = None if mask is None else additive(mask, query.dtype)
     out, _ = torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, bias, spec.dropout_p, is_causal, None, scale=spec.scale, enable_gqa=spec.is_gqa
     )
-    return out, None
+    return out, _lse_of_scores(spec, query, key, bias, is_causal) if spec.return_lse or spec.sinks else None
+
+
+def _lse_of_scores(spec: AttentionSpec, query: Tensor, key: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
+    """Compute the log-sum-exp of the scores, in float32 at least: the op gives its weights alone."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.no_grad():
+        keys = repeat_heads(key.detach().to(dtype), spec.num_heads // spec.num_kv_heads)
+        scores = query.detach().to(dtype) @ keys.transpose(-1, -2) * spec.scale
+        if bias is not None:
+            scores = scores + bias.detach().to(dtype)
+        if is_causal:
+            allowed = pattern_mask(_CAUSAL, query.shape[2], key.shape[2], query.device, (query, key))
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        return torch.logsumexp(scores, -1)
+
+
+_CAUSAL = PatternSpec(-1, 0, "upper_left")
 
 
 def _written_out(
@@ -181,7 +199,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
         # Dynamo before torch 2.9 traces no NamedTuple's _replace.
         parts = Parts(kept_padding(parts.key, key.shape[2]), parts.dense, parts.block, parts.sinks)
     lengths, pattern = (query.shape[2], key.shape[2]), not lowering.is_causal
-    mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0])
+    mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0], like=(query, key))
     if mask is not None and misread(spec):
         mask = mask.to(query.dtype)
     if mask is not None and lowering.copy and spec.device_type == "mps" and lengths[0] <= 8:

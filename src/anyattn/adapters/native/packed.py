@@ -39,7 +39,7 @@ def takes(spec: AttentionSpec, env: Environment) -> bool:
     if pattern is not None and not (pattern.is_causal and (spec.same_lengths or pattern.align == "lower_right")):
         return False
     device = env.device(spec.device_type, spec.device_index)
-    if not spec.packed or device is None or device.arch is None or device.rocm:
+    if spec.forward_ad or spec.vmap or not spec.packed or device is None or device.arch is None or device.rocm:
         return False
     if not (8, 0) <= device.arch <= (12, 1):
         return False

@@ -26,6 +26,8 @@ def bind_sdpa(plan: Plan) -> Runner | None:
     # Fewer arguments are parsed faster.
     options = _options(spec)
     if spec.layout == "BHSD":
+        if not options and not lowering.is_causal:
+            return sdpa
         return functools.partial(sdpa, attn_mask=None, is_causal=lowering.is_causal, **options)
     if not options and not lowering.is_causal:
         return lambda query, key, value: sdpa(

@@ -6,21 +6,24 @@ torch.compile refuses `ContextVar.get`, but reads a missing attribute of a modul
 
 from __future__ import annotations
 
-from anyattn import lifetime
-from anyattn.integrations.diffusers import routes
+from anyattn import lifetime, policy
 
 wish: str
 """`"override"`, `"pin"`, `"context"`, `"route"` (Diffusers' own setter chose anyattn), or empty."""
 
 
-def __getattr__(name: str) -> str:
-    if name != "wish":
-        raise AttributeError(name)
-    settings = lifetime.settings()
+def wish_of(settings: policy.Settings) -> str:
+    """Give the kind of wish that decides under some settings."""
     if settings.context is not None and settings.override:
         return "override"
     if settings.pin is not None:
         return "pin"
     if settings.context is not None:
         return "context"
-    return "route" if routes.running() else ""
+    return "route" if settings.routed else ""
+
+
+def __getattr__(name: str) -> str:
+    if name != "wish":
+        raise AttributeError(name)
+    return wish_of(lifetime.settings())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 
+from anyattn.attending import names_of
 from anyattn.integrations.diffusers import doors
 from anyattn.integrations.diffusers.patches import DISPATCH
 from anyattn.integrations.diffusers.sites import OWN_KERNELS, OWN_LAYERS
@@ -52,7 +53,7 @@ def attention_layers(model: nn.Module) -> list[Layer]:
                 continue
             kind = type(computing)
             if kind not in known:
-                known[kind] = _reason(kind)
+                known[kind] = reason_of(kind)
             reason = known[kind]
             if reason is not None:
                 layers.append(Layer(path, kind.__qualname__, reason))
@@ -60,7 +61,7 @@ def attention_layers(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def _reason(kind: type) -> str | None:
+def reason_of(kind: type) -> str | None:
     """Give None for a class that computes no attention, empty text for one that is reached, or why not."""
     for base in kind.__mro__:
         own = OWN_LAYERS.get(f"{base.__module__}:{base.__qualname__}")
@@ -71,7 +72,7 @@ def _reason(kind: type) -> str | None:
     reached = False
     reasons: list[str] = []
     for function in _called(start, kind):
-        names = _names(function)
+        names = names_of(function)
         reached = reached or _opens_a_door(function, names)
         reasons += [OWN_KERNELS[name] for name in OWN_KERNELS if name in names]
         if SDPA in names and not _opens_a_door(function, names):
@@ -102,7 +103,7 @@ def _called(start: Any, kind: type) -> Iterator[FunctionType]:
             continue
         seen.add(function)
         yield function
-        for name in _names(function):
+        for name in names_of(function):
             for found in (function.__globals__.get(name), inspect.getattr_static(kind, name, None)):
                 if isinstance(found, (FunctionType, staticmethod, classmethod)) and _is_local(found):
                     waiting.append(found)
@@ -111,14 +112,3 @@ def _called(start: Any, kind: type) -> Iterator[FunctionType]:
 def _is_local(function: Any) -> bool:
     module = getattr(function, "__module__", None) or ""
     return not module.startswith(("torch.", "anyattn.")) and module != "torch"
-
-
-def _names(function: FunctionType) -> set[str]:
-    """Give every global and attribute name that a function's code mentions, nested functions included."""
-    names: set[str] = set()
-    waiting: list[CodeType] = [function.__code__]
-    while waiting:
-        code = waiting.pop()
-        names.update(code.co_names)
-        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return names

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anyattn import _in_force as core
-from anyattn import api, lifetime
+from anyattn import api, lifetime, policy
 from anyattn.errors import AnyattnWarning
-from anyattn.integrations.diffusers import _in_force, routes
+from anyattn.integrations.diffusers import _in_force
 from anyattn.integrations.diffusers.arguments import EXTRAS, WINDOW, to_call
 from anyattn.integrations.diffusers.versions import BACKEND_NAME
+from anyattn.pins import live_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +36,11 @@ class Stock:
 
 
 _said: set[tuple[str, str]] = set()
+_current = policy.current.get
+_thread = policy.thread
+_held = lifetime.held
+_tracing = torch.compiler.is_dynamo_compiling
+_modes = torch._C._len_torch_function_stack
 
 
 def dispatch_attention_fn(
@@ -61,6 +67,10 @@ def dispatch_attention_fn(
             attention is asked for.
     """
     mine, name = _route(backend)
+    if mine and attn_mask is None and not attention_kwargs and parallel_config is None:
+        if _modes() and _scores_skipped(query, value, 1):
+            return value
+        return api.attention(query, key, value, None, dropout_p, is_causal, scale, enable_gqa, backend=name)
     if not mine:
         return Stock.dispatch(
             query,
@@ -75,7 +85,7 @@ def dispatch_attention_fn(
             backend=backend,
             parallel_config=parallel_config,
         )
-    if _scores_skipped(query, value, 1):
+    if _modes() and _scores_skipped(query, value, 1):
         return value
     explicit = {
         "attn_mask": attn_mask,
@@ -99,11 +109,19 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Any:
     """Stand in for torch's function of this name inside the modules of Diffusers that call it themselves."""
+    if not _tracing():
+        scope = _current()
+        if scope.asked and not (scope.look or _thread.entered or _held or _modes()):
+            # What was decided for these very shapes needs none of the changes below.
+            plain = (dropout_p, is_causal, scale, enable_gqa, None, None, False, "BHSD")
+            found = api.run_decided(scope, query, key, value, attn_mask, plain)
+            if found is not None:
+                return found
     if not _route(None)[0]:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    if _scores_skipped(query, value, -2):
+    if _modes() and _scores_skipped(query, value, -2):
         return value
     headless = query.dim() == 3
     if headless:
@@ -197,18 +215,22 @@ def _route(backend: Any) -> tuple[bool, str | None]:
 
 
 def _wish() -> str:
-    """Give `_in_force.wish`, with what traced code entered on top of it."""
+    """Give the kind of wish in force, with what compiled code entered on top of it."""
+    if not _tracing():
+        scope = _current()
+        if scope.look or _thread.entered or _held:
+            scope = live_scope(scope)
+        return _in_force.wish_of(scope.settings)
     wish = _in_force.wish
-    if torch.compiler.is_dynamo_compiling():
-        for kind, *_, override in core.entered:
-            if kind == "pin":
-                wish = wish if wish == "override" else "pin"
-            elif override:
-                wish = "override"
-            elif wish != "pin":
-                wish = "context"
-        if wish == "" and len(routes.traced) > 0:
-            wish = "route"
+    for kind, *_, override in core.entered:
+        if kind == "pin":
+            wish = wish if wish == "override" else "pin"
+        elif kind == "route":
+            wish = wish or "route"
+        elif override:
+            wish = "override"
+        elif wish != "pin":
+            wish = "context"
     return wish
 
 
@@ -231,8 +253,6 @@ def _scores_skipped(query: Tensor, value: Tensor, sequence: int) -> bool:
 
     It replaces torch's function while a layer runs (hooks/layer_skip.py of 0.42.1); few kernels call it.
     """
-    if torch._C._len_torch_function_stack() == 0:
-        return False
     layer_skip = sys.modules.get("diffusers.hooks.layer_skip")
     if layer_skip is None or query.shape[sequence] != value.shape[sequence]:
         return False

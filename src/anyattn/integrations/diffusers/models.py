@@ -13,12 +13,14 @@ from typing import Any
 from torch import nn
 
 from anyattn import pins
+from anyattn.covering import Host
 from anyattn.decision import Precision, Preference
 from anyattn.dispatch import make_preference
 from anyattn.errors import AnyattnWarning, InvalidCallError
 from anyattn.integrations.diffusers import state
 from anyattn.integrations.diffusers.coverage import Layer, attention_layers
 from anyattn.integrations.diffusers.sites import TEXT_ENCODER
+from anyattn.integrations.diffusers.watching import HOST, judged_in
 from anyattn.names import AUTO
 
 
@@ -86,6 +88,10 @@ class _Wishes:
         else:
             self.pipelines = [entry for entry in self.pipelines if entry[0]() is not target]
             self.pipelines.append((weakref.ref(target), wish))
+
+    def has(self, pipeline: Any) -> bool:
+        """Whether anything was wished on a pipeline."""
+        return any(entry[0]() is pipeline for entry in self.pipelines)
 
     def take(self, module: nn.Module, target: Any) -> bool:
         """Forget what was wished on `target`; say whether there was anything."""
@@ -183,14 +189,17 @@ def reset_attention_backend(target: Any) -> tuple[str, ...]:
     """
     target = _unwrapped(target)
     with state.lock:
-        taken = tuple(name for name, module in _components(target) if _take(module, target))
+        components = dict.fromkeys(module for _, module in _components(target))
+        names = {id(module): name for name, module in _components(target)}
+        # Components that were exchanged since the pin was set carry it still.
+        components.update(dict.fromkeys(module for module, wishes in list(_pinned.items()) if wishes.has(target)))
+        taken = tuple(names.get(id(module), type(module).__name__) for module in components if _take(module, target))
         if not taken:
             raise InvalidCallError(
                 f"No backend was set on this {type(target).__name__}, so there is nothing to reset. A pin "
                 "has to be taken from the object that it was set on: the pipeline or the model."
             )
-        if not _pinned:
-            state.disable_if_implicit()
+        state.disable_if_implicit()
     return taken
 
 
@@ -200,6 +209,7 @@ def forget_all() -> None:
         for module, wishes in list(_pinned.items()):
             _apply(module, wishes.before)
         _pinned.clear()
+        pins.unpin_all(HOST)
 
 
 state.at_disable.append(forget_all)
@@ -210,29 +220,32 @@ def _put(module: nn.Module, target: Any, wish: Preference) -> None:
     if wishes is None:
         before = pins.pin_of(module)
         # What is in force may come from an enclosing module, and is then not this module's to put back.
-        wishes = _pinned[module] = _Wishes(before if pins.unpin(module) else None)
+        # A copy of a pinned model brings one that was set here, which the new wish replaces.
+        copied = pins.is_hosted(module, HOST)
+        wishes = _pinned[module] = _Wishes(before if pins.unpin(module) and not copied else None)
     wishes.set(module, target, wish)
-    _apply(module, wishes.in_force)
+    _apply(module, wishes.in_force, HOST)
 
 
 def _take(module: nn.Module, target: Any) -> bool:
     wishes = _pinned.get(module)
-    if wishes is None:  # pinned by hand, or a copy of a pinned model
-        return target is module and pins.unpin(module)
+    if wishes is None:  # pinned by hand, or a copy of a pinned model, alone or in a copied pipeline
+        return (target is module or pins.is_hosted(module, HOST)) and pins.unpin(module)
     if not wishes.take(module, target):
         return False
     if wishes.is_empty:
         del _pinned[module]
-    _apply(module, wishes.in_force)
+    _apply(module, wishes.in_force, None if wishes.is_empty else HOST)
     return True
 
 
-def _apply(module: nn.Module, wish: Preference | None) -> None:
+def _apply(module: nn.Module, wish: Preference | None, host: Host | None = None) -> None:
     if wish is None:
         pins.unpin(module)
     else:
         single = wish.mode == "require" or wish.names == (AUTO,)
-        pins.pin(module, wish.names[0] if single else list(wish.names), precision=wish.precision)
+        names = wish.names[0] if single else list(wish.names)
+        pins.pin(module, names, precision=wish.precision, host=host, judged=judged_in(module))
 
 
 def _warn_of_left(reports: tuple[ComponentReport, ...]) -> None:

@@ -1,54 +1,30 @@
 """Models that Diffusers' own setter gave to anyattn: no backend is pinned, anyattn's settings decide.
 
-The hooks stand on every module that isn't torch's own, for the reason that `anyattn.pins` gives.
+A route is put in force as a pin is: by covering the root and what may compute attention inside it.
 """
 
 from __future__ import annotations
 
-import contextvars
-import threading
 import weakref
-from typing import Any, Final
+from typing import Final
 
-import torch
 from torch import nn
 
-_HANDLES: Final = "_anyattn_route_handles"
+from anyattn import attending
+from anyattn.covering import OWN_ROUTE, ROUTE, Mark, adopt, cover, is_covered, live, refresh, uncover
+from anyattn.integrations.diffusers.watching import HOST, judged_in
 
-_depth: Final[contextvars.ContextVar[int]] = contextvars.ContextVar("anyattn_diffusers_routes", default=0)
 _roots: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
-
-traced: Final[list[bool]] = []
-"""Routed modules entered while torch.compile traces; it sees a list, and can't see a context variable."""
-
-
-class _Stack(threading.local):
-    def __init__(self) -> None:
-        self.entries: list[tuple[int, contextvars.Token[int]]] = []
-
-
-_stack = _Stack()
-
-
-def running() -> bool:
-    """Whether the forward of a routed module is running, in this thread or task."""
-    return _depth.get() > 0
-
-
-def exist() -> bool:
-    """Whether any module is routed."""
-    return len(_roots) > 0
 
 
 def add(module: nn.Module) -> None:
     """Route a module and all that is inside it."""
+    mark = Mark(routed=True, host=HOST)
+    mark.owner = weakref.ref(module)
+    mark.judged = judged_in(module)
+    module.__dict__[OWN_ROUTE] = mark
     _roots.add(module)
-    for part in module.modules():
-        if _HANDLES not in part.__dict__ and not type(part).__module__.startswith("torch.nn."):
-            part.__dict__[_HANDLES] = (
-                part.register_forward_pre_hook(_enter, prepend=True),
-                part.register_forward_hook(_leave, always_call=True),
-            )
+    _lay_out(module)
 
 
 def remove(module: nn.Module) -> bool:
@@ -56,31 +32,41 @@ def remove(module: nn.Module) -> bool:
     found = False
     for part in module.modules():
         _roots.discard(part)
-        for handle in part.__dict__.pop(_HANDLES, ()):
-            found = True
-            handle.remove()
+        own = part.__dict__.pop(OWN_ROUTE, None)
+        if own is not None and own.owner() is part:
+            own.clear()
+        found = part.__dict__.pop(ROUTE, None) is not None or found
+        uncover(part)
     for root in list(_roots):  # parts may belong to a root that stays
-        add(root)
+        _lay_out(root)
     return found
 
 
 def remove_all() -> None:
-    """Take every route back."""
+    """Take every route back, those of copies too."""
     for root in list(_roots):
         remove(root)
+    for mark in list(live):
+        mark.routed = False
 
 
-def _enter(module: nn.Module, args: Any) -> None:
-    if torch.compiler.is_dynamo_compiling():
-        traced.append(True)
+def _lay_out(root: nn.Module) -> None:
+    mark = root.__dict__.get(OWN_ROUTE)
+    if mark is None or not mark.routed:
         return
-    _stack.entries.append((id(module), _depth.set(_depth.get() + 1)))
+    for part in (root, *attending.modules(root)):
+        part.__dict__[ROUTE] = mark
+        cover(part)
+    mark.harmless = frozenset(type(part) for part in root.modules() if not is_covered(part))
 
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_dynamo_compiling():
-        traced.pop()
+def _refresh(root: nn.Module) -> None:
+    mark = root.__dict__.get(OWN_ROUTE)
+    if mark is None or not mark.routed:
         return
-    entries = _stack.entries
-    if entries and entries[-1][0] == id(module):
-        _depth.reset(entries.pop()[1])
+    if any(ROUTE not in part.__dict__ and type(part) not in mark.harmless for part in root.modules()):
+        _lay_out(root)
+
+
+refresh[OWN_ROUTE] = _refresh
+adopt[OWN_ROUTE] = _roots.add

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from anyattn.integrations.diffusers import names, patches, routes, setters, versions
+from anyattn.integrations.diffusers import names, patches, setters, versions, watching
 
 lock = threading.RLock()
 """Held while anything of the integration changes; one for all, so that no two can wait for each other."""
@@ -63,10 +63,15 @@ def enable_implicitly() -> bool:
         return _install()
 
 
+watching.enablers.append(enable_implicitly)
+
+
 def disable_if_implicit() -> None:
     """Disable again where only a setter had enabled, and nothing else has come to rest on it since."""
     with lock:
-        if not (_explicit or routes.exist() or names.is_active()):
+        if _undo is None:
+            return
+        if not (_explicit or watching.is_needed() or names.is_active()):
             disable()
 
 
