@@ -1,11 +1,15 @@
-# Needs Python 3.10 or newer and make; everything else is installed into .venv.
+# Needs Python 3.11 or newer and make; everything else is installed into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # One thread each: the tests run in several processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: all setup demo test lint unit bench clean
+# The floor of pyproject.toml, one between and the newest; one environment each, of several gigabytes.
+TORCHES ?= 2.8.0 2.10.0 2.14.1
+MATRIX ?= .matrix
+
+.PHONY: all setup demo test lint unit bench matrix clean
 
 all: test
 
@@ -34,5 +38,20 @@ unit: setup
 bench: setup
 	$(BIN)/python benchmarks/overhead.py
 
+# Not part of `test`: the suite on each version of torch, the counts at the end of each; `-` goes on after a failure.
+matrix: $(addprefix matrix-,$(TORCHES))
+
+matrix-%: $(MATRIX)/%/.done
+	-$(MATRIX)/$*/bin/python -m pytest -q -n 2 --dist loadfile > $(MATRIX)/$*/report.txt 2>&1
+	@echo "torch $*: $$(tail -n 1 $(MATRIX)/$*/report.txt)  ($(MATRIX)/$*/report.txt)"
+
+$(MATRIX)/%/.done: pyproject.toml
+	$(PYTHON) -m venv $(MATRIX)/$*
+	$(MATRIX)/$*/bin/python -m pip install --quiet torch==$*
+	$(MATRIX)/$*/bin/python -m pip install --quiet --editable ".[all]" pytest-xdist torch==$*
+	touch $@
+
+.PRECIOUS: $(MATRIX)/%/.done
+
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) $(MATRIX) demo-output

@@ -59,6 +59,7 @@ class Lowering:
         compiled: Whether the kernel is compiled, by the backend itself or with the caller's code.
         upcast: Whether query, key and value are computed with as float32, and the output cast back.
         pad_keys: Whether keys are padded to a multiple of 16, and masked.
+        repeat_heads: Whether key and value heads are repeated in memory, for a kernel without GQA.
         pattern: The pattern as the kernel is told it, with the rows and keys that are left.
         head_dims: What head_dim and head_dim_v are padded to, where the adapter pads them.
         keys: How a key mask reaches the kernel: `"lengths"` (the allowed keys are the first), `"front"` (they are moved
@@ -73,6 +74,7 @@ class Lowering:
     compiled: bool = False
     pad_keys: bool = False
     upcast: bool = False
+    repeat_heads: bool = False
     pattern: KernelPattern | None = None
     keys: Literal["", "lengths", "front", "packed"] = ""
     head_dims: tuple[int, int] | None = None

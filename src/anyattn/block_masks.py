@@ -163,14 +163,33 @@ def block_counts(
     block_size: tuple[int, int],
 ) -> Tensor:
     """Count the allowed positions of each block: `(B or 1, H or 1, S_q / rows, S_kv / columns)`, rounded up."""
-    from torch.nn.attention.flex_attention import create_mask
-
     rows, columns = block_size
-    allowed = create_mask(mask_mod, batch, heads, seqlen_q, seqlen_kv, device=device)
+    allowed = positions(mask_mod, batch or 1, heads or 1, seqlen_q, seqlen_kv, device)
     allowed = F.pad(allowed, (0, -seqlen_kv % columns, 0, -seqlen_q % rows))
     blocks = allowed.view(*allowed.shape[:2], -1, rows, allowed.shape[-1] // columns, columns)
     counts: Tensor = blocks.sum((-3, -1), dtype=torch.int32)
     return counts
+
+
+def positions(mask_mod: MaskMod, batch: int, heads: int, seqlen_q: int, seqlen_kv: int, device: torch.device) -> Tensor:
+    """Call a mask function at every position: boolean `(B, H, S_q, S_kv)`.
+
+    In traced code this does what torch's `create_mask` does, whose look at the function's signature dynamo can't trace
+    before torch 2.10.
+    """
+    from torch.nn.attention import flex_attention
+
+    if not torch.compiler.is_compiling():
+        return flex_attention.create_mask(mask_mod, batch, heads, seqlen_q, seqlen_kv, device=device)
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    indices = (torch.arange(size, device=device) for size in (batch, heads, seqlen_q, seqlen_kv))
+    function: Any = mask_mod
+    for axis in (3, 2, 1, 0):
+        function = torch.vmap(function, in_dims=tuple(0 if place == axis else None for place in range(4)))
+    with TransformGetItemToIndex():
+        found: Tensor = function(*indices)
+    return found
 
 
 def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,8 +207,6 @@ def written_out(
     function: MaskFunction, batch: int, heads: int, seqlen_q: int, seqlen_kv: int, device: torch.device
 ) -> Tensor:
     """Write a mask function out as a dense boolean mask `(B or 1, H or 1, S_q, S_kv)`."""
-    from torch.nn.attention.flex_attention import create_mask
-
     entries, each = batch if function.per_batch else 1, heads if function.per_head else 1
     if not torch.compiler.is_compiling() and not is_plain():
         # create_mask goes through torch.vmap, which doesn't go together with every tracer and transform.
@@ -201,7 +218,7 @@ def written_out(
             )
 
     def make() -> Tensor:
-        return create_mask(function.mask_mod, entries, each, seqlen_q, seqlen_kv, device=device)
+        return positions(function.mask_mod, entries, each, seqlen_q, seqlen_kv, device)
 
     if torch.compiler.is_compiling() or entries * each * seqlen_q * seqlen_kv > _MOST_KEPT_BYTES:
         return make()

@@ -207,6 +207,17 @@ TABLE: tuple[KnownBad, ...] = (
         device_type="cpu",
     ),
     KnownBad(
+        "cpu-flash-shared-heads",
+        ("native_flash",),
+        "memory past key and value is read, and written by the backward: huge numbers, NaN, or the process ends",
+        "fewer key/value heads than query heads",
+        lambda s: s.is_gqa,
+        "key and value with their heads repeated (done by anyattn), or torch 2.9",
+        f"{_PYTORCH}/pull/157893; seen with torch 2.6 and 2.8 on a CPU",
+        "<2.9",
+        device_type="cpu",
+    ),
+    KnownBad(
         "mps-permuted-views",
         ("native",),
         "wrong results",

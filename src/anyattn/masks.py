@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,12 +23,12 @@ from anyattn.mask_functions import (
     same_document,
     same_or_earlier_frame,
 )
+from anyattn.spec import Align
 from anyattn.tracing import is_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Align = Literal["upper_left", "lower_right"]
 Pattern = tuple[int, int, Align]
 """`(left, right, align)`: row i may see columns from `p - left` to `p + right`, where p is i (`upper_left`) or
 `i + seqlen_kv - seqlen_q` (`lower_right`); -1 is unbounded."""

@@ -32,12 +32,12 @@ _SAGE = "build SageAttention >= 2.1.1 from its sources (github.com/thu-ml/SageAt
 _HUB = "pip install 'kernels>=0.12'"
 
 KNOWN: tuple[KnownBackend, ...] = (
-    KnownBackend("native", "native", "torch >= 2.0"),
-    KnownBackend("native_flash", "native", "torch >= 2.0", aliases=("_native_flash",)),
-    KnownBackend("native_efficient", "native", "torch >= 2.0", aliases=("_native_efficient",)),
-    KnownBackend("native_cudnn", "native", "torch >= 2.5 with cuDNN", aliases=("_native_cudnn",)),
-    KnownBackend("native_math", "native", "torch >= 2.0", aliases=("_native_math",)),
-    KnownBackend("flex", "flex", "torch >= 2.5", aliases=("flex_attn",)),
+    KnownBackend("native", "native", "torch >= 2.8"),
+    KnownBackend("native_flash", "native", "torch >= 2.8", aliases=("_native_flash",)),
+    KnownBackend("native_efficient", "native", "torch >= 2.8", aliases=("_native_efficient",)),
+    KnownBackend("native_cudnn", "native", "torch >= 2.8 with cuDNN", aliases=("_native_cudnn",)),
+    KnownBackend("native_math", "native", "torch >= 2.8", aliases=("_native_math",)),
+    KnownBackend("flex", "flex", "torch >= 2.8", aliases=("flex_attn",)),
     KnownBackend(
         "flash2",
         "flash2",

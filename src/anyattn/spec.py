@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from anyattn.masks import Align
-
+Align = Literal["upper_left", "lower_right"]
 Layout = Literal["BSHD", "BHSD"]
 DenseKind = Literal["boolean", "bias"]
 KeyKind = Literal["padding", "lengths"]

@@ -10,6 +10,7 @@ import operator
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from anyattn import _in_force, _runs, policy
@@ -19,7 +20,8 @@ from anyattn.block_masks import block_at
 from anyattn.capabilities import MAX_LOWERED_MASK_BYTES
 from anyattn.describe import Facts, MaskFacts, Options, build_spec, plain_options
 from anyattn.dispatch import make_first, scope_of_call
-from anyattn.errors import InvalidCallError
+from anyattn.environment import detect
+from anyattn.errors import BackendUnavailableError, InvalidCallError
 from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Mask
 from anyattn.prepare import NOTHING, MadeFor, as_mask, autocast_mask, function_facts, mask_facts, parts_of
@@ -69,6 +71,25 @@ def _static_options(options: Options) -> tuple[Any, ...]:
     )
 
 
+_SINCE = Version("2.8")
+"""The oldest torch in which compiled calls were run and are right."""
+
+
+def _needs_torch() -> bool:
+    """Refuse compiled calls where dynamo can't trace them.
+
+    Raises:
+        BackendUnavailableError: If torch is older than 2.8.
+    """
+    found = detect().torch
+    if found < _SINCE:
+        raise BackendUnavailableError(
+            f"anyattn's calls inside torch.compile need torch {_SINCE} or newer, and this is torch {found}. Install a "
+            "newer torch, or keep the call out of compiled code with torch.compiler.disable."
+        )
+    return True
+
+
 def _traced_facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """Write a tensor's facts as plain constants."""
     if tensor is None:
@@ -89,6 +110,7 @@ def traced_call(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, options: Options, backend: Any
 ) -> Output:
     """Make a call inside torch.compile: an opaque chooser sees constants alone, the kernel's call is traced."""
+    _needs_torch()
     kind = query.device.type
     if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         # As outside: cast once, and run with autocast off, so that a mask keeps its precision.
@@ -298,3 +320,4 @@ def _choose(
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # Dynamo of torch 2.11 can't trace torch.amp.is_autocast_available itself.
 _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_needs_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -19,7 +20,6 @@ from anyattn.cli.catalogue import cure, known_bad_here, listed
 from anyattn.cli.variables import variables
 from anyattn.cli.views import doctor as doctor_view
 from anyattn.cli.views.doctor import show
-from anyattn.describe import Options
 from anyattn.names import BY_NAME, KNOWN
 from anyattn.reading import describe
 from anyattn.reasons import Reason
@@ -44,6 +44,8 @@ def test_json_has_the_documented_keys():
         "chosen",
         "kernel",
         "detail",
+        "compiled",
+        "compiled_detail",
     ]
     assert {tuple(row) for row in found["backends"]} == {
         (
@@ -264,7 +266,7 @@ def test_step_that_is_refused_says_why_and_is_no_failure(tried):
 
 def test_quantised_kernel_is_judged_by_its_relative_error(tried, monkeypatch):
     found = tried(Quantised())
-    assert set(found) == {"forward", "padding"}, "no backward is declared, so none is tried"
+    assert set(found) == {"forward", "padding", "gqa"}, "no backward is declared, so none is tried"
     assert found["forward"]["outcome"] == "passed"
     monkeypatch.setattr(Quantised, "factor", 1.2)
     assert tried(Quantised())["forward"]["outcome"] == "wrong"
@@ -273,8 +275,9 @@ def test_quantised_kernel_is_judged_by_its_relative_error(tried, monkeypatch):
 def test_default_trial_makes_a_call_as_a_program_does():
     events = []
     trial._try_default(events.append)
-    found = events[-1]["trial"]
-    assert (found["backend"], found["outcome"], found["kernel"]) == ("native", "passed", "sdpa")
+    found = [event["trial"] for event in events if event["event"] == "end"]
+    assert [trial["step"] for trial in found] == ["forward", "compiled"]
+    assert {(trial["backend"], trial["outcome"], trial["kernel"]) for trial in found} == {("native", "passed", "sdpa")}
 
 
 def test_progress_counts_every_process(monkeypatch):
@@ -298,12 +301,13 @@ def test_tiny_calls_keep_clear_of_the_known_bad_table(step, name):
     kind = "cpu" if name == "cpu" else "cuda"
     kernels = {backend for row in known_bad.TABLE for backend in row.backends}
     for call in trial._calls("cpu", step):
-        spec = describe(call.query, call.key, call.value, call.mask, None, Options()).replace(device_type=kind)
+        spec = describe(call.query, call.key, call.value, call.mask, None, call.options).replace(device_type=kind)
         live = spec.replace(mask=dataclasses.replace(spec.mask, dead_rows=False))
         found = {row.name for row in known_bad.hits(kernels, live, machine)}
         # Of a CPU's strides a spec says nothing, so that the row holds for every call there: the adapter always copies.
         copies = registry.get("flex").lower(live.replace(compiled=True), machine).copy
-        assert found == ({"flex-cpu-strides"} if copies else set())
+        shared = {"cudnn-b200-few-kv-heads"} if (step, name) == ("gqa", "b200") else set()
+        assert found == shared | ({"flex-cpu-strides"} if copies else set())
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -357,8 +361,41 @@ def test_kernel_that_raises_is_told_once_with_a_cure(capsys, monkeypatch):
     render.report(command.DoctorReport(machine, (), default, (report,), ()), show, False)
     text = capsys.readouterr().out
     assert text.count(said) == 1
-    assert f"forward, padding, backward on cuda: raised; {said}" in text
+    assert f"{', '.join(trial.STEPS)} on cuda: raised; {said}" in text
     assert text.count("pip install 'flash-attn") == 1
+
+
+class ForgetsSharedHeads(OnlyHeadDim128):
+    name = "forgets"
+    declarations = {"cpu": registry.get("native").declarations["cpu"]}
+
+    @staticmethod
+    def run(plan, query, key, value, parts):
+        result = registry.get("native").run(plan, query, key, value, parts)
+        return (result[0], result[1] + 1) if plan.spec.is_gqa else result
+
+
+def test_shared_heads_are_tried_with_their_lse(tried):
+    found = tried(ForgetsSharedHeads())
+    assert found["forward"]["outcome"] == "passed"
+    assert found["gqa"]["outcome"] == "wrong"
+
+
+def _default_told():
+    events = []
+    trial._try_default(events.append)
+    return probe.Probe("", None, tuple(trial.Trial(**e["trial"]) for e in events if e["event"] == "end"))
+
+
+def test_default_is_tried_inside_torch_compile_too(monkeypatch):
+    machine = environment.detect()
+    found = command._default((), _default_told(), (), machine, {})
+    assert (found.works, found.compiled, found.compiled_detail) == (True, "passed", "")
+    with environment.supposed(environment.preset("cpu", torch_version="2.7.1")):
+        torch._dynamo.reset()
+        found = command._default((), _default_told(), (), machine, {})
+    assert (found.works, found.compiled) == (True, "raised")
+    assert "need torch 2.8" in found.compiled_detail
 
 
 def test_cudnn_its_file_and_replaced_kernels_are_printed():

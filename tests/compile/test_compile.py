@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 import anyattn
 from anyattn import masks, reference, traced
 from anyattn.masks import Mask
+from helpers import joins_inside
 
 BACKENDS = ("native", "native_flash", "native_math", "flex")
 
@@ -94,11 +95,17 @@ def test_gradients_are_traced(backend: str) -> None:
         assert_close(one, other)
 
 
+@pytest.mark.parametrize("joined", [pytest.param(True, marks=joins_inside), False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dynamic_lengths_are_one_graph(backend: str) -> None:
+def test_dynamic_lengths_are_one_graph(backend: str, joined: bool) -> None:
+    def call(q: Any, k: Any, v: Any, keys: Any) -> Any:
+        if joined:
+            return anyattn.attention(q, k, v, masks.KeyPadding(keys) & masks.Causal(), backend=backend)
+        return anyattn.attention(q, k, v, masks.KeyPadding(keys), is_causal=True, backend=backend)
+
     counter = CompileCounter()
     run = torch.compile(
-        lambda q, k, v, keys: anyattn.attention(q, k, v, masks.KeyPadding(keys) & masks.Causal(), backend=backend),
+        call,
         fullgraph=True,
         dynamic=True,
         backend=counter,

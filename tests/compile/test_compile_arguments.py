@@ -10,6 +10,7 @@ import torch
 
 import anyattn
 from anyattn import masks, reference
+from helpers import joins_inside
 
 
 @pytest.fixture(autouse=True)
@@ -101,16 +102,20 @@ def test_flex_with_a_bias_at_dynamic_lengths_compiles_with_inductor() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["boolean", "bias", "lengths", "padding & causal", "document"])
+@pytest.mark.parametrize(
+    "kind", ["boolean", "bias", "lengths", "padding", "document", pytest.param("padding & causal", marks=joins_inside)]
+)
 def test_flex_takes_every_mask_at_dynamic_lengths_with_inductor(kind: str) -> None:
     def mask_of(allowed: Any, lengths: Any, keep: Any, documents: Any) -> Any:
-        return {
-            "boolean": masks.Boolean(allowed),
-            "bias": masks.Bias(torch.where(allowed, 0.5, -torch.inf)),
-            "lengths": masks.KeyLengths(lengths),
-            "padding & causal": masks.KeyPadding(keep) & masks.Causal(),
-            "document": masks.document(documents),
-        }[kind]
+        if kind == "boolean":
+            return masks.Boolean(allowed)
+        if kind == "bias":
+            return masks.Bias(torch.where(allowed, 0.5, -torch.inf))
+        if kind == "lengths":
+            return masks.KeyLengths(lengths)
+        if kind == "document":
+            return masks.document(documents)
+        return masks.KeyPadding(keep) & masks.Causal() if "causal" in kind else masks.KeyPadding(keep)
 
     def call(q: Any, k: Any, v: Any, *told: Any) -> Any:
         return anyattn.attention(q, k, v, mask_of(*told), softcap=3.0, backend="flex")
@@ -127,7 +132,7 @@ def test_flex_takes_every_mask_at_dynamic_lengths_with_inductor(kind: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lengths", "padding", "padding & causal"])
+@pytest.mark.parametrize("kind", ["lengths", "padding", pytest.param("padding & causal", marks=joins_inside)])
 def test_flex_with_key_masks_compiles_with_inductor(kind: str) -> None:
     def mask_of(lengths: Any, keep: Any) -> Any:
         found = masks.KeyLengths(lengths) if kind == "lengths" else masks.KeyPadding(keep)

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.nn.attention.flex_attention import create_block_mask
 
 import anyattn
 from anyattn import masks, reference
 from anyattn.block_masks import block_at
 from anyattn.errors import InvalidCallError
+from helpers import TORCH, joins_inside, needs_torch
 
 
 @pytest.fixture(autouse=True)
@@ -61,11 +63,14 @@ def test_function_masks_made_outside_are_traced(backend: str, kind: str) -> None
     assert_close(eager, reference.attention(q, k, v, mask)[0])
 
 
+@pytest.mark.parametrize("joined", [pytest.param(True, marks=joins_inside), False])
 @pytest.mark.parametrize("backend", ["native", "flex"])
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_document_masks_may_be_made_inside(backend: str, dynamic: bool) -> None:
+def test_document_masks_may_be_made_inside(backend: str, dynamic: bool, joined: bool) -> None:
     def call(q: Any, k: Any, v: Any, ids: Any) -> Any:
-        return anyattn.attention(q, k, v, masks.document(ids) & masks.Causal(), backend=backend)
+        if joined:
+            return anyattn.attention(q, k, v, masks.document(ids) & masks.Causal(), backend=backend)
+        return anyattn.attention(q, k, v, masks.document(ids), is_causal=True, backend=backend)
 
     run = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for seqlen in (20, 33):
@@ -81,7 +86,9 @@ def test_from_function_inside_is_refused_with_the_cure() -> None:
     def call(q: Any) -> Any:
         return anyattn.attention(q, q, q, masks.from_function(lambda b, h, q, kv: kv <= q))
 
-    with pytest.raises(Exception, match="outside the compiled function"):
+    # Dynamo of torch 2.8 tells the name of an error raised in traced code, and not its text.
+    said = "outside the compiled function" if Version("2.9") <= TORCH else "InvalidCallError"
+    with pytest.raises(Exception, match=said):
         torch.compile(call, fullgraph=True, backend="eager")(tensors()[0])
 
 
@@ -95,6 +102,7 @@ def test_block_masks_given_as_arguments_are_told_apart() -> None:
         assert_close(run(q, k, v, mask), reference.attention(q, k, v, masks.Block(mask))[0])
 
 
+@needs_torch("2.10", "dynamo traces create_block_mask")
 def test_block_mask_made_inside_is_refused_with_the_cure() -> None:
     def call(q: Any) -> Any:
         mask = create_block_mask(lambda b, h, q, kv: kv <= q, None, None, 20, 20, device="cpu")

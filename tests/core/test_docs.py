@@ -58,6 +58,9 @@ def test_examples_of_docstrings_give_what_they_say(name: str) -> None:
     module = importlib.import_module(f"anyattn.{name}") if name in MODULES else with_extras(f"anyattn.{name}")
     examples = [found for found in doctest.DocTestFinder().find(module) if found.examples]
     assert examples
+    if name.startswith("demo."):
+        for extra in ("diffusers", "transformers"):
+            pytest.importorskip(extra, reason=f"the examples of anyattn.{name} need {extra}")
     for example in examples:
         run(example)
 

@@ -1,137 +1,163 @@
-"""A module imports only from lower layers, and importing anyattn imports no kernel."""
+"""A module imports only from those below it, and importing anyattn imports no kernel."""
 
 from __future__ import annotations
 
 import ast
+import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import anyattn
+import layers
 
 ROOT = Path(anyattn.__file__).parent
 
-LAYERS = {
-    -1: ("installed",),
-    0: (
-        "errors",
-        "reasons",
-        "names",
-        "mask_functions",
-        "masks",
-        "spec",
-        "environment",
-        "version",
-        "decision",
-        "_runs",
-        "tracing",
-        "attending",
-    ),
-    1: (
-        "alignment",
-        "scopes",
-        "tokens",
-        "lifetime",
-        "policy",
-        "patterns",
-        "head_dims",
-        "capabilities",
-        "known_bad_row",
-        "known_bad_mps",
-        "kernel_source",
-        "_in_force",
-    ),
-    2: (
-        "kept",
-        "host_lengths",
-        "key_layout",
-        "known_bad",
-        "backend",
-        "reference",
-        "tolerance",
-        "lowering",
-        "flash_like",
-        "dense_like",
-        "hub",
-        "hub_kernels",
-        "describe",
-        "prepare",
-        "block_masks",
-        "covering",
-    ),
-    3: ("adapters",),
-    4: ("registry",),
-    5: ("selection",),
-    6: (
-        "checks",
-        "dispatch",
-        "faults",
-        "refusals",
-        "running",
-        "traced",
-        "api",
-        "choosing",
-        "decorating",
-        "recording",
-        "varlen",
-        "seeing",
-        "pins",
-    ),
-    7: ("testing", "integrations", "demo"),
-    8: ("cli",),
+# The lowest first: each imports from those before it alone. Nothing stands beside another.
+ORDER = (
+    "version",
+    "names",
+    "_runs",
+    "spec",
+    "tracing",
+    "reasons",
+    "installed",
+    "environment",
+    "tolerance",
+    "alignment",
+    "attending",
+    "kept",
+    "decision",
+    "scopes",
+    "errors",
+    "scalars",
+    "mask_functions",
+    "masks",
+    "block_masks",
+    "reference",
+    "tokens",
+    "policy",
+    "lifetime",
+    "_in_force",
+    "covering",
+    "decorating",
+    "patterns",
+    "head_dims",
+    "capabilities",
+    "known_bad_row",
+    "known_bad_mps",
+    "known_bad",
+    "backend",
+    "packed_rows",
+    "lowering",
+    "key_layout",
+    "host_lengths",
+    "dense_like",
+    "flash_like",
+    "kernel_source",
+    "hub",
+    "hub_kernels",
+    "adapters",
+    "registry",
+    "describe",
+    "prepare",
+    "reading",
+    "faults",
+    "checks",
+    "selection",
+    "refusals",
+    "running",
+    "dispatch",
+    "transformed",
+    "traced",
+    "traced_varlen",
+    "pins",
+    "recording",
+    "api",
+    "varlen",
+    "choosing",
+    "seeing",
+    "testing",
+    "integrations",
+    layers.SELF,
+    "demo",
+    "cli",
+)
+SEPARATE = ("adapters",)
+"""Folders whose modules don't import one another."""
+
+
+def test_each_module_imports_from_those_before_it_alone() -> None:
+    assert layers.violations(ROOT, ORDER, SEPARATE) == []
+
+
+def _lowest_and_highest_of(folder: str) -> tuple[Path, Path]:
+    first, *_, last = sorted(
+        path for path in (ROOT / folder).iterdir() if path.suffix == ".py" and "__" not in path.name
+    )
+    return first.relative_to(ROOT), last.relative_to(ROOT)
+
+
+PLANTED = {
+    "upwards": "from anyattn.{top} import x",
+    "of a submodule": "import anyattn.{top}.x",
+    "from the package": "from anyattn import {top}",
+    "relative": "from . import {top}",
+    "of a name, relative": "from .{top} import x",
+    "under TYPE_CHECKING": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from anyattn.{top} import x",
+    "inside a function": "def f():\n    import anyattn.{top}",
+    "of the package itself": "import anyattn",
+    "of a public name": "from anyattn import attention",
 }
-LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 
-def _imports(path: Path) -> set[str]:
-    """Every module of anyattn that a file imports when it runs, TYPE_CHECKING blocks left out."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for inner in ast.walk(node)
-    }
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "anyattn":
-            inside = (node.module or "").split(".")[1:2]
-            found |= set(inside) if inside else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("anyattn.")}
-    return found
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT, tmp_path / ROOT.name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / ROOT.name
 
 
-def _module(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def _plant(path: Path, line: str) -> None:
+    path.write_text(f"{path.read_text()}\n{line}\n")
 
 
-def test_every_module_has_a_layer() -> None:
-    names = {_module(path) for path in ROOT.rglob("*.py")} - {"__init__"}
-    assert names == set(LAYER_OF)
+@pytest.mark.parametrize("kind", PLANTED)
+def test_planted_import_of_a_higher_module_is_found(copy: Path, kind: str) -> None:
+    lowest = copy / f"{next(name for name in ORDER if (copy / f'{name}.py').exists())}.py"
+    _plant(lowest, PLANTED[kind].format(top=ORDER[-1]))
+    (found,) = layers.violations(copy, ORDER, SEPARATE)
+    assert found.startswith(f"{lowest.relative_to(copy)} imports anyattn")
 
 
-def test_module_imports_only_lower_layers() -> None:
-    wrong = []
-    for path in ROOT.rglob("*.py"):
-        name = _module(path)
-        if name == "__init__":
-            continue
-        for imported in _imports(path) & set(LAYER_OF):
-            same = imported == name or (LAYER_OF[imported] == LAYER_OF[name] and LAYER_OF[name] not in (3, 8))
-            if not same and LAYER_OF[imported] >= LAYER_OF[name]:
-                wrong.append(f"{path.relative_to(ROOT)} imports {imported}")
-    assert not wrong
+def test_planted_circle_of_neighbours_is_found(copy: Path) -> None:
+    files = [name for name in ORDER if (copy / f"{name}.py").exists()]
+    for lower, higher in list(itertools.pairwise(files))[::5]:
+        before = (copy / f"{lower}.py").read_text()
+        _plant(copy / f"{lower}.py", f"from anyattn import {higher}")
+        wanted = [f"{lower}.py imports anyattn.{higher}, which is above it"]
+        assert layers.violations(copy, ORDER, SEPARATE) == wanted
+        (copy / f"{lower}.py").write_text(before)
 
 
-def test_adapter_families_never_import_one_another() -> None:
-    families = {path.name.removesuffix(".py") for path in (ROOT / "adapters").iterdir() if "__" not in path.name}
-    for path in (ROOT / "adapters").rglob("*.py"):
-        own = path.relative_to(ROOT / "adapters").parts[0].removesuffix(".py")
-        for other in families - {own}:
-            assert f"adapters.{other}" not in path.read_text()
+@pytest.mark.parametrize(
+    "line", ["from anyattn.adapters import {other}", "from anyattn.adapters.{other} import x", "from .{other} import x"]
+)
+def test_planted_import_between_adapters_is_found(copy: Path, line: str) -> None:
+    one, other = _lowest_and_highest_of("adapters")
+    _plant(copy / one, line.format(other=other.stem))
+    assert layers.violations(copy, ORDER, SEPARATE) == [
+        f"{one} imports anyattn.adapters.{other.stem}, which stands beside it"
+    ]
+
+
+def test_module_without_a_place_is_found(copy: Path) -> None:
+    (copy / "stray.py").write_text("")
+    (copy / f"{ORDER[0]}.py").unlink()
+    found = layers.violations(copy, ORDER, SEPARATE)
+    assert {"stray has no place in the order", f"{ORDER[0]} is in the order and not there"} <= set(found)
 
 
 def test_no_file_is_over_400_lines() -> None:

@@ -109,6 +109,8 @@ class DefaultReport:
         chosen: The backend that ran it.
         kernel: The entry of that backend's kernel.
         detail: What is wrong; empty where it works.
+        compiled: What came of the same call inside torch.compile, as in a trial's outcome; empty where it wasn't tried.
+        compiled_detail: Why it isn't `"passed"`.
     """
 
     names: tuple[str, ...]
@@ -119,6 +121,8 @@ class DefaultReport:
     chosen: str = ""
     kernel: str = ""
     detail: str = ""
+    compiled: str = ""
+    compiled_detail: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as plain data, for JSON."""
@@ -131,6 +135,8 @@ class DefaultReport:
             "chosen": self.chosen,
             "kernel": self.kernel,
             "detail": self.detail,
+            "compiled": self.compiled,
+            "compiled_detail": self.compiled_detail,
         }
 
 
@@ -294,8 +300,10 @@ def _default(
         return _untried(report, backends, env)
     if not probe.trials:
         return replace(report, detail=f"the process that tried it {probe.ended}")
-    trial = probe.trials[-1]
+    trial, *rest = probe.trials
     report = replace(report, chosen=trial.backend, kernel=trial.kernel, detail=trial.detail)
+    if rest:
+        report = replace(report, compiled=rest[0].outcome, compiled_detail=rest[0].detail)
     if trial.outcome == "passed":
         return replace(report, works=True)
     broken = [row.name for row in backends if any(reason.code == "broken_import" for reason in row.reasons)]

@@ -92,8 +92,9 @@ def run_all(
     stop = threading.Event()
     found: dict[str, Probe] = {}
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        futures = {pool.submit(_run, job, timeout, stop): job for job in jobs}
         try:
+            # Inside: the first child runs while the others are still being handed out.
+            futures = {pool.submit(_run, job, timeout, stop): job for job in jobs}
             for future in as_completed(futures):
                 job = futures[future]
                 found[job.name] = future.result()

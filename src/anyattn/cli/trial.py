@@ -7,6 +7,7 @@ object a line; the parent reads as far as the child came.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import time
@@ -34,8 +35,12 @@ Outcome = Literal["passed", "wrong", "raised", "refused", "died", "hung"]
 """`wrong`: the result leaves the error budget; `refused`: no tiny call is one that the backend admits; `died` and
 `hung`: the process ended, or was ended, during the step."""
 
-STEPS = ("forward", "padding", "backward")
-"""What is tried: a plain call, one with a key padding mask, and one with gradients."""
+STEPS = ("forward", "padding", "backward", "gqa")
+"""What is tried: a plain call, one with a key padding mask, one with gradients, and one with fewer key/value heads
+(with lse where the backend gives it)."""
+
+COMPILED = "compiled"
+"""The step that only the default is tried with: tracing takes seconds, and nearly all of it is the same code."""
 
 _BATCH, _SEQLEN_Q, _SEQLEN_KV, _HEADS = 2, 64, 96, 2
 # Every kernel is made for heads of 64 or of 128. Lengths keep clear of the known-bad table.
@@ -53,7 +58,7 @@ class Trial:
     Attributes:
         backend: Which backend ran.
         device: The type of device.
-        step: One of `STEPS`.
+        step: One of `STEPS`, or `COMPILED`.
         outcome: What came of it.
         kernel: Which entry of the backend's kernel ran.
         dtype: What it computed in.
@@ -138,10 +143,11 @@ def _try_backend(name: str, run: bool, tell: Tell, named: bool = False) -> None:
         if kind not in found.declarations:
             continue
         for step in STEPS:
-            if step == "backward" and not found.declarations[kind].backward:
+            caps = found.declarations[kind]
+            if (step == "backward" and not caps.backward) or (step == "gqa" and not caps.gqa):
                 continue
             tell({"event": "begin", "device": kind, "step": step})
-            tell({"event": "end", "trial": _try(found, exact, kind, step, env).to_dict()})
+            tell({"event": "end", "trial": _try(found, exact, kind, step, env, lse=caps.lse).to_dict()})
 
 
 def _try_default(tell: Tell) -> None:
@@ -169,6 +175,25 @@ def _try_default(tell: Tell) -> None:
     else:
         trial = Trial("", kind, "forward", "refused", detail=refusal)
     tell({"event": "end", "trial": trial.to_dict()})
+    if trial.outcome == "passed":
+        tell({"event": "begin", "device": kind, "step": COMPILED})
+        tell({"event": "end", "trial": _try_compiled(trial, call).to_dict()})
+
+
+def _try_compiled(ran: Trial, call: _Call) -> Trial:
+    """Make the call that passed inside torch.compile: traced as a whole, and run without inductor."""
+    found = registry.get(ran.backend)
+    trial = dataclasses.replace(ran, step=COMPILED, error=None, seconds=None)
+    if found is not None and not found.declarations[ran.device].compile:
+        return dataclasses.replace(trial, outcome="refused", detail="the backend declares no torch.compile")
+    start = time.perf_counter()
+    try:
+        run = torch.compile(anyattn.attention, fullgraph=True, backend="aot_eager")
+        result = run(call.query, call.key, call.value)
+    except Exception as error:  # noqa: BLE001 - whatever is raised is the finding
+        return dataclasses.replace(trial, outcome="raised", detail=_said(error))
+    exact = found is None or all(caps.exact for caps in found.declarations.values())
+    return _judged(trial, call, (result,), exact, time.perf_counter() - start)
 
 
 def main_device(env: Environment) -> str:
@@ -185,28 +210,33 @@ class _Call:
     value: Tensor
     mask: masks.Mask | None
     upstream: Tensor | None
+    options: Options
 
     @property
     def dtype(self) -> str:
         return str(self.query.dtype).removeprefix("torch.")
 
     def compute(self, run: Callable[..., Any]) -> tuple[Tensor, ...]:
-        """Give the output and, where wanted, the gradients of query, key and value."""
+        """Give the output and, where wanted, lse `(B, S_q, H, 1)`, or the gradients of query, key and value."""
         inputs = (self.query, self.key, self.value)
         result = run(*inputs, self.mask)
         out: Tensor = result[0] if isinstance(result, tuple) else result
+        if self.options.return_lse:
+            return (out, result[1].transpose(1, 2).unsqueeze(-1))
         if self.upstream is None:
             return (out,)
         return (out, *torch.autograd.grad(out, inputs, self.upstream.to(out.dtype)))
 
 
-def _calls(kind: str, step: str) -> Iterator[_Call]:
+def _calls(kind: str, step: str, lse: bool = True) -> Iterator[_Call]:
     """Make the tiny calls of a step, the likeliest first: a backend need only admit one of them."""
     for dim in _HEAD_DIMS:
         for dtype in _DTYPES.get(kind, _DTYPES_ELSEWHERE):
             generator = torch.Generator().manual_seed(0)
             shapes = ((_SEQLEN_Q,), (_SEQLEN_KV,), (_SEQLEN_KV,), (_SEQLEN_Q,))
             drawn = [torch.randn(_BATCH, length, _HEADS, dim, generator=generator) for (length,) in shapes]
+            if step == "gqa":
+                drawn[1:3] = (tensor[:, :, :1].contiguous() for tensor in drawn[1:3])
             query, key, value, upstream = (tensor.to(dtype).to(kind) for tensor in drawn)
             wants_grad = step == "backward"
             for tensor in (query, key, value):
@@ -214,15 +244,16 @@ def _calls(kind: str, step: str) -> Iterator[_Call]:
             kept = torch.arange(_SEQLEN_KV)[None, :] < torch.tensor([[_SEQLEN_KV], [_SEQLEN_KV - 19]])
             # Prepared, so that a kernel which wants every row to have a key knows that it has.
             mask = anyattn.prepare_mask(masks.KeyPadding(kept.to(kind))) if step == "padding" else None
-            yield _Call(query, key, value, mask, upstream if wants_grad else None)
+            options = Options(enable_gqa=True, return_lse=lse) if step == "gqa" else Options()
+            yield _Call(query, key, value, mask, upstream if wants_grad else None, options)
 
 
-def _try(backend: Backend, exact: bool, kind: str, step: str, env: Environment) -> Trial:
+def _try(backend: Backend, exact: bool, kind: str, step: str, env: Environment, *, lse: bool) -> Trial:
     """Run one step with one backend alone: nothing else that is installed is imported or chosen."""
     refused: tuple[Reason, ...] = ()
-    for call in _calls(kind, step):
+    for call in _calls(kind, step, lse):
         try:
-            spec = describe(call.query, call.key, call.value, call.mask, None, Options())
+            spec = describe(call.query, call.key, call.value, call.mask, None, call.options)
             wish = Preference((backend.name,), "require", "doctor")
             decision = resolve(spec, env, wish, None, [(backend.name, backend)])
             if decision.chosen is None:
@@ -252,7 +283,8 @@ def _worst(call: _Call, results: tuple[Tensor, ...], exact: bool) -> float:
         tensor.detach().cpu().requires_grad_(tensor.requires_grad) for tensor in (call.query, call.key, call.value)
     )
     mask = None if call.mask is None or call.mask.key is None else masks.KeyPadding(call.mask.key.cpu())
-    same = _Call(query, key, value, mask, None if call.upstream is None else call.upstream.cpu())
+    upstream = None if call.upstream is None else call.upstream.cpu()
+    same = _Call(query, key, value, mask, upstream, call.options)
     truths = same.compute(reference.attention)
     dtype = call.query.dtype
     plains = same.compute(lambda q, k, v, mask: reference.attention(q, k, v, mask, dtype=dtype))

@@ -218,7 +218,7 @@ def _call_fp8(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
     query, q_descale = _quantised(call.query, kv_heads)
     key, k_descale = _quantised(call.key, kv_heads)
     value, v_descale = _quantised(call.value, kv_heads)
-    call = call._replace(query=query, key=key, value=value)
+    call = KernelCall(query, key, value, *call[3:])
     out, lse = _call(plan, call, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     return out.to(dtype), lse
 

@@ -57,7 +57,9 @@ def block_mask_of(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_k
     spec, given = plan.spec, parts.block
     block = spec.mask.block
     if parts.key is not None and torch.compiler.is_compiling():
-        parts = parts._replace(key=torch.ops.anyattn.flex_keys(parts.key, seqlen_kv, key.shape[2]))
+        # Dynamo before torch 2.9 traces no NamedTuple's _replace.
+        keys = torch.ops.anyattn.flex_keys(parts.key, seqlen_kv, key.shape[2])
+        parts = Parts(keys, parts.dense, parts.block, parts.sinks)
     if isinstance(given, MaskFunction):
         return _function_block_mask(plan, parts, given, query, key, seqlen_kv)
     eager = parts.key is None and not plan.lowering.pad_keys and not torch.compiler.is_compiling()

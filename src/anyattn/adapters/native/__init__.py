@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from anyattn.adapters.native import kernels, mps, packed, replaced, short
-from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE
+from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE, why_repeated
 from anyattn.backend import Backend, Lowering, MaskedRunner, Plan, Runner
 from anyattn.capabilities import Capabilities, lowered_mask_reasons, needs_dense, pattern_is_native
 from anyattn.environment import Environment
@@ -41,10 +41,10 @@ class _Kernel(Backend):
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         caps = self.declarations[spec.device_type]
-        return lower_to(self.entries[spec.device_type], caps, spec)
+        return lower_to(self.entries[spec.device_type], caps, spec, env)
 
 
-def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec) -> Lowering:
+def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec, env: Environment) -> Lowering:
     """Describe how a call reaches one entry, with what is converted on the way."""
     dense = needs_dense(caps, spec)
     conversions = list(mask_conversions(caps, spec))
@@ -52,9 +52,9 @@ def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec) -> Lowering:
     if copy:
         text = "query, key and value copied: the kernel needs 16-byte aligned rows and a contiguous head_dim"
         conversions.append(Conversion("copy", text))
-    if entry == "efficient" and (spec.is_gqa or spec.storage.expanded_kv):
-        text = "key and value heads repeated in memory: the kernel has no GQA and misreads expanded heads"
-        conversions.append(Conversion("repeat_heads", text))
+    why = why_repeated(entry, spec, env)
+    if why:
+        conversions.append(Conversion("repeat_heads", f"key and value heads repeated in memory: {why}"))
     if entry in ("flash", "cudnn") and spec.head_dim % 8:
         conversions.append(Conversion("pad_head_dim", f"head_dim {spec.head_dim} padded to a multiple of 8"))
     pattern = spec.mask.pattern
@@ -62,7 +62,7 @@ def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec) -> Lowering:
     if is_causal and _loses_causal(entry, spec):
         is_causal, dense = False, True
         conversions.append(Conversion("dense_mask", "causal given as a dense mask: NaN otherwise where scale <= 0"))
-    return Lowering(entry, is_causal, dense, copy, conversions=tuple(conversions))
+    return Lowering(entry, is_causal, dense, copy, repeat_heads=bool(why), conversions=tuple(conversions))
 
 
 def _loses_causal(entry: str, spec: AttentionSpec) -> bool:
@@ -83,7 +83,9 @@ class NativeFlash(_Kernel):
     name = "native_flash"
     entries = {"cpu": "flash_cpu", "cuda": "flash"}
     declarations = FLASH
-    avoids = frozenset(("cpu-flash-causal-scale", "cpu-flash-float32-bias", "dropout-of-everything"))
+    avoids = frozenset(
+        ("cpu-flash-causal-scale", "cpu-flash-float32-bias", "cpu-flash-shared-heads", "dropout-of-everything")
+    )
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = super().capabilities(spec, env)
@@ -200,7 +202,7 @@ class Native(Backend):
             return dataclasses.replace(lowering, conversions=(sent, *lowering.conversions))
         if spec.return_lse or spec.sinks:
             return next(sub.lower(spec, env) for sub in _with_lse(spec, env) if not sub.reasons(spec, env))
-        plain = lower_to("sdpa", self.declarations[spec.device_type], spec)
+        plain = lower_to("sdpa", self.declarations[spec.device_type], spec, env)
         if spec.device_type == "cuda":
             return _steer(plain, spec, env)
         return mps.lower(plain, spec, env) if spec.device_type == "mps" else plain

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from packaging.version import Version
 
 from anyattn.capabilities import Capabilities
+from anyattn.environment import Environment
 from anyattn.masks import Align
+from anyattn.spec import AttentionSpec
 
 _HALF = frozenset((torch.float16, torch.bfloat16))
 _FLOATS = _HALF | {torch.float32, torch.float64}
@@ -114,3 +117,17 @@ NATIVE: Mapping[str, Capabilities] = {
     # Shapes alone: nothing is computed.
     "meta": _MATH.replace(lse=False),
 }
+
+_CPU_SHARED_HEADS_SINCE = Version("2.9")
+
+
+def why_repeated(entry: str, spec: AttentionSpec, env: Environment) -> str:
+    """Say why key and value heads are repeated for an entry; empty where they aren't.
+
+    Source: torch's CPU flash op takes shared heads since pytorch pull request 157893, of torch 2.9.
+    """
+    if entry == "efficient" and (spec.is_gqa or spec.storage.expanded_kv):
+        return "the kernel has no GQA and misreads expanded heads"
+    if entry == "flash_cpu" and spec.is_gqa and env.torch < _CPU_SHARED_HEADS_SINCE:
+        return "before torch 2.9 the CPU kernel reads past shared heads"
+    return ""

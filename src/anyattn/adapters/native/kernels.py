@@ -141,8 +141,6 @@ def _flash(
 def _efficient(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    times = spec.num_heads // spec.num_kv_heads
-    key, value = repeat_heads(key, times), repeat_heads(value, times)
     if spec.storage.expanded_kv:
         key, value = key.contiguous(), value.contiguous()
     bias = None if mask is None else aligned_bias(mask, query, key)
@@ -190,12 +188,16 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if lowering.copy:
         query, key, value = realigned(query), realigned(key), realigned(value)
+    if lowering.repeat_heads:
+        times = spec.num_heads // spec.num_kv_heads
+        key, value = repeat_heads(key, times), repeat_heads(value, times)
     dtype = query.dtype
     if lowering.upcast:
         query, key, value = query.float(), key.float(), value.float()
     given = parts
     if parts.key is not None:
-        parts = parts._replace(key=kept_padding(parts.key, key.shape[2]))
+        # Dynamo before torch 2.9 traces no NamedTuple's _replace.
+        parts = Parts(kept_padding(parts.key, key.shape[2]), parts.dense, parts.block, parts.sinks)
     lengths, pattern = (query.shape[2], key.shape[2]), not lowering.is_causal
     mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0], like=(query, key))
     if mask is not None and misread(spec):

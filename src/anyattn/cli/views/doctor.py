@@ -105,7 +105,10 @@ def _default(row: DefaultReport) -> RenderableType:
     if not row.tried:
         return Text.assemble(("usable", GOOD), f": {asked}; not tried")
     ran = "" if (row.chosen,) == row.names else f", ran {row.chosen}"
-    return Text.assemble(("works", GOOD), f": {asked}{ran}, through {row.kernel}")
+    works = Text.assemble(("works", GOOD), f": {asked}{ran}, through {row.kernel}")
+    word, style = _WORDS.get(row.compiled, ("not tried", PALE))
+    detail = f"; {row.compiled_detail.splitlines()[0]}" if row.compiled_detail else ""
+    return under(works, Text.assemble("in torch.compile: ", (word, style), detail))
 
 
 def _trials(rows: Sequence[BackendReport]) -> RenderableType:
