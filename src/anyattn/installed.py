@@ -135,7 +135,8 @@ _REPLACEABLE: Mapping[str, str] = {
 _DEFINES_VARLEN = "torch.nn.attention.varlen"
 """The module that defines the operator; whoever replaces its kernel has imported it."""
 
-_LINE = re.compile(r"^CUDA: registered at (.*?)(?::\d+)? :: .*\[ boxed \]", re.MULTILINE)
+# torch's own registrations name a C++ file, and some of them are boxed too (torch 2.11).
+_LINE = re.compile(r"^CUDA: registered at (.*?\.py)(?::\d+)? :: .*\[ boxed \]", re.MULTILINE)
 
 
 def overrides() -> dict[str, str]:

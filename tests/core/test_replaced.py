@@ -161,3 +161,13 @@ def test_environments_differ_by_what_is_replaced() -> None:
     assert hash(_env(native_flash="FA3")) != hash(_env())
     assert _env(native_flash="FA3").to_dict()["overrides"] == {"native_flash": "FA3"}
     assert Version("2.13.0") == _env().torch
+
+
+def test_torchs_own_boxed_kernels_replace_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "CUDA: registered at {} :: (Tensor _0, Tensor _1) -> (Tensor _0) [ boxed ]\n"
+    torchs = line.format("/pytorch/build/aten/src/ATen/RegisterCUDA_0.cpp:25551")
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda operator, key: True)
+    monkeypatch.setattr(torch._C, "_dispatch_dump", lambda operator: torchs)
+    assert installed.overrides() == {}
+    monkeypatch.setattr(torch._C, "_dispatch_dump", lambda operator: line.format("/site/cudnn/torch/sdpa.py:12"))
+    assert installed.overrides()["native_cudnn"] == "/site/cudnn/torch/sdpa.py"

@@ -198,7 +198,7 @@ class Native(Backend):
         if spec.forward_ad:
             said = "sent to native_math: torch's other kernels have no derivatives of forward mode"
             sent = Conversion("steered", said)
-            lowering = lower_to("math", self.declarations[spec.device_type], spec)
+            lowering = lower_to("math", self.declarations[spec.device_type], spec, env)
             return dataclasses.replace(lowering, conversions=(sent, *lowering.conversions))
         if spec.return_lse or spec.sinks:
             return next(sub.lower(spec, env) for sub in _with_lse(spec, env) if not sub.reasons(spec, env))
