@@ -140,4 +140,4 @@ def admitted(name: str, seqlen: int = 128) -> tuple[Tensor, Tensor, Tensor]:
 
 def preferred(*names: str) -> anyattn.attention_backend:
     """Prefer backends in order, quantised ones too."""
-    return anyattn.attention_backend(list(names), precision="fp8")
+    return anyattn.attention_backend(list(names), precision="fp4")
