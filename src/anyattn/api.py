@@ -201,11 +201,19 @@ def run_decided(
         plain: The fields of `Options`, in their order.
     """
     try:
-        name = None
-        if attn_mask is not None:
-            name = tensor_name(attn_mask) if type(attn_mask) is Tensor else attn_mask.short
-        place = query.is_cpu or place_key(query, key, value)
-        call = scope.short[name, query.shape, key.shape, value.shape, query.dtype, place, plain]
+        call = scope.short[
+            attn_mask
+            if attn_mask is None
+            else tensor_name(attn_mask)
+            if type(attn_mask) is Tensor
+            else attn_mask.short,
+            query.shape,
+            key.shape,
+            value.shape,
+            query.dtype,
+            query.is_cpu or place_key(query, key, value),
+            plain,
+        ]
     except (KeyError, TypeError, AttributeError, RuntimeError):
         return None  # not decided yet, or wrong: described elsewhere, with an error that says why
     try:

@@ -121,6 +121,8 @@ class _Covered(nn.Module):
     _anyattn_route_in_force: Mark | None = None
     _anyattn_pin: Mark | None = None
     _anyattn_route: Mark | None = None
+    _anyattn_direct = False
+    """Whether the module's own class has torch's `__call__`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep a subclass made here from what the module's class does to its subclasses (registries, checks)."""
@@ -136,15 +138,18 @@ class _Covered(nn.Module):
             finally:
                 for _ in entered:
                     _in_force.entered.pop()
-        before = _current()
-        inner = before
+        before = inner = _current()
+        processor = self.__dict__.get("processor")
+        if processor is None:
+            processor = self._modules.get("processor")
         if route is not None and route.routed:
             inner = policy.inside(inner, None)
-            if route.host is not None:
+            if type(processor) not in route.judged and route.host is not None:
                 route.host.watch(self, route)
         if pin is not None and pin.preference is not None:
-            inner = policy.inside(inner, pin.preference)
-            if pin.host is not None:
+            if inner.settings.pin is not pin.preference:
+                inner = policy.inside(inner, pin.preference)
+            if type(processor) not in pin.judged and pin.host is not None:
                 pin.host.watch(self, pin)
         if _grad_enabled():
             if self._anyattn_pin is not None:
@@ -152,9 +157,13 @@ class _Covered(nn.Module):
             if self._anyattn_route is not None:
                 refresh[OWN_ROUTE](self)
         try:
-            # Inside the `try`, so that Ctrl-C can't come between.
+            # Inside the `try`, so that Ctrl-C can't come between. Most often the pinned model around this module has
+            # put the scope in force already.
             if inner is not before:
                 policy.current.set(inner)
+            if self._anyattn_direct and self._compiled_call_impl is None:
+                # What nn.Module.__call__ does here, with one function call less (torch 2.8 to 2.14).
+                return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
             return super().__call__(*args, **kwargs)
         except AnyattnError as error:
             _name_layer(error, self, pin)
@@ -238,7 +247,9 @@ def _subclass_of(kind: type) -> type:
     known = _subclasses.get(kind)
     found = None if known is None else known()
     if found is None:
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        names["__doc__"] = kind.__doc__
+        names["_anyattn_direct"] = kind.__call__ is nn.Module.__call__
         found = type(kind)(kind.__name__, (_Covered, kind), names)
         _subclasses[kind] = weakref.ref(found)
         _kept.append(found)

@@ -14,6 +14,10 @@ from anyattn.masks import Mask
 from anyattn.prepare import NOTHING, as_mask, autocast_mask, known_of, mask_facts
 from anyattn.spec import UNKNOWN, AttentionSpec, Layout, Storage
 
+_grad_enabled = torch.is_grad_enabled
+_autocast_on = torch._C._is_any_autocast_enabled
+_deterministic = torch._C._get_deterministic_algorithms
+
 
 def place_key(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
     """Give what a decision depends on besides shapes for tensors that aren't on a CPU.
@@ -31,9 +35,9 @@ def place_key(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
         key.stride(),
         value.stride(),
         start,
-        torch.is_grad_enabled() and (query.requires_grad, key.requires_grad, value.requires_grad),
-        torch._C._is_any_autocast_enabled() and autocast_dtype(query.device.type),
-        torch.are_deterministic_algorithms_enabled(),
+        _grad_enabled() and (query.requires_grad, key.requires_grad, value.requires_grad),
+        _autocast_on() and autocast_dtype(query.device.type),
+        _deterministic(),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import subprocess
@@ -281,3 +282,16 @@ def test_dropped_copy_lets_the_integration_go():
     gc.collect()
     anyattn.reset_attention_backend(model)
     assert not integration.is_enabled()
+
+
+def test_signatures_that_layers_ask_for_are_cached_while_pinned_and_the_same() -> None:
+    model, _ = make("unet")
+    kinds = {type(part.processor) for part in model.modules() if hasattr(part, "processor")}
+    before = {kind: inspect.signature(kind.__call__) for kind in kinds}
+    assert kinds
+    anyattn.set_attention_backend(model, "native")
+    try:
+        assert all(kind.__call__.__signature__ == before[kind] for kind in kinds)
+    finally:
+        anyattn.reset_attention_backend(model)
+    assert all(not hasattr(kind.__call__, "__signature__") for kind in kinds)

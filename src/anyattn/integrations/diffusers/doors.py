@@ -111,12 +111,17 @@ def scaled_dot_product_attention(
     """Stand in for torch's function of this name inside the modules of Diffusers that call it themselves."""
     if not _tracing():
         scope = _current()
-        if scope.asked and not (scope.look or _thread.entered or _held or _modes()):
-            # What was decided for these very shapes needs none of the changes below.
-            plain = (dropout_p, is_causal, scale, enable_gqa, None, None, False, "BHSD")
-            found = api.run_decided(scope, query, key, value, attn_mask, plain)
-            if found is not None:
-                return found
+        if not (scope.look or _held or _modes() or _thread.entered):
+            if scope.asked:
+                # What was decided for these very shapes needs none of the changes below.
+                plain = (dropout_p, is_causal, scale, enable_gqa, None, None, False, "BHSD")
+                found = api.run_decided(scope, query, key, value, attn_mask, plain)
+                if found is not None:
+                    return found
+            elif Stock.registry._active_backend != BACKEND_NAME:
+                return torch.nn.functional.scaled_dot_product_attention(
+                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                )
     if not _route(None)[0]:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

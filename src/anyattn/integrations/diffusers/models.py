@@ -17,7 +17,7 @@ from anyattn.covering import Host
 from anyattn.decision import Precision, Preference
 from anyattn.dispatch import make_preference
 from anyattn.errors import AnyattnWarning, InvalidCallError
-from anyattn.integrations.diffusers import state
+from anyattn.integrations.diffusers import signatures, state
 from anyattn.integrations.diffusers.coverage import Layer, attention_layers
 from anyattn.integrations.diffusers.sites import TEXT_ENCODER
 from anyattn.integrations.diffusers.watching import HOST, judged_in
@@ -213,6 +213,7 @@ def forget_all() -> None:
 
 
 state.at_disable.append(forget_all)
+state.at_disable.append(signatures.forget)
 
 
 def _put(module: nn.Module, target: Any, wish: Preference) -> None:
@@ -225,6 +226,7 @@ def _put(module: nn.Module, target: Any, wish: Preference) -> None:
         wishes = _pinned[module] = _Wishes(before if pins.unpin(module) and not copied else None)
     wishes.set(module, target, wish)
     _apply(module, wishes.in_force, HOST)
+    signatures.cache(module)
 
 
 def _take(module: nn.Module, target: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from anyattn import attending
 from anyattn.covering import OWN_ROUTE, ROUTE, Mark, adopt, cover, is_covered, live, refresh, uncover
+from anyattn.integrations.diffusers import signatures
 from anyattn.integrations.diffusers.watching import HOST, judged_in
 
 _roots: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
@@ -25,6 +26,7 @@ def add(module: nn.Module) -> None:
     module.__dict__[OWN_ROUTE] = mark
     _roots.add(module)
     _lay_out(module)
+    signatures.cache(module)
 
 
 def remove(module: nn.Module) -> bool:

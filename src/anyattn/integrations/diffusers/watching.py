@@ -10,7 +10,7 @@ from torch import nn
 
 from anyattn.covering import Mark, live
 from anyattn.errors import AnyattnWarning
-from anyattn.integrations.diffusers import coverage
+from anyattn.integrations.diffusers import coverage, signatures
 from anyattn.integrations.diffusers.versions import UnsupportedVersionError
 
 enablers: Final[list[Callable[[], bool]]] = []
@@ -43,6 +43,7 @@ class _Host:
         if kind in mark.judged:
             return
         mark.judged |= {kind}
+        signatures.cache_kind(kind)
         reason = reason_against(kind)
         if reason:
             _warn(type(layer).__name__, kind, reason)

@@ -1,0 +1,40 @@
+"""Signatures of processors, cached while a model is pinned: Diffusers' layers compute them anew at every call.
+
+`Attention.forward` asks `inspect.signature(self.processor.__call__)` which arguments it may pass on (Diffusers 0.42.1,
+`attention_processor.py` line 596). That takes about a fifth of a small attention layer's time on the host.
+`inspect.signature` itself returns a function's `__signature__` where there is one, so that nothing else changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import FunctionType
+
+from torch import nn
+
+_cached: dict[FunctionType, inspect.Signature] = {}
+
+
+def cache(module: nn.Module) -> None:
+    """Cache the signatures of the processors of a module and of everything inside it."""
+    for part in module.modules():
+        processor = getattr(part, "processor", None)
+        if processor is not None:
+            cache_kind(type(processor))
+
+
+def cache_kind(kind: type) -> None:
+    """Cache the signature of what instances of a class do when they are called."""
+    function = getattr(kind, "__call__", None)  # noqa: B004 - the function itself is wanted
+    if not isinstance(function, FunctionType):
+        return
+    if not hasattr(function, "__wrapped__") and not hasattr(function, "__signature__"):
+        _cached[function] = function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+
+
+def forget() -> None:
+    """Take every cached signature away again."""
+    for function, signature in _cached.items():
+        if getattr(function, "__signature__", None) is signature:
+            del function.__signature__  # type: ignore[attr-defined]
+    _cached.clear()
