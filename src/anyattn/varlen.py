@@ -408,7 +408,7 @@ def _run(
     out, lse = result if isinstance(result, tuple) else (result, None)
     packed = out[sequence, place]
     found = packed if lse is None else (packed, lse[sequence, :, place].t())
-    done = packed_rows.chosen_rows(dataclasses.replace(plan, rescale=False), inside, found, sinks)
+    done = packed_rows.chosen_rows(inside, found, sinks)
     return done if not isinstance(done, tuple) else (done[0], done[1].contiguous())
 
 
