@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from anyattn import lifetime, policy, tracing
-from anyattn.describe import Options, plain_options
 from anyattn.dispatch import (
     Backends,
     entry_for,
     explain_failure,
     scope_of_call,
 )
+from anyattn.facts import Options, plain_options
 from anyattn.faults import is_kernels, passes_over
 from anyattn.masks import Mask
 from anyattn.pins import live_scope

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-from anyattn.capabilities import Capabilities, declared_reasons
+from anyattn.capabilities import Capabilities
+from anyattn.declared_reasons import declared_reasons
 from anyattn.environment import Environment
 from anyattn.known_bad import hits
 from anyattn.patterns import KernelPattern

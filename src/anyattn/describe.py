@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from anyattn import scalars
 from anyattn.errors import InvalidCallError
+from anyattn.facts import Facts, MaskFacts, Options, agree, shape_text
 from anyattn.masks import Align, Pattern, join_patterns
 from anyattn.spec import (
     UNKNOWN,
@@ -18,79 +18,10 @@ from anyattn.spec import (
     DenseKind,
     DenseSpec,
     KeyKind,
-    Layout,
     MaskSpec,
     PatternSpec,
     Storage,
 )
-from anyattn.tracing import needs_gradient, static_shape
-
-
-class Facts(NamedTuple):
-    """What is known of one tensor without reading it; sizes are ints or UNKNOWN."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-
-
-class MaskFacts(NamedTuple):
-    """What is known of a mask without reading it.
-
-    Attributes:
-        pattern: `(left, right, align)`.
-        key: The key mask.
-        dense: The dense mask.
-        block: The block mask.
-        seqlens: The lengths that a block mask was made for.
-        live: Whether they are known to leave every row a key.
-        prefix: Whether a key mask's keys are known to be the first ones of each batch entry.
-    """
-
-    pattern: Pattern | None = None
-    key: Facts | None = None
-    dense: Facts | None = None
-    block: BlockSpec | None = None
-    seqlens: tuple[int, int] | None = None
-    live: bool = False
-    prefix: bool = False
-
-
-class Options(NamedTuple):
-    """The arguments of a call that aren't tensors."""
-
-    dropout_p: float = 0.0
-    is_causal: bool = False
-    scale: float | None = None
-    enable_gqa: bool = False
-    window: tuple[int, int] | None = None
-    softcap: float | None = None
-    return_lse: bool = False
-    layout: Layout = "BSHD"
-
-
-def plain_options(options: Options) -> Options:
-    """Write numbers and flags of any kind as Python's own.
-
-    Raises:
-        InvalidCallError: For a tensor whose value can't be read.
-    """
-    return Options(
-        scalars.number("dropout_p", options.dropout_p),
-        scalars.flag("is_causal", options.is_causal),
-        scalars.number("scale", options.scale),
-        scalars.flag("enable_gqa", options.enable_gqa),
-        scalars.window(options.window),
-        scalars.number("softcap", options.softcap),
-        scalars.flag("return_lse", options.return_lse),
-        options.layout,
-    )
-
-
-def facts_of(tensor: Tensor) -> Facts:
-    """Read the facts of a tensor; its sizes are symbols where they are being traced."""
-    return Facts(static_shape(tensor), tensor.dtype, tensor.device, needs_gradient(tensor))
 
 
 def check_tensors(query: object, key: object, value: object) -> None:
@@ -183,21 +114,21 @@ def _sizes(query: Facts, key: Facts, value: Facts, options: Options) -> tuple[in
                 "(batch, seqlen, heads, head_dim)" if options.layout == "BSHD" else "(batch, heads, seqlen, head_dim)"
             )
             raise InvalidCallError(
-                f"{name} must have four dimensions {order}; its shape is {_shape(facts)}. "
+                f"{name} must have four dimensions {order}; its shape is {shape_text(facts)}. "
                 "Add the missing ones with unsqueeze."
             )
     s, h = (1, 2) if options.layout == "BSHD" else (2, 1)
     batch, seqlen_q, heads, dim = query.shape[0], query.shape[s], query.shape[h], query.shape[3]
     seqlen_kv, kv_heads, dim_v = key.shape[s], key.shape[h], value.shape[3]
-    given = f"query {_shape(query)}, key {_shape(key)}, value {_shape(value)} ({options.layout})"
-    if not (_agree(batch, key.shape[0]) and _agree(batch, value.shape[0])):
+    given = f"query {shape_text(query)}, key {shape_text(key)}, value {shape_text(value)} ({options.layout})"
+    if not (agree(batch, key.shape[0]) and agree(batch, value.shape[0])):
         raise InvalidCallError(
             f"query, key and value need the same batch size; given {given}. A batch of 1 isn't broadcast: "
             "expand key and value yourself."
         )
-    if not _agree(seqlen_kv, value.shape[s]):
+    if not agree(seqlen_kv, value.shape[s]):
         raise InvalidCallError(f"key and value need the same length; given {given}.")
-    if not _agree(kv_heads, value.shape[h]):
+    if not agree(kv_heads, value.shape[h]):
         raise InvalidCallError(f"key and value need the same number of heads; given {given}.")
     if dim != key.shape[3]:
         raise InvalidCallError(f"query and key need the same head_dim; given {given}.")
@@ -218,14 +149,6 @@ def _check_gqa(heads: int, kv_heads: int, options: Options) -> None:
         raise InvalidCallError(
             f"With enable_gqa=True query's heads must be a multiple of key's; given {heads} and {kv_heads}."
         )
-
-
-def _agree(first: int, second: int) -> bool:
-    return first == second or UNKNOWN in (first, second)
-
-
-def _shape(facts: Facts) -> str:
-    return "(" + ", ".join("?" if size == UNKNOWN else str(size) for size in facts.shape) + ")"
 
 
 def _check_types(query: Facts, key: Facts, value: Facts) -> None:
@@ -280,7 +203,7 @@ def _check_sinks(sinks: Facts | None, heads: int, query: Facts) -> None:
     if sinks.shape != (heads,) or not sinks.dtype.is_floating_point or sinks.device != query.device:
         raise InvalidCallError(
             f"sinks must be a floating-point tensor ({heads},), one logit per query head, on {query.device}; "
-            f"{sinks.dtype} of shape {_shape(sinks)} on {sinks.device} was given."
+            f"{sinks.dtype} of shape {shape_text(sinks)} on {sinks.device} was given."
         )
 
 
@@ -348,18 +271,18 @@ def _check_key(key: Facts, batch: int, seqlen_kv: int, query: Facts) -> KeyKind:
     if key.device != query.device:
         raise InvalidCallError(f"The key mask is on {key.device}, query on {query.device}; move it there once.")
     if len(key.shape) == 1:
-        if not _agree(key.shape[0], batch):
-            raise InvalidCallError(f"KeyLengths needs one length per batch entry, ({batch},); given {_shape(key)}.")
+        if not agree(key.shape[0], batch):
+            raise InvalidCallError(f"KeyLengths needs one length per batch entry, ({batch},); given {shape_text(key)}.")
         return "lengths"
     if len(key.shape) == 4:
-        if not ((key.shape[0] == 1 or _agree(key.shape[0], batch)) and _agree(key.shape[3], seqlen_kv)):
+        if not ((key.shape[0] == 1 or agree(key.shape[0], batch)) and agree(key.shape[3], seqlen_kv)):
             raise InvalidCallError(
                 f"A mask must broadcast to (B, H, S_q, S_kv), with B = {batch} and S_kv = {seqlen_kv}; its shape is "
-                f"{_shape(key)}. Make every dimension full or 1."
+                f"{shape_text(key)}. Make every dimension full or 1."
             )
         return "padding"
-    if not (_agree(key.shape[0], batch) and _agree(key.shape[1], seqlen_kv)):
-        raise InvalidCallError(f"KeyPadding needs shape (B, S_kv) = ({batch}, {seqlen_kv}); given {_shape(key)}.")
+    if not (agree(key.shape[0], batch) and agree(key.shape[1], seqlen_kv)):
+        raise InvalidCallError(f"KeyPadding needs shape (B, S_kv) = ({batch}, {seqlen_kv}); given {shape_text(key)}.")
     return "padding"
 
 
@@ -378,7 +301,7 @@ def _check_dense(dense: Facts, full: tuple[int, int, int, int], query: Facts) ->
         raise InvalidCallError(f"The mask is on {dense.device}, query on {query.device}; move it there once.")
     batch, heads, seqlen_q, seqlen_kv = full
     shape = (1,) * (4 - len(dense.shape)) + tuple(dense.shape)
-    fits = len(shape) == 4 and all(size == 1 or _agree(size, want) for size, want in zip(shape, full, strict=True))
+    fits = len(shape) == 4 and all(size == 1 or agree(size, want) for size, want in zip(shape, full, strict=True))
     if not fits:
         hint = "Make every dimension full or 1."
         if len(dense.shape) == 2 and dense.shape[0] == batch and dense.shape[1] == seqlen_kv:
@@ -390,7 +313,7 @@ def _check_dense(dense: Facts, full: tuple[int, int, int, int], query: Facts) ->
             hint = "A 3-D mask is (H, S_q, S_kv). For (B, S_q, S_kv) write mask[:, None]."
         raise InvalidCallError(
             f"A mask must broadcast to (B, H, S_q, S_kv) = ({batch}, {heads}, {seqlen_q}, {seqlen_kv}); "
-            f"its shape is {_shape(dense)}. {hint}"
+            f"its shape is {shape_text(dense)}. {hint}"
         )
     kind: DenseKind = "boolean" if dense.dtype == torch.bool else "bias"
     return DenseSpec(kind, dense.dtype, (shape[0], shape[1], shape[2], shape[3]))
@@ -405,7 +328,7 @@ def _check_block(block: BlockSpec, batch: int, heads: int) -> None:
 
 
 def _check_seqlens(made: tuple[int, int], lengths: tuple[int, int]) -> None:
-    if not (_agree(made[0], lengths[0]) and _agree(made[1], lengths[1])):
+    if not (agree(made[0], lengths[0]) and agree(made[1], lengths[1])):
         raise InvalidCallError(
             f"The mask was made for lengths (S_q, S_kv) = {made}; the call has {lengths}. Make it again for those."
         )

@@ -11,9 +11,9 @@ from torch import Tensor
 from anyattn import policy, registry, tracing
 from anyattn.backend import MaskedRunner, Output
 from anyattn.decision import Decision, Precision, Preference
-from anyattn.describe import Options
 from anyattn.environment import Environment, detect
 from anyattn.errors import AnyattnWarning, BackendUnavailableError, InvalidCallError
+from anyattn.facts import Options
 from anyattn.faults import outside, passes_over, say_passed_over, spec_of_fault
 from anyattn.masks import Mask
 from anyattn.names import AUTO, BY_NAME

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 
 from anyattn import scopes, tokens
 from anyattn.scopes import Life, Owner, Scope
+from anyattn.settings import Settings
 
 _SUSPENDABLE: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _PASSED: Final = frozenset(
@@ -219,7 +220,7 @@ def token() -> str:
     return tokens.token(_found(_get()))
 
 
-def settings() -> scopes.Settings:
+def settings() -> Settings:
     """Give the settings in force here, without what compiled code entered."""
     return _found(_get()).settings
 

@@ -53,18 +53,23 @@ def with_zeros(run: Run) -> Run:
         rows, keys = used(starts_q, starts_k, query.shape[0]), used(starts_k, starts_q, key.shape[0])
         query = torch.where(rows[:, None, None], query, 0)
         key, value = (torch.where(keys[:, None, None], tensor, 0) for tensor in (key, value))
-        return chosen_rows(plan, rows, run(plan, query, key, value, parts), parts.sinks)
+        # A backend that is given sinks by rescaling has them in no lse yet.
+        sinks = None if plan.rescale else parts.sinks
+        return chosen_rows(rows, run(plan, query, key, value, parts), sinks)
 
     return chosen
 
 
-def chosen_rows(plan: Plan, rows: Tensor, result: Output, sinks: Tensor | None) -> Output:
-    """Give a result with zeros, and the lse of a row without a key, in the rows `(T_q,)` that aren't chosen."""
+def chosen_rows(rows: Tensor, result: Output, sinks: Tensor | None) -> Output:
+    """Give a result with zeros, and the lse of a row without a key, in the rows `(T_q,)` that aren't chosen.
+
+    Args:
+        rows: Boolean `(T_q,)`.
+        result: The output `(T_q, H, D_v)`, or a pair of it and the lse `(T_q, H)`.
+        sinks: `(H,)` where the lse counts them: they are the lse of a row without a key. None is -inf.
+    """
     out, lse = result if isinstance(result, tuple) else (result, None)
     out = torch.where(rows[:, None, None], out, 0)
     if lse is None:
         return out
-    # A kernel that knows sinks has them in the lse of a row without a key.
-    alone = sinks is not None and not plan.rescale
-    nothing = sinks.detach().to(lse.dtype)[:, None] if alone and sinks is not None else float("-inf")
-    return out, torch.where(rows, lse, nothing)
+    return out, torch.where(rows, lse, float("-inf") if sinks is None else sinks.detach().to(lse.dtype)[:, None])

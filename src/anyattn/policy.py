@@ -9,7 +9,8 @@ from typing import Any, Final
 from anyattn import scopes
 from anyattn.decision import Mode, Precision, Preference
 from anyattn.errors import InvalidSettingError
-from anyattn.scopes import Entered, Scope, Settings, changed, current, derive, inside, leave, scope_for, thread
+from anyattn.scopes import Entered, Scope, changed, current, derive, inside, leave, scope_for, thread
+from anyattn.settings import Settings
 from anyattn.tokens import ROUTE, plain, scope_of_token, with_entered
 
 __all__ = (

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from anyattn.backend import Parts
 from anyattn.block_masks import block_spec
-from anyattn.describe import Facts, MaskFacts, facts_of
 from anyattn.errors import InvalidCallError
+from anyattn.facts import Facts, MaskFacts, facts_of
 from anyattn.lowering import live_rows
+from anyattn.mask_base import is_key_mask
 from anyattn.mask_functions import MaskFunction
-from anyattn.masks import Block, Causal, Mask, is_key_mask
+from anyattn.masks import Block, Causal, Mask
 from anyattn.spec import UNKNOWN, BlockSpec, MaskSpec
 from anyattn.tracing import has_values, is_plain
 

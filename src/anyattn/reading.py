@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from anyattn import tracing
-from anyattn.describe import Facts, MaskFacts, Options, build_spec, check_tensors, facts_of, plain_options
+from anyattn.describe import build_spec, check_tensors
 from anyattn.errors import InvalidCallError
+from anyattn.facts import Facts, MaskFacts, Options, facts_of, plain_options
 from anyattn.masks import Mask
 from anyattn.prepare import NOTHING, as_mask, autocast_mask, known_of, mask_facts
 from anyattn.spec import UNKNOWN, AttentionSpec, Layout, Storage

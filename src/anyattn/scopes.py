@@ -11,33 +11,15 @@ import contextvars
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import FrameType
 from typing import Any, Final
 
 from anyattn.decision import Mode, Precision, Preference
+from anyattn.settings import Settings
 
 _MAX_SCOPES = 256
 _MAX_TABLE = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What has been asked for in one scope.
-
-    Attributes:
-        context: The wish of the innermost `attention_backend` block.
-        override: Whether that wish beats pins.
-        pin: The wish pinned to the module whose forward is running.
-        precision: The loosest precision allowed, where a block or pin says so.
-        routed: Whether the model that is running was given to anyattn by its host's own setter.
-    """
-
-    context: Preference | None = None
-    override: bool = False
-    pin: Preference | None = None
-    precision: Precision = "exact"
-    routed: bool = False
 
 
 class Scope:

@@ -13,9 +13,9 @@ from torch import Tensor
 from anyattn import environment, policy, registry
 from anyattn.backend import Output, Runner
 from anyattn.decision import Decision
-from anyattn.describe import Options
 from anyattn.dispatch import Backends, decision_for, make_first, scope_of_call
 from anyattn.errors import InvalidCallError
+from anyattn.facts import Options
 from anyattn.faults import is_kernels, passes_over
 from anyattn.masks import Mask
 from anyattn.names import BY_NAME

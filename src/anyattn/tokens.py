@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from anyattn import scopes
 from anyattn.decision import Mode, Precision, Preference
-from anyattn.scopes import Entered, Scope, Settings, scope_for
+from anyattn.scopes import Entered, Scope, scope_for
+from anyattn.settings import Settings
 
 ROUTE: Final[Entered] = ("route", (), "prefer", "", "exact", False)
 """What compiled code enters where a model was given to anyattn by its host's own setter."""

@@ -17,11 +17,12 @@ from anyattn import _in_force, _runs, policy
 from anyattn.alignment import starts_aligned
 from anyattn.backend import Output, Plan, Run
 from anyattn.block_masks import block_at
-from anyattn.capabilities import MAX_LOWERED_MASK_BYTES
-from anyattn.describe import Facts, MaskFacts, Options, build_spec, plain_options
+from anyattn.declared_reasons import MAX_LOWERED_MASK_BYTES
+from anyattn.describe import build_spec
 from anyattn.dispatch import make_first, scope_of_call
 from anyattn.environment import detect
 from anyattn.errors import BackendUnavailableError, InvalidCallError
+from anyattn.facts import Facts, MaskFacts, Options, plain_options
 from anyattn.mask_functions import MaskFunction
 from anyattn.masks import Mask
 from anyattn.prepare import NOTHING, MadeFor, as_mask, autocast_mask, function_facts, mask_facts, parts_of

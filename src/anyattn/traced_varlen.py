@@ -10,9 +10,10 @@ from torch import Tensor
 
 from anyattn import _in_force, _runs, policy
 from anyattn.backend import Output, Plan, Run
-from anyattn.describe import Facts, MaskFacts, Options, build_spec, plain_options
+from anyattn.describe import build_spec
 from anyattn.dispatch import make_first, scope_of_call
 from anyattn.errors import InvalidCallError
+from anyattn.facts import Facts, MaskFacts, Options, plain_options
 from anyattn.masks import Mask
 from anyattn.running import make_plan
 from anyattn.spec import UNKNOWN

@@ -11,9 +11,9 @@ from torch import Tensor
 from anyattn import policy
 from anyattn.backend import Output
 from anyattn.decision import Decision
-from anyattn.describe import Options, plain_options
 from anyattn.dispatch import entry_under
 from anyattn.errors import AnyattnWarning, UnsupportedCallError
+from anyattn.facts import Options, plain_options
 from anyattn.faults import is_kernels, may_go_on, outside, told
 from anyattn.reasons import Reason
 from anyattn.running import Entry, raise_kernel_error

@@ -15,23 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn import packed_rows, policy, registry, scalars, tracing
+from anyattn import policy, registry, scalars, tracing
 from anyattn.backend import Output, Parts, Plan, Run
 from anyattn.capabilities import Capabilities
 from anyattn.checks import can_check, check_magnitude, check_output
 from anyattn.decision import Decision
-from anyattn.describe import Facts, MaskFacts, Options, build_spec, facts_of, plain_options
 from anyattn.dispatch import Backends, make_first, scope_of_call
 from anyattn.environment import detect
 from anyattn.errors import InvalidCallError
+from anyattn.facts import Lengths, Options
 from anyattn.faults import is_kernels, passes_over
 from anyattn.host_lengths import check_starts
 from anyattn.masks import Mask
+from anyattn.packed_running import run_packed
+from anyattn.packed_spec import describe_packed
 from anyattn.pins import live_scope
-from anyattn.reading import autocast_dtype, is_aligned
+from anyattn.reading import autocast_dtype
 from anyattn.reasons import Reason
-from anyattn.running import execute, make_plan, raise_kernel_error
-from anyattn.spec import UNKNOWN, AttentionSpec, Storage
+from anyattn.running import make_plan, raise_kernel_error
+from anyattn.spec import AttentionSpec
 from anyattn.traced_varlen import traced_varlen_call
 from anyattn.tracing import has_values, is_plain
 from anyattn.transformed import first_that_runs
@@ -39,7 +41,6 @@ from anyattn.transformed import first_that_runs
 _current = policy.current.get
 _tracing = torch.compiler.is_dynamo_compiling
 _exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_dynamo_compiling)
-_Lengths = tuple[Tensor, Tensor, int, int]
 _Planned = tuple[Plan, Run, Decision, list[bool]]
 
 
@@ -109,7 +110,7 @@ def attention_varlen(
     options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if _tracing() and _exporting():
-        return traced_varlen_call(_run, query, key, value, lengths, attn_mask, sinks, options, backend)
+        return traced_varlen_call(run_packed, query, key, value, lengths, attn_mask, sinks, options, backend)
     return _outside(query, key, value, lengths, attn_mask, sinks, options, backend)
 
 
@@ -134,7 +135,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: _Lengths,
+    lengths: Lengths,
     attn_mask: Mask | None,
     sinks: Tensor | None,
     options: Options,
@@ -160,18 +161,18 @@ def _attend(
         def decide(failed: dict[str, Reason]) -> _Planned:
             return _planned(under, query, key, value, lengths, attn_mask, sinks, options, failed)
 
-        def run_packed(found: _Planned) -> Output:
+        def run_found(found: _Planned) -> Output:
             with torch.autocast(query.device.type, enabled=False):
-                return _run(found[0], found[1], query, key, value, lengths, sinks)
+                return run_packed(found[0], found[1], query, key, value, lengths, sinks)
 
-        return first_that_runs(scope, decide, run_packed, lambda found: found[2])
+        return first_that_runs(scope, decide, run_found, lambda found: found[2])
     while True:
         plan, run, decision, compared = _planned(scope, query, key, value, lengths, attn_mask, sinks, options)
         caps = _declared(plan) if checked else None
         check_magnitude(value, None if caps is None else caps.value_max)
         try:
             with torch.autocast(query.device.type, enabled=False):
-                result = _run(plan, run, query, key, value, lengths, sinks)
+                result = run_packed(plan, run, query, key, value, lengths, sinks)
         except Exception as error:
             kernels = is_kernels(error)
             if kernels and passes_over(error, decision):
@@ -198,7 +199,7 @@ def _check_result(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: _Lengths,
+    lengths: Lengths,
     sinks: Tensor | None,
     result: Output,
 ) -> None:
@@ -280,79 +281,12 @@ def _most(name: str, given: Any) -> Any:
     return scalars.index(name, given)
 
 
-def describe_packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: _Lengths,
-    attn_mask: Mask | None,
-    sinks: Tensor | None,
-    options: Options,
-) -> AttentionSpec:
-    """Describe a packed call: the sizes are those of its largest sequence.
-
-    Raises:
-        InvalidCallError: If it is wrong for any backend.
-    """
-    cu_q, cu_k, max_q, max_k = lengths
-    options = plain_options(options)
-    pattern = None
-    if attn_mask is not None:
-        if not isinstance(attn_mask, Mask) or attn_mask.pattern is None or _holds_tensors(attn_mask):
-            raise InvalidCallError(
-                "attention_varlen takes masks.Causal or masks.SlidingWindow as attn_mask: keys that aren't to be seen "
-                f"are left out of the packed tensors. {attn_mask!r} was given."
-            )
-        pattern = attn_mask.pattern
-    records = tracing.records()
-    batch = tracing.static_shape(cu_q)[0] - 1
-    facts = [_packed_facts(tensor, batch, most) for tensor, most in ((query, max_q), (key, max_k), (value, max_k))]
-    seen = None if sinks is None else facts_of(sinks)
-    # One tensor for both may stand for two inputs of a graph that is recorded.
-    same = not records and cu_q is cu_k and max_q == max_k
-    tensors = (query, key, value, sinks, cu_q, cu_k)
-    storage = Storage()
-    if not query.is_cpu:
-        storage = Storage(
-            aligned=all(is_aligned(tensor) for tensor in (query, key, value)),
-            unit_stride=all(tensor.stride(-1) == 1 for tensor in (query, key, value)),
-        )
-    spec = build_spec(
-        facts[0],
-        facts[1],
-        facts[2],
-        MaskFacts(pattern),
-        options,
-        seen,
-        grad=torch.is_grad_enabled(),
-        same_lengths=same,
-        storage=storage,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        compiled=records or tracing.is_fake(query),
-        forward_ad=any(tracing.has_tangent(tensor) for tensor in tensors),
-        vmap=any(tracing.is_batched(tensor) for tensor in tensors),
-    )
-    return spec.replace(packed=True)
-
-
-def _packed_facts(tensor: Tensor, batch: Any, most: Any) -> Facts:
-    """Read a packed tensor's facts as those of the largest sequence; where a graph is recorded lengths aren't known."""
-    facts = facts_of(tensor)
-    free = tracing.records()
-    sizes = tuple(UNKNOWN if type(n) is not int or (free and n) else n for n in (batch, most))
-    return facts._replace(shape=(*sizes, *(int(n) for n in facts.shape[1:])))
-
-
-def _holds_tensors(mask: Mask) -> bool:
-    return any(part is not None for part in (mask.key, mask.dense, mask.block))
-
-
 def _planned(
     scope: policy.Scope,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: _Lengths,
+    lengths: Lengths,
     attn_mask: Mask | None,
     sinks: Tensor | None,
     options: Options,
@@ -375,73 +309,3 @@ def _planned(
         if not failed and generation == policy.generation():
             base.remember(table_key, found)
     return found
-
-
-def _run(
-    plan: Plan, run: Run, query: Tensor, key: Tensor, value: Tensor, lengths: _Lengths, sinks: Tensor | None
-) -> Output:
-    cu_q, cu_k, max_q, max_k = lengths
-    if 0 in (query.shape[0], key.shape[0]) or plan.lowering.entry == "empty":
-        return _nothing_to_see(plan.spec, query, key, value, sinks)
-    if plan.spec.packed:
-        starts = cu_q.contiguous()
-        other = starts if cu_k is cu_q else cu_k.contiguous()
-        chosen = run if packed_rows.reads_lengths(plan) else packed_rows.with_zeros(run)
-        return execute(chosen, plan, query, key, value, Parts(sinks=sinks, cu_seqlens_q=starts, cu_seqlens_k=other))
-    starts_q, starts_k = cu_q.long(), cu_k.long()
-    lengths_k = starts_k.diff()
-    parts = Parts(key=lengths_k, sinks=sinks)
-    if plan.spec.mask.dense is not None:
-        parts = Parts(dense=_positions(plan.spec, starts_q.diff(), lengths_k, max_q, max_k), sinks=sinks)
-    padded = [
-        _unpacked(tensor, starts, most)
-        for tensor, starts, most in ((query, starts_q, max_q), (key, starts_k, max_k), (value, starts_k, max_k))
-    ]
-    result = execute(run, plan, padded[0], padded[1], padded[2], parts)
-    tokens = torch.arange(query.shape[0], device=query.device)
-    # Meta tensors have no values to search for, and torch doesn't search them.
-    sequence = tokens if query.is_meta else torch.searchsorted(starts_q, tokens, right=True) - 1
-    # Tokens after the last sequence's end have no place: theirs is the first, and what they get zeros.
-    inside = tokens < starts_q[-1]
-    place = torch.where(inside, tokens - starts_q[sequence], 0)
-    sequence = sequence.clamp(max=starts_q.shape[0] - 2)
-    out, lse = result if isinstance(result, tuple) else (result, None)
-    packed = out[sequence, place]
-    found = packed if lse is None else (packed, lse[sequence, :, place].t())
-    done = packed_rows.chosen_rows(dataclasses.replace(plan, rescale=False), inside, found, sinks)
-    return done if not isinstance(done, tuple) else (done[0], done[1].contiguous())
-
-
-def _unpacked(tensor: Tensor, starts: Tensor, most: int) -> Tensor:
-    """Pad packed sequences to `(B, S, H, D)` with zeros: another sequence's NaN would get through a masked position."""
-    place = torch.arange(most, device=tensor.device)
-    index = (starts[:-1, None] + place).clamp(max=tensor.shape[0] - 1)
-    inside = place < starts.diff()[:, None]
-    return torch.where(inside[:, :, None, None], tensor[index], 0)
-
-
-def _positions(spec: AttentionSpec, lengths_q: Tensor, lengths_k: Tensor, max_q: int, max_k: int) -> Tensor:
-    """Write a lower-right pattern of sequences of different lengths out: boolean `(B, 1, S_q, S_kv)`."""
-    pattern = spec.packed_pattern
-    assert pattern is not None
-    row = torch.arange(max_q, device=lengths_q.device)[:, None] + (lengths_k - lengths_q)[:, None, None]
-    column = torch.arange(max_k, device=lengths_q.device)
-    allowed = column < lengths_k[:, None, None]
-    if pattern.right != -1:
-        allowed = allowed & (column <= row + pattern.right)
-    if pattern.left != -1:
-        allowed = allowed & (column >= row - pattern.left)
-    return allowed[:, None]
-
-
-def _nothing_to_see(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Output:
-    """Answer a call without queries or without keys: zeros, lse -inf (or the sinks); the graph is kept."""
-    group = spec.num_heads // spec.num_kv_heads
-    scores = torch.einsum("thd,shd->hts", query, key[:0].repeat_interleave(group, 1))
-    out = torch.einsum("hts,shd->thd", scores, value[:0].repeat_interleave(group, 1))
-    if not spec.return_lse:
-        return out
-    lse = query.new_full((spec.num_heads, query.shape[0]), float("-inf"), dtype=torch.float32)
-    if sinks is not None:
-        lse = sinks.detach().float()[:, None].expand_as(lse).contiguous()
-    return out, lse

@@ -14,7 +14,7 @@ import torch
 import anyattn
 from anyattn import installed, known_bad, masks
 from anyattn.adapters.flash4 import Flash4
-from anyattn.capabilities import declared_reasons
+from anyattn.declared_reasons import declared_reasons
 from anyattn.environment import Environment, preset
 from anyattn.spec import AttentionSpec, MaskSpec, PatternSpec, Storage
 from anyattn.testing import doubles

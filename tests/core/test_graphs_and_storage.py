@@ -14,8 +14,9 @@ from torch import Tensor
 import anyattn
 from anyattn import checks, policy, registry, tracing
 from anyattn.backend import Backend, Lowering, Output, Parts, Plan
-from anyattn.capabilities import Capabilities, declared_reasons
+from anyattn.capabilities import Capabilities
 from anyattn.decision import Preference
+from anyattn.declared_reasons import declared_reasons
 from anyattn.environment import Environment, preset
 from anyattn.registry import known, names
 from anyattn.running import make_plan

@@ -31,10 +31,12 @@ ORDER = (
     "attending",
     "kept",
     "decision",
+    "settings",
     "scopes",
     "errors",
     "scalars",
     "mask_functions",
+    "mask_base",
     "masks",
     "block_masks",
     "reference",
@@ -47,6 +49,7 @@ ORDER = (
     "patterns",
     "head_dims",
     "capabilities",
+    "declared_reasons",
     "known_bad_row",
     "known_bad_mps",
     "known_bad",
@@ -62,14 +65,17 @@ ORDER = (
     "hub_kernels",
     "adapters",
     "registry",
+    "facts",
     "describe",
     "prepare",
     "reading",
+    "packed_spec",
     "faults",
     "checks",
     "selection",
     "refusals",
     "running",
+    "packed_running",
     "dispatch",
     "transformed",
     "traced",
@@ -160,8 +166,8 @@ def test_module_without_a_place_is_found(copy: Path) -> None:
     assert {"stray has no place in the order", f"{ORDER[0]} is in the order and not there"} <= set(found)
 
 
-def test_no_file_is_over_400_lines() -> None:
-    long = {str(path): n for path in ROOT.rglob("*.py") if (n := len(path.read_text().splitlines())) > 400}
+def test_no_file_is_over_350_lines() -> None:
+    long = {str(path): n for path in ROOT.rglob("*.py") if (n := len(path.read_text().splitlines())) > 350}
     assert not long
 
 

@@ -282,7 +282,7 @@ def test_value_checks_pass_what_is_right(backend: str, kind: str) -> None:
 def test_value_checks_find_a_kernel_that_lies(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
     from anyattn import varlen
 
-    honest = varlen._run
+    honest = varlen.run_packed
 
     def lying(*arguments: Any) -> Any:
         out, lse = honest(*arguments)
@@ -292,7 +292,7 @@ def test_value_checks_find_a_kernel_that_lies(monkeypatch: pytest.MonkeyPatch, w
         wrong[slice(None) if which == "out" else slice(-1, None)] *= 1.01
         return wrong, lse
 
-    monkeypatch.setattr(varlen, "_run", lying)
+    monkeypatch.setattr(varlen, "run_packed", lying)
     starts = (_starts((3, 4)), _starts((5, 2)))
     tensors = _packed((3, 4), (5, 2), torch.float32, kv_heads=4)
     for _ in range(2):

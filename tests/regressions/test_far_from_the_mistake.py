@@ -97,7 +97,7 @@ def test_call_of_diffusers_that_names_a_missing_backend_is_refused_with_the_cure
     [
         ("_native_flash", ""),
         ("flex", ""),
-        ("_native_math", "lse"),
+        ("_native_math", ""),
         ("_native_cudnn", "cuda|cpu"),
         ("_native_efficient", "cuda|cpu"),
     ],

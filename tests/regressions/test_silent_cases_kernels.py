@@ -137,9 +137,19 @@ def test_additive_mask_keeps_its_sign(kernel: Kernel) -> None:
     assert kernel.caps.bias == (ran[0] or ran[1] or ran[3])
 
 
+OF_ONE_SCALE = ("sage_blackwell_hub",)
+"""Backends whose kernel has no scale: it takes 1 / sqrt(D), and another one is refused."""
+
+
 # S14: its XLA path has no scale, and takes 1 / sqrt(D) whatever is asked for.
-def test_scale_is_honoured(kernel: Kernel) -> None:
+def test_scale_is_honoured_or_refused(kernel: Kernel) -> None:
     q, k, v = kernel.plain()
+    if kernel.backend.name in OF_ONE_SCALE:
+        kernel.assert_right(kernel.attend(q, k, v, scale=64**-0.5), truth(q, k, v))
+        for scale in (0.02, 0.25, 0.0, -0.3):
+            with pytest.raises(anyattn.UnsupportedCallError, match="- scale: needs scale=None"):
+                kernel.attend(q, k, v, scale=scale)
+        return
     # A sharper softmax makes of a quantised kernel's rounding what no tolerance can tell from a mistake.
     for scale in (0.02, 0.4, 1.0) if kernel.caps.exact else (0.02, 0.25):
         wanted = truth(q, k, v, scale=scale)

@@ -17,7 +17,7 @@ import torch
 
 import anyattn
 from anyattn import masks, reference, tolerance
-from anyattn.testing.quantised import format_of
+from anyattn.testing.quantised import SHARE, format_of, rounded
 from anyattn.testing.unwritten import fill_free_memory
 
 Call = dict[str, Any]
@@ -302,11 +302,13 @@ def judge(call: Call, backend: str) -> dict[str, Any]:
     inputs = [call[name] for name in ("query", "key", "value")]
     arguments: Any = (*inputs, mask)
     truth, true_lse = reference.attention(*arguments, scale=call.get("scale"))
-    if format_of(backend):
-        worst = tolerance.norm_excess(out, truth, tolerance.quantised_budget(truth, over=(1, 3)), over=(1, 3))
-        if lse is not None:
-            allowed = tolerance.quantised_budget(true_lse, over=(2,), is_lse=True)
-            worst = max(worst, tolerance.norm_excess(lse, true_lse, allowed, over=(2,)))
+    kind = format_of(backend)
+    if kind:
+        # As in the laws: nothing is asked where the number format itself can't hold the values.
+        least = _rounding_alone(inputs, mask, call.get("scale"), kind, (truth, true_lse), lse=lse is not None)
+        if least > SHARE:
+            return {"outcome": "too coarse", "rounding_over_budget": least}
+        worst = _quantised_excess((out, lse), (truth, true_lse), lse=lse is not None)
         return {"outcome": "right" if worst <= 1 else "WRONG", "error_over_budget": worst}
     dtype = inputs[0].dtype
     plain, plain_lse = reference.attention(*arguments, scale=call.get("scale"), dtype=dtype)
@@ -323,6 +325,28 @@ def judge(call: Call, backend: str) -> dict[str, Any]:
             allowed = tolerance.budget(true.double(), rough, dtype, over=over)
             worst = max(worst, tolerance.excess(found, true.double(), allowed))
     return {"outcome": "right" if worst <= 1 else "WRONG", "error_over_budget": worst}
+
+
+def _quantised_excess(found: tuple[Any, Any], true: tuple[Any, Any], *, lse: bool) -> float:
+    """Give the worst norm of the error of an output, and of an lse, in multiples of a quantised kernel's budget."""
+    allowed = tolerance.quantised_budget(true[0], over=(1, 3))
+    worst = tolerance.norm_excess(found[0], true[0], allowed, over=(1, 3))
+    if lse:
+        allowed = tolerance.quantised_budget(true[1], over=(2,), is_lse=True)
+        worst = max(worst, tolerance.norm_excess(found[1], true[1], allowed, over=(2,)))
+    return worst
+
+
+def _rounding_alone(
+    inputs: list[Any], mask: Any, scale: float | None, kind: str, true: tuple[Any, Any], *, lse: bool
+) -> float:
+    """Give the error, in multiples of the budget, of a plain computation with inputs rounded to a number format."""
+    if not all(tensor.numel() for tensor in inputs):
+        return 0.0
+    near, lost = rounded(*(tensor.detach().double() for tensor in inputs), kind)
+    out, lse_left = reference.attention(*near, mask, scale=scale)
+    factor = inputs[0].shape[-1] ** -0.5 if scale is None else scale
+    return _quantised_excess((out, lse_left + factor * lost), true, lse=lse)
 
 
 def _judge_packed(call: Call, backend: str) -> dict[str, Any]:

@@ -22,9 +22,9 @@ import anyattn
 from anyattn import masks, reference, registry, tolerance
 from anyattn.backend import Backend
 from anyattn.decision import Preference
-from anyattn.describe import Options
 from anyattn.environment import Environment, detect
 from anyattn.errors import BackendUnavailableError, UnsupportedCallError
+from anyattn.facts import Options
 from anyattn.faults import told as _said
 from anyattn.reading import describe
 from anyattn.reasons import Reason

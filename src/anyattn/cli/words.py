@@ -13,8 +13,9 @@ from packaging.version import InvalidVersion, Version
 
 from anyattn import environment
 from anyattn.cli.reports import UsageError
-from anyattn.describe import Facts, MaskFacts, Options, build_spec
+from anyattn.describe import build_spec
 from anyattn.environment import DISTRIBUTIONS, PRESET_NAMES, Environment
+from anyattn.facts import Facts, MaskFacts, Options
 from anyattn.masks import Align, Pattern, join_patterns
 from anyattn.spec import AttentionSpec
 

@@ -197,7 +197,7 @@ class Inputs:
         Raises:
             InvalidCallError: If it is wrong for any backend.
         """
-        from anyattn.describe import Options
+        from anyattn.facts import Options
         from anyattn.reading import describe
 
         case = self.case

@@ -89,14 +89,33 @@ def plain(inputs: Inputs, kind: str) -> tuple[Tensor, Tensor]:
     case = inputs.case
     query, key, value = (inputs.bshd(t).detach().double() for t in (inputs.query, inputs.key, inputs.value))
     mine = inputs.detached().replace(case=case.replace(layout="BSHD"))
-    if kind == "fp8":
-        return mine.replace(query=as_fp8(query), key=as_fp8(key), value=as_fp8(value)).refer()
-    if kind == "fp4":
-        return mine.replace(query=as_fp4(query), key=as_fp4(key), value=as_fp4(value)).refer()
-    mean = torch.zeros_like(key[:, :1]) if case.softcap is not None else key.mean(1, keepdim=True)
-    out, lse = mine.replace(query=as_int8(query), key=as_int8(key - mean), value=value).refer()
-    moved = mean.repeat_interleave(case.heads // case.kv_heads, 2)
-    return out, lse + case.factor * (query * moved).sum(-1).transpose(1, 2)
+    near, moved = rounded(query, key, value, kind, centred=case.softcap is None)
+    out, lse = mine.replace(query=near[0], key=near[1], value=near[2]).refer()
+    return out, lse + case.factor * moved
+
+
+def rounded(
+    query: Tensor, key: Tensor, value: Tensor, kind: str, *, centred: bool = True
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Round a call's inputs `(B, S, H, D)` to a number format, as `plain` says.
+
+    Args:
+        query: In float64, as key and value.
+        key: At least one.
+        value: Of the same length.
+        kind: `"int8"`, `"fp8"` or `"fp4"`.
+        centred: Whether int8 takes the mean off the keys.
+
+    Returns:
+        The three, and what every score of a row `(B, H, S_q)` has lost by it, before the scale.
+    """
+    lost = query.new_zeros(query.shape[0], query.shape[2], query.shape[1])
+    if kind in ("fp8", "fp4"):
+        as_kind = as_fp8 if kind == "fp8" else as_fp4
+        return (as_kind(query), as_kind(key), as_kind(value)), lost
+    mean = key.mean(1, keepdim=True) if centred else torch.zeros_like(key[:, :1])
+    moved = mean.repeat_interleave(query.shape[2] // key.shape[2], 2)
+    return (as_int8(query), as_int8(key - mean), value), lost + (query * moved).sum(-1).transpose(1, 2)
 
 
 def as_int8(tensor: Tensor) -> Tensor:

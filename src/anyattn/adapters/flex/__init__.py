@@ -13,7 +13,8 @@ import torch
 
 from anyattn.adapters.flex import kernels
 from anyattn.backend import Backend, Lowering
-from anyattn.capabilities import BOTH, Capabilities, lowered_mask_reasons
+from anyattn.capabilities import BOTH, Capabilities
+from anyattn.declared_reasons import lowered_mask_reasons
 from anyattn.environment import Environment
 from anyattn.known_bad import hits
 from anyattn.reasons import Conversion, Reason

@@ -19,7 +19,7 @@ from anyattn.adapters.flex.huge import lse_with_bias
 from anyattn.adapters.flex.mods import block_mask_of, score_mod_of
 from anyattn.backend import Output, Parts, Plan
 from anyattn.lowering import joined_mask, normalise_lse, repeat_heads
-from anyattn.masks import serial_of
+from anyattn.mask_base import serial_of
 from anyattn.spec import UNKNOWN, AttentionSpec, Storage
 from anyattn.tracing import is_fake, is_plain
 

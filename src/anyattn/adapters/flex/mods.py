@@ -15,8 +15,8 @@ from anyattn.adapters.flex.huge import with_bias
 from anyattn.backend import Parts, Plan
 from anyattn.block_masks import make_band_block_mask
 from anyattn.lowering import key_mask
+from anyattn.mask_base import serial_of
 from anyattn.mask_functions import MaskFunction
-from anyattn.masks import serial_of
 from anyattn.spec import AttentionSpec, PatternSpec
 from anyattn.tracing import has_values
 

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 
 from anyattn.adapters.native import kernels, mps, packed, replaced, short
-from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE, why_repeated
+from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE
+from anyattn.adapters.native.reaching import dense_causal_reasons, lower_to
 from anyattn.backend import Backend, Lowering, MaskedRunner, Plan, Runner
-from anyattn.capabilities import Capabilities, lowered_mask_reasons, needs_dense, pattern_is_native
+from anyattn.capabilities import Capabilities
 from anyattn.environment import Environment
 from anyattn.known_bad import hits
-from anyattn.lowering import mask_conversions
 from anyattn.reasons import Conversion, Reason
 from anyattn.spec import AttentionSpec
 
@@ -34,7 +34,7 @@ class _Kernel(Backend):
     run = staticmethod(kernels.run)
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        return _dense_causal(self.entries[spec.device_type], spec)
+        return dense_causal_reasons(self.entries[spec.device_type], spec)
 
     def known_bad(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         return (row.reason() for row in hits((self.name,), spec, env) if row.name not in self.avoids)
@@ -42,39 +42,6 @@ class _Kernel(Backend):
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         caps = self.declarations[spec.device_type]
         return lower_to(self.entries[spec.device_type], caps, spec, env)
-
-
-def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec, env: Environment) -> Lowering:
-    """Describe how a call reaches one entry, with what is converted on the way."""
-    dense = needs_dense(caps, spec)
-    conversions = list(mask_conversions(caps, spec))
-    copy = entry in kernels.FUSED_CUDA and not (spec.storage.aligned and spec.storage.unit_stride)
-    if copy:
-        text = "query, key and value copied: the kernel needs 16-byte aligned rows and a contiguous head_dim"
-        conversions.append(Conversion("copy", text))
-    why = why_repeated(entry, spec, env)
-    if why:
-        conversions.append(Conversion("repeat_heads", f"key and value heads repeated in memory: {why}"))
-    if entry in ("flash", "cudnn") and spec.head_dim % 8:
-        conversions.append(Conversion("pad_head_dim", f"head_dim {spec.head_dim} padded to a multiple of 8"))
-    pattern = spec.mask.pattern
-    is_causal = pattern is not None and not dense and pattern.is_causal and pattern_is_native(caps, spec)
-    if is_causal and _loses_causal(entry, spec):
-        is_causal, dense = False, True
-        conversions.append(Conversion("dense_mask", "causal given as a dense mask: NaN otherwise where scale <= 0"))
-    return Lowering(entry, is_causal, dense, copy, repeat_heads=bool(why), conversions=tuple(conversions))
-
-
-def _loses_causal(entry: str, spec: AttentionSpec) -> bool:
-    """Whether the kernel may fill with -inf before it scales, which gives NaN: the CPU flash kernel (torch 2.13)."""
-    return spec.scale <= 0 and spec.device_type == "cpu" and entry in ("sdpa", "flash_cpu")
-
-
-def _dense_causal(entry: str, spec: AttentionSpec) -> Iterator[Reason]:
-    """Refuse to write causal out, where that is called for and would take too much."""
-    pattern = spec.mask.pattern
-    if pattern is not None and pattern.is_causal and _loses_causal(entry, spec):
-        yield from lowered_mask_reasons(spec)
 
 
 class NativeFlash(_Kernel):
@@ -179,7 +146,7 @@ class Native(Backend):
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         if spec.packed:
             return
-        yield from _dense_causal("sdpa", spec)
+        yield from dense_causal_reasons("sdpa", spec)
         if spec.return_lse or spec.sinks:
             options = _with_lse(spec, env)
             if not any(not sub.reasons(spec, env) for sub in options):
