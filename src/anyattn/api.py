@@ -23,7 +23,7 @@ from anyattn.prepare import known_of, known_of_tensor, tensor_name
 from anyattn.reading import autocast_dtype, bias_is_aligned, place_key
 from anyattn.running import Entry, raise_kernel_error
 from anyattn.traced import traced_call
-from anyattn.tracing import is_plain
+from anyattn.tracing import is_plain, is_usual
 from anyattn.transformed import call_under
 
 _current = policy.current.get
@@ -133,9 +133,8 @@ def attention(
             except Exception as error:
                 if not is_kernels(error):
                     raise
-                if is_plain():
-                    options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
-                    explain_failure(error, scope, query, key, value, attn_mask, options)
+                options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
+                explain_failure(error, scope, query, key, value, attn_mask, options)
     plain = (dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
     return _general(scope, query, key, value, attn_mask, sinks, plain)
 
@@ -235,6 +234,10 @@ def _general(
     plain: tuple[Any, ...],
 ) -> Any:
     """Run any call: find it in the table by everything that its decision depends on, or decide it."""
+    mode = None if type(query) is Tensor else tracing.mode_left(query)
+    if mode is not None:
+        with mode:
+            return _general(scope, query, key, value, attn_mask, sinks, plain)
     table_key: Any = None
     if type(plain[4]) is list:
         plain = (*plain[:4], tuple(plain[4]), *plain[5:])
@@ -261,7 +264,7 @@ def _general(
             result = entry.call_masked(query, key, value, attn_mask, sinks)
     except Exception as error:
         kernels = is_kernels(error)
-        if kernels and not is_plain():
+        if kernels and not is_usual(query, key, value, attn_mask, sinks):
             return call_under(scope, query, key, value, attn_mask, sinks, plain)
         if not (kernels and passes_over(error, entry.decision)):
             _record(scope, entry)

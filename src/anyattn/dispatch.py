@@ -267,9 +267,13 @@ def explain_failure(
 ) -> None:
     """Say why a call from the short table failed: it was wrong, or the kernel raised. Returns if the next may try.
 
+    What failed under a tracer or transform, or for a tensor subclass, is decided anew and noted for that call alone.
+
     Raises:
         AnyattnError: Unless a list or `auto` chose the backend, which then is passed over.
     """
+    if not tracing.is_usual(query, key, value, attn_mask):
+        return
     spec = describe(query, key, value, attn_mask, None, options)
     decision = decide(spec, scope)
     if not passes_over(error, decision):

@@ -25,7 +25,7 @@ from anyattn.reading import describe
 from anyattn.reasons import Reason
 from anyattn.running import Entry, make_entry, raise_kernel_error
 from anyattn.spec import AttentionSpec
-from anyattn.tracing import has_tangent, is_plain, needs_gradient
+from anyattn.tracing import has_tangent, is_usual, needs_gradient
 
 _current = policy.current.get
 
@@ -204,7 +204,7 @@ def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
         except Exception as error:
             if not is_kernels(error):
                 raise
-            made.after(error)
+            made.after(error, query, key, value)
         call, forward_only = made.entry.call, made.forward_only
         run.decision = made.entry.decision  # type: ignore[attr-defined]
         return run(query, key, value)
@@ -233,14 +233,14 @@ class _Made:
     def forward_only(self) -> bool:
         return not self.spec.needs_grad and not self.entry.gives_gradients
 
-    def after(self, error: Exception) -> None:
+    def after(self, error: Exception, *inputs: Any) -> None:
         """Choose again after a kernel's error.
 
         Raises:
             AnyattnError: Where the backend was required, or nothing else admits the call.
         """
         # What fails under a tracer or transform says nothing of plain calls.
-        if not is_plain() or not passes_over(error, self.entry.decision):
+        if not is_usual(*inputs) or not passes_over(error, self.entry.decision):
             raise_kernel_error(error, self.entry.decision)
         self.entry = make_first(self.spec, self.scope, make_entry)
 
@@ -268,7 +268,7 @@ def _masked_plan(made: _Made, shapes: Any, dtype: torch.dtype) -> Any:
         except Exception as error:
             if not is_kernels(error):
                 raise
-            made.after(error)
+            made.after(error, query, key, value, attn_mask, sinks)
         run.decision = made.entry.decision  # type: ignore[attr-defined]
         return run(query, key, value, attn_mask, sinks)
 

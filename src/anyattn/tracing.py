@@ -84,6 +84,28 @@ def is_fake(tensor: object) -> bool:
     return functional is not None and isinstance(tensor, functional.FunctionalTensor)
 
 
+def is_usual(*inputs: Any) -> bool:
+    """Whether what a call meets says something of plain calls: nothing traces, and no input is of a tensor subclass.
+
+    Args:
+        inputs: Tensors, masks of `anyattn.masks`, or None.
+    """
+    if not is_plain():
+        return False
+    parts = [part for given in inputs for part in _tensors_of(given)]
+    return all(type(part) is Tensor or type(part) is Parameter for part in parts)
+
+
+def _tensors_of(given: Any) -> list[Tensor]:
+    parts = (given,) if isinstance(given, Tensor) else (getattr(given, "key", None), getattr(given, "dense", None))
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def mode_left(tensor: Tensor) -> Any:
+    """Give the mode of a fake tensor that is used outside of it, where new tensors would be real; None otherwise."""
+    return getattr(tensor, "fake_mode", None) if is_fake(tensor) and is_plain() else None
+
+
 def layers(tensor: Tensor) -> Iterator[Tensor]:
     """Yield a tensor and what each level of torch.func wraps in it."""
     yield tensor

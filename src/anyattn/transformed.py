@@ -17,6 +17,7 @@ from anyattn.facts import Options, plain_options
 from anyattn.faults import is_kernels, may_go_on, outside, told
 from anyattn.reasons import Reason
 from anyattn.running import Entry, raise_kernel_error
+from anyattn.tracing import is_plain
 
 
 def call_under(
@@ -91,12 +92,13 @@ _said: set[tuple[str, str]] = set()
 
 
 def _say(failed: dict[str, Reason], decision: Decision) -> None:
-    """Say once of each backend that it failed under a tracer or transform, and what ran instead."""
+    """Say once of each backend that it failed in a call of that kind, and what ran instead."""
     for name, reason in failed.items():
         if (name, reason.got) in _said:
             continue
         if len(_said) < 256:
             _said.add((name, reason.got))
-        text = f"The attention backend {name} failed while a tracer or transform ran: {reason.got}."
+        when = "for tensors of a subclass" if is_plain() else "while a tracer or transform ran"
+        text = f"The attention backend {name} failed {when}: {reason.got}."
         text = f"{text} {decision.chosen} ran instead, in this call alone."
         warnings.warn(text, AnyattnWarning, stacklevel=outside())

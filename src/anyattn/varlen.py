@@ -141,6 +141,10 @@ def _attend(
     options: Options,
     backend: Backends | None,
 ) -> Output:
+    mode = tracing.mode_left(query)
+    if mode is not None:
+        with mode:
+            return _attend(query, key, value, lengths, attn_mask, sinks, options, backend)
     lengths = (lengths[0], lengths[1], _most("max_seqlen_q", lengths[2]), _most("max_seqlen_k", lengths[3]))
     _check(query, key, value, *lengths)
     if sinks is not None and not isinstance(sinks, Tensor):
@@ -155,7 +159,7 @@ def _attend(
     cast = autocast_dtype(query.device.type)
     if cast is not None:
         query, key, value = (_cast(tensor, cast) for tensor in (query, key, value))
-    if not is_plain():
+    if type(query) is not Tensor or not is_plain():
         under = scope
 
         def decide(failed: dict[str, Reason]) -> _Planned:

@@ -18,7 +18,7 @@ from anyattn.lowering import key_mask
 from anyattn.mask_base import serial_of
 from anyattn.mask_functions import MaskFunction
 from anyattn.spec import AttentionSpec, PatternSpec
-from anyattn.tracing import has_values
+from anyattn.tracing import has_values, is_fake, is_plain
 
 Mod = Callable[..., Tensor]
 """A `mask_mod(b, h, q_idx, kv_idx)` or `score_mod(score, b, h, q_idx, kv_idx)`."""
@@ -66,7 +66,7 @@ def block_mask_of(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_k
     if eager and given is None and spec.mask.pattern is not None:
         return _pattern_block_mask(plan, parts, query, key, seqlen_kv)
     name: Any = None
-    if eager and given is not None:
+    if eager and given is not None and _is_real(query):
         name = (serial_of(given), spec.mask.pattern, plan.lowering.compiled, query.shape[:3], seqlen_kv)
         if name in _patterns:
             return _patterns[name]
@@ -114,7 +114,7 @@ _patterns: dict[Any, Any] = {}
 def _pattern_block_mask(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_kv: int) -> Any:
     """Make the block mask of a pattern alone, once per shape and device."""
     name = (plan.spec.mask.pattern, query.shape[2], seqlen_kv, query.device)
-    found = _patterns.get(name)
+    found = _patterns.get(name) if _is_real(query) else None
     if found is not None:
         return found
     mask_mod = _mask_mod(plan, parts, query.shape[2], seqlen_kv)
@@ -138,6 +138,11 @@ def _band_block_mask(plan: Plan, parts: Parts, mask_mod: Mod, query: Tensor, key
     elif keys is not None:
         keys = F.pad(keys, (0, padded - seqlen_kv))
     return make_band_block_mask(mask_mod, seqlen_q, padded, query.device, low=low, high=high, keys=keys)
+
+
+def _is_real(query: Tensor) -> bool:
+    """Whether a block mask made of real tensors goes with a query; captured in a CUDA graph it does."""
+    return is_plain() and not is_fake(query)
 
 
 def _keep(key: Any, made: Any, device: torch.device) -> None:
