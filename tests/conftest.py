@@ -9,13 +9,13 @@ import torch
 
 import anyattn
 import law_counts
-from anyattn import policy
+from anyattn.scopes import defaults
 
 VARIABLES = (
-    policy.ENV_BACKEND,
-    policy.ENV_BACKEND_DIFFUSERS,
-    policy.ENV_CHECKS,
-    policy.ENV_CHECKS_DIFFUSERS,
+    defaults.ENV_BACKEND,
+    defaults.ENV_BACKEND_DIFFUSERS,
+    defaults.ENV_CHECKS,
+    defaults.ENV_CHECKS_DIFFUSERS,
     "LOCAL_KERNELS",
     "KERNELS_CACHE",
 )

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 pytest.importorskip("diffusers", reason="the demo's models come from Diffusers")
 
 import anyattn
-from anyattn import registry
 from anyattn.adapters.native import Native
-from anyattn.backend import Backend, Lowering, Parts, Plan
-from anyattn.backend import Output as BackendOutput
+from anyattn.backend.protocol import Backend, Lowering, Parts, Plan
+from anyattn.backend.protocol import Output as BackendOutput
 from anyattn.demo import (
     MODELS,
     BackendRun,
@@ -40,9 +39,10 @@ from anyattn.demo.sheet import HEADER, LABEL, PICTURE
 from anyattn.environment import Environment
 from anyattn.errors import InvalidCallError, UnknownBackendError
 from anyattn.integrations.diffusers import is_enabled
-from anyattn.reasons import Reason
-from anyattn.spec import AttentionSpec
-from anyattn.tolerance import BAND, SLACK
+from anyattn.reference.tolerance import BAND, SLACK
+from anyattn.selection import registry
+from anyattn.types.reasons import Reason
+from anyattn.types.spec import AttentionSpec
 
 
 class _Sabotaged(Backend):

@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING
 
 from anyattn import masks
 from anyattn.api import attention, scaled_dot_product_attention
-from anyattn.choosing import attention_backend, reset, set_default_backend
-from anyattn.decision import Candidate, Decision, Preference
 from anyattn.errors import (
     AnyattnError,
     AnyattnWarning,
@@ -17,11 +15,13 @@ from anyattn.errors import (
     UnsupportedCallError,
 )
 from anyattn.integrations.models import reset_attention_backend, set_attention_backend
-from anyattn.prepare import prepare_mask
-from anyattn.reasons import Conversion, Reason
-from anyattn.recording import record
-from anyattn.seeing import BackendRow, backends, explain, plan
-from anyattn.spec import AttentionSpec, MaskSpec
+from anyattn.introspection import BackendRow, backends, explain, plan
+from anyattn.masks.values import prepare_mask
+from anyattn.scopes.recording import record
+from anyattn.settings import attention_backend, reset, set_default_backend
+from anyattn.types.decision import Candidate, Decision, Preference
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import AttentionSpec, MaskSpec
 from anyattn.varlen import attention_varlen
 from anyattn.version import __version__
 

@@ -8,26 +8,24 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from anyattn import lifetime, policy, tracing
-from anyattn.dispatch import (
-    Backends,
-    entry_for,
-    explain_failure,
-    scope_of_call,
-)
-from anyattn.facts import Options, plain_options
-from anyattn.faults import is_kernels, passes_over
-from anyattn.masks import Mask
-from anyattn.pins import live_scope
-from anyattn.prepare import known_of, known_of_tensor, tensor_name
-from anyattn.reading import autocast_dtype, bias_is_aligned, place_key
-from anyattn.running import Entry, raise_kernel_error
-from anyattn.traced import traced_call
-from anyattn.tracing import is_plain, is_usual
-from anyattn.transformed import call_under
+from anyattn.call.arguments import autocast_dtype, bias_is_aligned
+from anyattn.call.facts import Options, plain_options
+from anyattn.call.keys import place_key, tensor_name
+from anyattn.masks.objects import Mask
+from anyattn.masks.values import known_of, known_of_tensor
+from anyattn.pins.pins import live_scope
+from anyattn.process import tracing
+from anyattn.process.tracing import is_plain, is_usual
+from anyattn.run.plan import raise_kernel_error
+from anyattn.run.table import Entry, entry_for, explain_failure
+from anyattn.run.traced import traced_call
+from anyattn.run.transformed import call_under
+from anyattn.scopes import defaults, lifetime
+from anyattn.selection.faults import is_kernels, passes_over
+from anyattn.selection.preferences import Backends, scope_of_call
 
-_current = policy.current.get
-_thread = policy.thread
+_current = defaults.current.get
+_thread = defaults.thread
 _held = lifetime.held
 _tracing = torch.compiler.is_dynamo_compiling
 _grad_enabled = torch.is_grad_enabled
@@ -187,7 +185,7 @@ def scaled_dot_product_attention(
 
 
 def run_decided(
-    scope: policy.Scope, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, plain: tuple[Any, ...]
+    scope: defaults.Scope, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, plain: tuple[Any, ...]
 ) -> Any:
     """Run a call in the (batch, heads, sequence, head_dim) layout that is in the short table; None where it isn't.
 
@@ -225,7 +223,7 @@ def run_decided(
 
 
 def _general(
-    scope: policy.Scope,
+    scope: defaults.Scope,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -277,7 +275,7 @@ def _general(
     return _general(scope, query, key, value, attn_mask, sinks, plain)
 
 
-def _record(scope: policy.Scope, entry: Entry) -> None:
+def _record(scope: defaults.Scope, entry: Entry) -> None:
     if scope.recorder is not None:
         scope.recorder(entry.decision)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from packaging.version import InvalidVersion, Version
 
-from anyattn import installed
-from anyattn.installed import Modules, Packages, module_exists
+from anyattn.process import installed
+from anyattn.process.installed import Modules, Packages, module_exists
 
 Arch = tuple[int, int]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from anyattn.decision import Decision
-    from anyattn.reasons import Reason
+    from anyattn.types.decision import Decision
+    from anyattn.types.reasons import Reason
 
 __all__ = [
     "AnyattnError",

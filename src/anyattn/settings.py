@@ -1,26 +1,118 @@
-"""What has been asked for in one scope, as a value."""
+"""What steers the choice: blocks, the process's default, and starting afresh."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from types import TracebackType
 
-from anyattn.decision import Precision, Preference
+import torch
+
+from anyattn import environment
+from anyattn.scopes import _in_force, defaults, lifetime
+from anyattn.scopes.decorating import Function, Steps, decorated
+from anyattn.scopes.scopes import Life, Owner
+from anyattn.selection import faults
+from anyattn.selection.preferences import Backends, make_preference
+from anyattn.types.decision import Precision, Preference
+
+_current = defaults.current.get
+_tracing = torch.compiler.is_dynamo_compiling
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What has been asked for in one scope.
+class attention_backend(Owner):
+    """Choose the backend of every call inside a `with` block or a decorated function, in this thread or task alone.
 
-    Attributes:
-        context: The wish of the innermost `attention_backend` block.
-        override: Whether that wish beats pins.
-        pin: The wish pinned to the module whose forward is running.
-        precision: The loosest precision allowed, where a block or pin says so.
-        routed: Whether the model that is running was given to anyattn by its host's own setter.
+    The block is in force where it was entered, and in tasks, threads and contexts that copy that context, until it is
+    left; then nowhere. It may be left in any order, and in another thread or context than it was entered in. Leaving
+    twice does nothing. One object can be entered again, and in several threads at once.
+
+    A block inside a generator or coroutine is in force at each of its steps, whatever thread or context runs the step,
+    and there it beats blocks that the consumer entered. While the generator is suspended, the block also lasts in the
+    context where it was entered; that is how a function made with `contextlib.contextmanager` can hold it.
+
+    As a decorator it takes functions, methods, generators, coroutines and async generators; each call has a block of
+    its own. That of a generator or coroutine is in force only while it runs, and in the tasks that it starts.
+
+    Gradient checkpointing runs a forward again during the backward, which may be outside the block and, on a GPU, is on
+    another thread: pin the model (`anyattn.set_attention_backend`) for checkpointed training.
+
+    A module's own pin beats the block, which is said once; `override=True` turns that round.
+
+    Args:
+        backend: A name, an alias, `"auto"`, or a list in order of preference.
+        override: Whether the block beats pins.
+        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"`, `"fp8"` or `"fp4"`.
+
+    Raises:
+        UnknownBackendError: If a name is unknown.
+
+    Example:
+        >>> import torch, anyattn
+        >>> q = k = v = torch.randn(1, 8, 2, 16)
+        >>> with anyattn.attention_backend("native_math"):
+        ...     out = anyattn.attention(q, k, v)
+        >>> @anyattn.attention_backend("native_math")
+        ... def attend(q, k, v):
+        ...     return anyattn.attention(q, k, v)
     """
 
-    context: Preference | None = None
-    override: bool = False
-    pin: Preference | None = None
-    precision: Precision = "exact"
-    routed: bool = False
+    def __init__(self, backend: Backends, *, override: bool = False, precision: Precision = "exact") -> None:
+        self.override = override
+        self.lives: list[Life] = []
+        if _tracing():
+            is_list = not isinstance(backend, str)
+            names = tuple(backend) if is_list else (backend,)
+            mode = "prefer" if is_list or backend == "auto" else "require"
+            self.wish: Preference = Preference(names, mode, "context", precision)  # type: ignore[arg-type]
+        else:
+            self.wish = make_preference(backend, "context", precision)
+
+    def __enter__(self) -> attention_backend:
+        if _tracing():
+            _in_force.entered.append(defaults.plain("context", self.wish, self.override))
+        else:
+            scope = _current()
+            lifetime.begin(self, scope, sys._getframe(1))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if _tracing():
+            _in_force.entered.pop()
+        else:
+            lifetime.leave(self)
+
+    def __call__(self, function: Function) -> Function:
+        """Decorate a function: each call of it is made in a block of its own."""
+        wish, override = self.wish, self.override
+        return decorated(function, lambda: _Again(wish, override), lambda: Steps(wish, override))
+
+
+class _Again(attention_backend):
+    """A block of a wish that is made already."""
+
+    def __init__(self, wish: Preference, override: bool) -> None:
+        self.override = override
+        self.lives = []
+        self.wish = wish
+
+
+def set_default_backend(backend: Backends | None, *, precision: Precision = "exact") -> None:
+    """Set the process's default, for calls that no block, pin or argument decides; None clears it.
+
+    Raises:
+        UnknownBackendError: If a name is unknown; nothing is changed then.
+    """
+    defaults.set_default(None if backend is None else make_preference(backend, "default", precision))
+
+
+def reset() -> None:
+    """Forget every decision and every kernel's fault, and look at the machine and the environment variables again.
+
+    What `set_default_backend` set stays. Call it after `torch.nn.attention.activate_flash_attention_impl` and the like:
+    calls that were decided before go on as they are until another call is decided, or one of them fails.
+    """
+    environment.forget()
+    faults.forget_faults()
+    defaults.forget()

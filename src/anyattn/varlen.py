@@ -15,30 +15,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn import policy, registry, scalars, tracing
-from anyattn.backend import Output, Parts, Plan, Run
-from anyattn.capabilities import Capabilities
-from anyattn.checks import can_check, check_magnitude, check_output
-from anyattn.decision import Decision
-from anyattn.dispatch import Backends, make_first, scope_of_call
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.protocol import Output, Parts, Plan, Run
+from anyattn.call.arguments import autocast_dtype
+from anyattn.call.facts import Lengths, Options
+from anyattn.call.packed_spec import describe_packed
 from anyattn.environment import detect
 from anyattn.errors import InvalidCallError
-from anyattn.facts import Lengths, Options
-from anyattn.faults import is_kernels, passes_over
-from anyattn.host_lengths import check_starts
-from anyattn.masks import Mask
-from anyattn.packed_running import run_packed
-from anyattn.packed_spec import describe_packed
-from anyattn.pins import live_scope
-from anyattn.reading import autocast_dtype
-from anyattn.reasons import Reason
-from anyattn.running import make_plan, raise_kernel_error
-from anyattn.spec import AttentionSpec
-from anyattn.traced_varlen import traced_varlen_call
-from anyattn.tracing import has_values, is_plain
-from anyattn.transformed import first_that_runs
+from anyattn.lowering.host_lengths import check_starts
+from anyattn.masks import scalars
+from anyattn.masks.objects import Mask
+from anyattn.pins.pins import live_scope
+from anyattn.process import tracing
+from anyattn.process.tracing import has_values, is_plain
+from anyattn.run.checks import can_check, check_magnitude, check_output
+from anyattn.run.packed import run_packed
+from anyattn.run.plan import make_plan, raise_kernel_error
+from anyattn.run.table import make_first
+from anyattn.run.traced_varlen import traced_varlen_call
+from anyattn.run.transformed import first_that_runs
+from anyattn.scopes import defaults
+from anyattn.selection import registry
+from anyattn.selection.faults import is_kernels, passes_over
+from anyattn.selection.preferences import Backends, scope_of_call
+from anyattn.types.decision import Decision
+from anyattn.types.reasons import Reason
+from anyattn.types.spec import AttentionSpec
 
-_current = policy.current.get
+_current = defaults.current.get
 _tracing = torch.compiler.is_dynamo_compiling
 _exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_dynamo_compiling)
 _Planned = tuple[Plan, Run, Decision, list[bool]]
@@ -149,7 +153,7 @@ def _attend(
     _check(query, key, value, *lengths)
     if sinks is not None and not isinstance(sinks, Tensor):
         raise InvalidCallError(f"sinks must be a tensor (num_heads,); {type(sinks).__name__} was given.")
-    checked = policy.checks_enabled() and can_check(query, key, value, sinks, *lengths[:2])
+    checked = defaults.checks_enabled() and can_check(query, key, value, sinks, *lengths[:2])
     if checked:
         ends = (int(lengths[0][-1]), int(lengths[1][-1]))
         _check_finite(query[: ends[0]], key[: ends[1]], value[: ends[1]])
@@ -227,7 +231,7 @@ def _check_result(
         check_output(one, query[None, q], key[None, k], value[None, k], Parts(sinks=sinks), found, quantised=quantised)
 
 
-def _record(scope: policy.Scope, decision: Decision) -> None:
+def _record(scope: defaults.Scope, decision: Decision) -> None:
     if scope.recorder is not None:
         scope.recorder(decision)
 
@@ -271,7 +275,7 @@ def _check(query: object, key: object, value: object, cu_q: object, cu_k: object
         raise InvalidCallError(
             f"cu_seqlens_q and cu_seqlens_k need one length, batch + 1; given {len(cu_q)} and {len(cu_k)}."
         )
-    if (query.is_cpu and has_values(cu_q, cu_k)) or (policy.checks_enabled() and can_check(cu_q, cu_k)):
+    if (query.is_cpu and has_values(cu_q, cu_k)) or (defaults.checks_enabled() and can_check(cu_q, cu_k)):
         assert isinstance(max_q, int)
         assert isinstance(max_k, int)
         check_starts("q", cu_q.tolist(), max_q, query.shape[0])
@@ -286,7 +290,7 @@ def _most(name: str, given: Any) -> Any:
 
 
 def _planned(
-    scope: policy.Scope,
+    scope: defaults.Scope,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -297,19 +301,19 @@ def _planned(
     failed: dict[str, Reason] | None = None,
 ) -> _Planned:
     """Find the call in the scope's table, or decide it; the list is empty until its results were compared."""
-    base = scope if scope.recorder is None else policy.scope_for(scope.settings)
+    base = scope if scope.recorder is None else defaults.scope_for(scope.settings)
     spec = describe_packed(query, key, value, lengths, attn_mask, sinks, options)
     if tracing.is_captured(query):
         spec = spec.replace(captured=True)
     table_key = ("varlen", spec)
     found: _Planned | None = None if failed else base.table.get(table_key)
     if found is None:
-        generation = policy.generation()
+        generation = defaults.generation()
 
         def make(decision: Decision) -> _Planned:
             return (*make_plan(decision), decision, [])
 
         found = make_first(spec, base, make, failed)
-        if not failed and generation == policy.generation():
+        if not failed and generation == defaults.generation():
             base.remember(table_key, found)
     return found

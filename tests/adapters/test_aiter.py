@@ -12,10 +12,10 @@ import anyattn
 from anyattn import masks, reference
 from anyattn.adapters import aiter
 from anyattn.environment import Device, Environment, preset
-from anyattn.kernel_source import FUNCTIONS
-from anyattn.reasons import Reason
-from anyattn.spec import AttentionSpec, MaskSpec, PatternSpec, Storage
+from anyattn.sources.packages import FUNCTIONS
 from anyattn.testing import doubles
+from anyattn.types.reasons import Reason
+from anyattn.types.spec import AttentionSpec, MaskSpec, PatternSpec, Storage
 
 AMD = {"amd-aiter": "0.1.9"}
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 import anyattn
-from anyattn import installed, known_bad, masks
+from anyattn import masks
 from anyattn.adapters.flash4 import Flash4
-from anyattn.declared_reasons import declared_reasons
+from anyattn.backend.declared_reasons import declared_reasons
+from anyattn.backend.known_bad import table
 from anyattn.environment import Environment, preset
-from anyattn.spec import AttentionSpec, MaskSpec, PatternSpec, Storage
+from anyattn.process import installed
 from anyattn.testing import doubles
 from anyattn.testing.doubles import flash3
+from anyattn.types.spec import AttentionSpec, MaskSpec, PatternSpec, Storage
 
 FLASH2 = {"flash-attn": "2.8.3"}
 FLASH3 = {"flash-attn-3": "3.0.0"}
@@ -132,7 +134,7 @@ def test_flash4_pads_head_dims_further_for_gradients_on_hopper(
     decision = anyattn.explain(spec, env=_machine(machine, FLASH4), backend="flash4")
     assert decision.chosen == "flash4"
     assert [note.text for note in decision.conversions if note.code == "pad_head_dim"] == said
-    known = known_bad.hits(("flash4 (backward)",), spec, _machine(machine, FLASH4))
+    known = table.hits(("flash4 (backward)",), spec, _machine(machine, FLASH4))
     assert bool(known) == bool(said and grads), "padded for gradients where the table says so, and nowhere else"
 
 

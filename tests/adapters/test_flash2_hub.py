@@ -9,11 +9,12 @@ import torch
 from packaging.version import Version
 
 import anyattn
-from anyattn import environment, hub_kernels
-from anyattn.decision import Decision
+from anyattn import environment
 from anyattn.environment import Environment
-from anyattn.reasons import Reason
-from anyattn.spec import AttentionSpec
+from anyattn.sources import hub_kernels
+from anyattn.types.decision import Decision
+from anyattn.types.reasons import Reason
+from anyattn.types.spec import AttentionSpec
 
 SPEC = AttentionSpec(2, 128, 128, 8, 8, 64, 64, torch.bfloat16, "cuda", 0.125)
 

@@ -18,7 +18,7 @@ import torch
 
 import anyattn
 from anyattn.errors import BackendUnavailableError
-from anyattn.hub_kernels import FLASH2
+from anyattn.sources.hub_kernels import FLASH2
 from anyattn.testing import doubles, verify
 from anyattn.testing.doubles.double import Double
 

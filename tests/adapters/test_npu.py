@@ -13,9 +13,9 @@ import anyattn
 from anyattn import masks, reference
 from anyattn.adapters import npu
 from anyattn.environment import Environment, preset
-from anyattn.kernel_source import FUNCTIONS
-from anyattn.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
+from anyattn.sources.packages import FUNCTIONS
 from anyattn.testing import doubles
+from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
 
 NPU = preset("npu", packages={"torch-npu": "2.9.0"})
 

@@ -9,9 +9,9 @@ import torch
 
 import anyattn
 from anyattn.environment import Device, Environment, preset
-from anyattn.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec
 from anyattn.testing import doubles
 from anyattn.testing.doubles import sage_blackwell
+from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec
 
 NAME = "sage_blackwell_hub"
 

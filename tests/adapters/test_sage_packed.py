@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 import anyattn
-from anyattn import masks, reference, tolerance
+from anyattn import masks, reference
 from anyattn.adapters.sage import packed
 from anyattn.environment import Device, Environment, preset
-from anyattn.kernel_source import FUNCTIONS
-from anyattn.masks import Mask
-from anyattn.registry import get
-from anyattn.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
+from anyattn.masks.objects import Mask
+from anyattn.reference import tolerance
+from anyattn.selection.registry import get
+from anyattn.sources.packages import FUNCTIONS
 from anyattn.testing import doubles
+from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
 
 PACKS = ("sage", "sage_int8_fp16_triton")
 OTHERS = ("sage_int8_fp16", "sage_int8_fp8", "sage_int8_fp8_sm90", "sage_hub")

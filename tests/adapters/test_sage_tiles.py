@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 import anyattn
-from anyattn import masks, reference, tolerance
+from anyattn import masks, reference
 from anyattn.adapters.sage import tiles
 from anyattn.environment import Device, preset
-from anyattn.kernel_source import FUNCTIONS
-from anyattn.spec import AttentionSpec, MaskSpec, PatternSpec
+from anyattn.reference import tolerance
+from anyattn.sources.packages import FUNCTIONS
 from anyattn.testing import Case, doubles
 from anyattn.testing.laws import LawBroken, check
+from anyattn.types.spec import AttentionSpec, MaskSpec, PatternSpec
 
 Sizes = tuple[int, int, int, int, int, int]
 SIZES: tuple[Sizes, ...] = (

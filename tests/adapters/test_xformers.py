@@ -14,18 +14,20 @@ import torch
 import torch.nn.functional as F
 
 import anyattn
-from anyattn import kept, masks, registry
-from anyattn.backend import Lowering
-from anyattn.decision import Decision
+from anyattn import masks
+from anyattn.backend.patterns import KernelPattern
+from anyattn.backend.protocol import Lowering
 from anyattn.environment import Environment, preset
 from anyattn.errors import BackendUnavailableError
-from anyattn.kernel_source import FUNCTIONS
-from anyattn.masks import Mask
-from anyattn.patterns import KernelPattern
-from anyattn.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
+from anyattn.lowering import cache
+from anyattn.masks.objects import Mask
+from anyattn.selection import registry
+from anyattn.sources.packages import FUNCTIONS
 from anyattn.testing import doubles
 from anyattn.testing.doubles import xformers as xf
 from anyattn.testing.doubles.double import module
+from anyattn.types.decision import Decision
+from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
 
 OPS = ("xformers.ops",)
 DENSE = MaskSpec(dense=DenseSpec("bias", torch.bfloat16, (1, 1, 64, 64)))
@@ -388,7 +390,7 @@ def _tokens(total: int, heads: int = 4) -> torch.Tensor:
 @pytest.fixture
 def biases(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Biases]:
     torch.manual_seed(0)
-    kept.forget()
+    cache.forget()
     with doubles.installed("xformers"):
         anyattn.attention(*_qkv(), backend="xformers")
         yield _Biases(monkeypatch)

@@ -15,9 +15,9 @@ import anyattn
 from anyattn import environment, masks, reference
 from anyattn.adapters import xla
 from anyattn.environment import Device, Environment, preset
-from anyattn.kernel_source import FUNCTIONS
-from anyattn.spec import AttentionSpec, MaskSpec, PatternSpec
+from anyattn.sources.packages import FUNCTIONS
 from anyattn.testing import doubles
+from anyattn.types.spec import AttentionSpec, MaskSpec, PatternSpec
 
 TPU = preset("tpu", packages={"torch-xla": "2.9.0"})
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from anyattn.adapters.native import Native
-from anyattn.backend import Backend
+from anyattn.backend.protocol import Backend
 
 
 class _Like(Backend):

@@ -12,8 +12,8 @@ pytest.importorskip("diffusers", reason="the demo needs the extra anyattn[demo]"
 pytest.importorskip("PIL", reason="the demo needs the extra anyattn[demo]")
 
 from anyattn import demo as demos
-from anyattn.cli import demo as command
 from anyattn.cli.app import app
+from anyattn.cli.commands import demo as command
 from anyattn.demo import BackendRun, DemoResult, Errors, ModelResult
 
 

@@ -11,19 +11,22 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from anyattn import environment, installed, known_bad, registry
-from anyattn.backend import Backend
-from anyattn.cli import doctor as command
-from anyattn.cli import probe, render, trial
+from anyattn import environment
+from anyattn.backend.known_bad import table
+from anyattn.backend.protocol import Backend
+from anyattn.call.arguments import describe
+from anyattn.cli import render
 from anyattn.cli.app import app
-from anyattn.cli.catalogue import cure, known_bad_here, listed
-from anyattn.cli.variables import variables
+from anyattn.cli.commands.doctor import command, probe, trial
+from anyattn.cli.commands.doctor.catalogue import cure, known_bad_here, listed
+from anyattn.cli.commands.doctor.variables import variables
 from anyattn.cli.views import doctor as doctor_view
 from anyattn.cli.views.doctor import show
-from anyattn.names import BY_NAME, KNOWN
-from anyattn.reading import describe
-from anyattn.reasons import Reason
+from anyattn.process import installed
+from anyattn.selection import registry
 from anyattn.testing import doubles
+from anyattn.types.names import BY_NAME, KNOWN
+from anyattn.types.reasons import Reason
 
 CPU = environment.preset("cpu", torch_version="2.13.0")
 
@@ -299,11 +302,11 @@ def test_progress_counts_every_process(monkeypatch):
 def test_tiny_calls_keep_clear_of_the_known_bad_table(step, name):
     machine = environment.preset(name, torch_version="2.11")
     kind = "cpu" if name == "cpu" else "cuda"
-    kernels = {backend for row in known_bad.TABLE for backend in row.backends}
+    kernels = {backend for row in table.TABLE for backend in row.backends}
     for call in trial._calls("cpu", step):
         spec = describe(call.query, call.key, call.value, call.mask, None, call.options).replace(device_type=kind)
         live = spec.replace(mask=dataclasses.replace(spec.mask, dead_rows=False))
-        found = {row.name for row in known_bad.hits(kernels, live, machine)}
+        found = {row.name for row in table.hits(kernels, live, machine)}
         # Of a CPU's strides a spec says nothing, so that the row holds for every call there: the adapter always copies.
         copies = registry.get("flex").lower(live.replace(compiled=True), machine).copy
         shared = {"cudnn-b200-few-kv-heads"} if (step, name) == ("gqa", "b200") else set()

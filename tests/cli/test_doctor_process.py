@@ -13,8 +13,8 @@ import cli_sabotage as sabotage
 import pytest
 from cli_process import environ_of, install, run, start
 
-from anyattn.cli.probe import Job, run_all
-from anyattn.cli.trial import STEPS
+from anyattn.cli.commands.doctor.probe import Job, run_all
+from anyattn.cli.commands.doctor.trial import STEPS
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 TIMEOUT = 20

@@ -8,10 +8,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from anyattn.cli import verify as command
 from anyattn.cli.app import app
-from anyattn.reasons import Reason
+from anyattn.cli.commands import verify as command
 from anyattn.testing import doubles
+from anyattn.types.reasons import Reason
 
 # The package gives a function of the same name.
 verify = importlib.import_module("anyattn.testing.verify")

@@ -14,8 +14,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import anyattn
-from anyattn import masks, reference, traced
-from anyattn.masks import Mask
+from anyattn import masks, reference
+from anyattn.masks.objects import Mask
+from anyattn.run import traced
 from helpers import joins_inside
 
 BACKENDS = ("native", "native_flash", "native_math", "flex")

@@ -82,7 +82,7 @@ def test_causal_bias_of_torch_is_traced_and_its_lengths_checked() -> None:
 
 
 def test_large_calls_are_decided_by_their_exact_sizes() -> None:
-    from anyattn.traced import _is_large
+    from anyattn.run.traced import _is_large
 
     small, many = torch.empty(2, 9, 2, 16, device="meta"), torch.empty(700, 9, 100, 16, device="meta")
     long = torch.empty(1, 65536, 1, 16, device="meta")
@@ -150,7 +150,7 @@ def test_flex_with_key_masks_compiles_with_inductor(kind: str) -> None:
 
 def test_blocks_made_outside_of_traced_code_are_those_made_within() -> None:
     from anyattn.adapters.flex import traced
-    from anyattn.block_masks import make_band_block_mask
+    from anyattn.masks.block_masks import make_band_block_mask
 
     keep = torch.rand(2, 300) < 0.05
     keep[:, 128:256] = True

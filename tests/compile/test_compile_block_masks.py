@@ -12,8 +12,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import anyattn
 from anyattn import masks, reference
-from anyattn.block_masks import block_at
 from anyattn.errors import InvalidCallError
+from anyattn.masks.block_masks import block_at
 from helpers import TORCH, joins_inside, needs_torch
 
 

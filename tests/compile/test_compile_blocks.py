@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import anyattn
-from anyattn import policy, running, scopes, traced
+from anyattn.run import plan, traced
+from anyattn.scopes import defaults, scopes
 
 q = torch.zeros(1, 4, 2, 8)
 math = anyattn.attention_backend("native_math")
@@ -22,14 +23,14 @@ def forget_compiled_code() -> Iterator[None]:
     yield
     torch._dynamo.reset()
     assert eager() == "native"
-    assert not policy.thread.entered
+    assert not defaults.thread.entered
 
 
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """What traced calls are decided to run on."""
     found: list[str | None] = []
-    made = running.make_plan
+    made = plan.make_plan
 
     def make(decision: Any) -> Any:
         found.append(decision.chosen)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyattn.alignment import realigned, starts_aligned
+from anyattn.lowering.storage import realigned, starts_aligned
 
 _starts: list[int] = []
 

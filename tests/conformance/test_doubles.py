@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 import law_counts
-from anyattn import registry
+from anyattn.selection import registry
 from anyattn.testing import doubles
 from anyattn.testing.verify import BackendReport, verify
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import anyattn
 import law_counts
-from anyattn import registry
-from anyattn.testing.cases import Case
-from anyattn.testing.drawing import ADVERSARIAL, TILED, always, drawn, space, strategy
+from anyattn.selection import registry
+from anyattn.testing.cases.case import Case
+from anyattn.testing.cases.drawing import ADVERSARIAL, TILED, always, drawn, space, strategy
 from anyattn.testing.laws import LAWS, check
 from anyattn.testing.verify import BackendReport, verify
 

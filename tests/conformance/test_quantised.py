@@ -7,7 +7,7 @@ import torch
 
 from anyattn import testing
 from anyattn.testing import Case, LawBroken, check, doubles
-from anyattn.testing.quantised import as_fp8, as_int8, format_of, holds
+from anyattn.testing.laws.quantised import as_fp8, as_int8, format_of, holds
 from anyattn.testing.sabotage import registered
 from anyattn.testing.verify import verify
 from anyattn.testing.wrong_backends import Coarse

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from anyattn.testing.drawing import always, draw, space
+from anyattn.testing.cases.drawing import always, draw, space
 from anyattn.testing.laws import LAWS, LawBroken
 from anyattn.testing.sabotage import SABOTAGED, registered
 

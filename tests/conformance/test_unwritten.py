@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from anyattn.testing import Case
-from anyattn.testing.recipes import STRIDES
-from anyattn.testing.unwritten import fill_free_memory, surrounded
+from anyattn.testing.cases.recipes import STRIDES
+from anyattn.testing.laws.unwritten import fill_free_memory, surrounded
 
 MASKS = ("none", "padding:left", "lengths", "boolean:bhqk", "bias:hqk:own", "bias:qk:float32", "causal & boolean:qk")
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import anyattn
-from anyattn import lifetime, policy
-from anyattn.pins import live_scope
+from anyattn.pins.pins import live_scope
+from anyattn.scopes import defaults, lifetime
 
 Result = TypeVar("Result")
 
@@ -33,8 +33,8 @@ def ran() -> str:
     """Say which backend a call made here runs on, without entering anything."""
     q = torch.zeros(1, 2, 1, 4)
     anyattn.attention(q, q, q)
-    scope = policy.current.get()
-    if scope.look or policy.thread.entered or lifetime.held:  # what the hot path looks at
+    scope = defaults.current.get()
+    if scope.look or defaults.thread.entered or lifetime.held:  # what the hot path looks at
         scope = live_scope(scope)
     return scope.preference().names[0]
 

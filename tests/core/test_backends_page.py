@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from anyattn import registry
 from anyattn.adapters.flash2 import Flash2
-from anyattn.backend import Backend
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.protocol import Backend
+from anyattn.selection import registry
 
 TOOLS = Path(__file__).parents[2] / "tools" / "docs"
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import anyattn
-from anyattn import masks, policy
+from anyattn import masks
 from anyattn.adapters.native import kernels
 from anyattn.errors import AnyattnError, InvalidCallError, UnsupportedCallError
+from anyattn.scopes import defaults
 
 B, SQ, SKV, H, D = 2, 9, 12, 4, 16
 
@@ -101,10 +102,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_call_is_refused_before_any_kernel(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, says = BAD[name]
     monkeypatch.setattr(kernels, "_ENTRIES", {})  # a kernel that ran would fail with a KeyError
-    before = len(policy.current.get().table)
+    before = len(defaults.current.get().table)
     with pytest.raises(InvalidCallError, match=says):
         call(**changes, backend=backend)
-    assert len(policy.current.get().table) == before
+    assert len(defaults.current.get().table) == before
 
 
 @pytest.mark.parametrize("name", [name for name in BAD if "query" not in BAD[name][0]])

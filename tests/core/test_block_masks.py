@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from anyattn.block_masks import make_band_block_mask
+from anyattn.masks.block_masks import make_band_block_mask
 
 CPU = torch.device("cpu")
 

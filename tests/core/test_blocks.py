@@ -15,7 +15,7 @@ from block_helpers import chosen, each_runner, in_copy, in_thread, streaming
 from torch import nn
 
 import anyattn
-from anyattn import lifetime
+from anyattn.scopes import lifetime
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ import torch
 from block_helpers import RUNNERS, chosen, each_runner, in_bare, in_copy, in_thread, ran, streaming
 
 import anyattn
-from anyattn import lifetime, policy, scopes
+from anyattn.scopes import defaults, lifetime, scopes
 
 
 @pytest.fixture(autouse=True)
@@ -288,7 +288,7 @@ def test_records_may_end_in_any_order_and_collect_nothing_more() -> None:
     anyattn.attention(q, q, q)
     copy.run(anyattn.attention, q, q, q)
     assert (len(first), len(second)) == (1, 2)
-    assert policy.current.get().recorder is None
+    assert defaults.current.get().recorder is None
 
 
 # Cost
@@ -297,13 +297,13 @@ def test_records_may_end_in_any_order_and_collect_nothing_more() -> None:
 def test_no_call_looks_for_frames_unless_a_generator_holds_a_block() -> None:
     with anyattn.attention_backend("native_math"):
         assert not lifetime.held
-        assert not policy.current.get().look
+        assert not defaults.current.get().look
         steps = streaming("native_flash")
         next(steps)
         assert len(lifetime.held) == 1
         steps.close()
         assert not lifetime.held
-    assert policy.current.get() is scopes.scope_for(policy.Settings())
+    assert defaults.current.get() is scopes.scope_for(defaults.Settings())
 
 
 def test_ended_blocks_leave_nothing_to_collect() -> None:
@@ -313,7 +313,7 @@ def test_ended_blocks_leave_nothing_to_collect() -> None:
         made = []
         for _ in range(3):
             with anyattn.attention_backend("native_math"), anyattn.record(), anyattn.attention_backend("native_flash"):
-                made.append(weakref.ref(policy.current.get()))
+                made.append(weakref.ref(defaults.current.get()))
             list(streaming("native_math"))
         assert [scope() for scope in made] == [None] * 3
     finally:
@@ -342,7 +342,7 @@ def test_scope_dropped_while_in_force_forgets_its_decisions_with_the_others() ->
     q = torch.zeros(1, 2, 1, 4)
     with anyattn.attention_backend(["native_math", "native"]):
         anyattn.attention(q, q, q)
-        scope = policy.current.get()
+        scope = defaults.current.get()
         assert scope.table
         scopes._drop_scopes()
         anyattn.reset()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import anyattn
 from anyattn import masks, reference
-from anyattn.masks import Mask
+from anyattn.masks.objects import Mask
 
 BACKENDS = ("native", "native_flash", "native_math", "flex")
 
@@ -262,7 +262,7 @@ def test_meta_tensors_give_shapes_and_their_strides_are_part_of_the_decision() -
         assert out.shape == q.shape
         assert out.device.type == "meta"
         assert calls[0].spec.storage.bhsd_contiguous is False
-    assert len(anyattn.policy.current.get().short) == 2
+    assert len(anyattn.scopes.defaults.current.get().short) == 2
 
 
 def test_causal_bias_of_torch_is_a_pattern_with_its_lengths_checked() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import anyattn
-from anyattn import lifetime
+from anyattn.scopes import lifetime
 
 
 def chosen() -> str:

@@ -87,8 +87,8 @@ def test_every_guide_with_examples_is_run() -> None:
 
 
 def test_pictures_of_the_guide_are_what_the_masks_allow() -> None:
-    from anyattn.masks import Causal, SlidingWindow
-    from anyattn.reference import allowed_positions
+    from anyattn.masks.objects import Causal, SlidingWindow
+    from anyattn.reference.definition import allowed_positions
 
     shown = {"Causal": Causal, "SlidingWindow": SlidingWindow}
     text = (ROOT / "docs" / "masks.md").read_text(encoding="utf-8")
@@ -125,7 +125,7 @@ def test_backends_page_is_what_the_declarations_say() -> None:
 
 
 def test_backend_in_the_contributing_guide_passes_the_laws() -> None:
-    from anyattn import registry
+    from anyattn.selection import registry
     from anyattn.testing import verify
 
     guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()

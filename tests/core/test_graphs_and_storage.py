@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 import anyattn
-from anyattn import checks, policy, registry, tracing
-from anyattn.backend import Backend, Lowering, Output, Parts, Plan
-from anyattn.capabilities import Capabilities
-from anyattn.decision import Preference
-from anyattn.declared_reasons import declared_reasons
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.declared_reasons import declared_reasons
+from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment, preset
-from anyattn.registry import known, names
-from anyattn.running import make_plan
-from anyattn.selection import resolve
-from anyattn.spec import AttentionSpec, Storage
+from anyattn.process import tracing
+from anyattn.run import checks
+from anyattn.run.plan import make_plan
+from anyattn.scopes import defaults
+from anyattn.selection import registry
+from anyattn.selection.registry import known, names
+from anyattn.selection.resolve import resolve
+from anyattn.types.decision import Preference
+from anyattn.types.spec import AttentionSpec, Storage
 
 SPEC = AttentionSpec(2, 64, 64, 4, 4, 64, 64, torch.bfloat16, "cuda", 0.1)
 H100 = dataclasses.replace(
@@ -66,9 +69,9 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """A list that says, while it isn't empty, that a CUDA graph is being captured."""
     now: list[bool] = []
     monkeypatch.setattr(tracing, "is_captured", lambda tensor: bool(now))
-    policy.forget()
+    defaults.forget()
     yield now
-    policy.forget()
+    defaults.forget()
 
 
 def tensors(**options: Any) -> list[Tensor]:
@@ -156,7 +159,7 @@ def test_value_checks_are_left_out_of_a_graph_and_that_is_said_once(
 ) -> None:
     monkeypatch.setenv("ANYATTN_CHECKS", "1")
     monkeypatch.setattr(checks, "_said", [])
-    policy.forget()
+    defaults.forget()
     inputs = tensors()
     inputs[0][0, 0, 0, 0] = float("nan")
     with pytest.raises(anyattn.InvalidCallError):

@@ -12,16 +12,18 @@ import pytest
 import torch
 
 import anyattn
-from anyattn import environment, hub_kernels, kernel_source, registry, selection
-from anyattn.backend import Backend
-from anyattn.cli import doctor as command
-from anyattn.cli.variables import variables
-from anyattn.decision import Preference
+from anyattn import environment
+from anyattn.backend.protocol import Backend
+from anyattn.cli.commands.doctor import command
+from anyattn.cli.commands.doctor.variables import variables
 from anyattn.environment import Environment
 from anyattn.errors import BackendUnavailableError, UnsupportedCallError
-from anyattn.hub import HubKernel, cure
-from anyattn.spec import AttentionSpec
+from anyattn.selection import registry, resolve
+from anyattn.sources import hub_kernels, packages
+from anyattn.sources.hub import HubKernel, cure
 from anyattn.testing import doubles, verify
+from anyattn.types.decision import Preference
+from anyattn.types.spec import AttentionSpec
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 KERNEL = HubKernel("owner/flash", ("flash_attn_func",), revision=SHA)
@@ -328,10 +330,10 @@ def test_auto_does_not_take_it_though_it_was_measured_fastest() -> None:
     known = registry.known(name for name in registry.built_in_names())
     times = {"flash2_hub": 1e-6, "native": 1e-3}
     env = machine()
-    decision = selection.resolve(SPEC, env, Preference(("auto",), "prefer", "backend="), times, known)
+    decision = resolve.resolve(SPEC, env, Preference(("auto",), "prefer", "backend="), times, known)
     assert decision.chosen == "native"
     named = Preference(("flash2_hub", "auto"), "prefer", "backend=")
-    assert selection.resolve(SPEC, env, named, times, known).chosen == "flash2_hub"
+    assert resolve.resolve(SPEC, env, named, times, known).chosen == "flash2_hub"
 
 
 def test_third_partys_backend_that_downloads_is_left_out_too() -> None:
@@ -340,10 +342,10 @@ def test_third_partys_backend_that_downloads_is_left_out_too() -> None:
         declarations = {"cuda": registry.get("flash2").declarations["cuda"]}  # type: ignore[union-attr]
         downloads = True
 
-    wanted, _ = selection.order("cuda", ["fetched"], None)
+    wanted, _ = resolve.order("cuda", ["fetched"], None)
     assert "fetched" in wanted, "auto takes third parties' backends"
     known: list[tuple[str, Backend | None]] = [("fetched", Fetched())]
-    decision = selection.resolve(SPEC, machine(), Preference(("auto",), "prefer", "backend="), None, known)
+    decision = resolve.resolve(SPEC, machine(), Preference(("auto",), "prefer", "backend="), None, known)
     assert decision.chosen is None
 
 
@@ -366,7 +368,7 @@ def test_doctor_tries_it_where_it_is_named_alone(monkeypatch: pytest.MonkeyPatch
 
 
 def test_doctors_child_downloads_nothing_that_was_not_named(loads: list[str]) -> None:
-    from anyattn.cli import trial
+    from anyattn.cli.commands.doctor import trial
 
     events: list[dict[str, Any]] = []
     trial._try_backend("flash2_hub", True, events.append)
@@ -418,8 +420,8 @@ def test_constants_are_pinned_and_come_from_diffusers_repositories() -> None:
 def test_functions_go_with_the_double() -> None:
     with doubles.installed("flash2_hub") as backend:
         backend.load()
-        assert "flash2_hub" in kernel_source.FUNCTIONS
-    assert "flash2_hub" not in kernel_source.FUNCTIONS
+        assert "flash2_hub" in packages.FUNCTIONS
+    assert "flash2_hub" not in packages.FUNCTIONS
 
 
 def test_refused_call_names_others_and_loads_nothing(loads: list[str]) -> None:
@@ -434,7 +436,7 @@ def test_environment_variable_that_names_it_loads_it_at_the_first_call(
     variable: str, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, "flash_hub")
-    anyattn.policy.forget()
+    anyattn.scopes.defaults.forget()
     query = torch.randn(1, 8, 2, 16, dtype=torch.bfloat16)
     anyattn.attention(query, query, query)
     anyattn.attention(query, query, query)

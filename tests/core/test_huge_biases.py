@@ -14,9 +14,9 @@ from torch import Tensor
 from anyattn import reference
 from anyattn.adapters.flex.huge import FROM, drawn_together, lse_with_bias
 from anyattn.adapters.flex.mods import score_mod_of
-from anyattn.backend import Parts
-from anyattn.masks import Bias
-from anyattn.spec import AttentionSpec, DenseSpec, MaskSpec
+from anyattn.backend.protocol import Parts
+from anyattn.masks.objects import Bias
+from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec
 
 LOG2_E = torch.tensor(1.44269504)
 QUERIES, KEYS, HEADS = 40, 48, 2

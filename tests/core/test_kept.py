@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from anyattn import kept as module
-from anyattn import lowering
-from anyattn.lowering import HUGE, kept_key_bias, kept_within_base_2, within_base_2
+from anyattn.lowering import cache as module
+from anyattn.lowering import dense
+from anyattn.lowering.dense import HUGE, kept_key_bias, kept_within_base_2, within_base_2
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_drawn_bias_goes_with_its_mask() -> None:
 def test_biases_that_need_gradients_or_much_memory_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     leaf = torch.zeros(2, 2, requires_grad=True)
     assert kept_within_base_2(leaf).requires_grad
-    monkeypatch.setattr(lowering, "_MOST_KEPT_BYTES", 15)
+    monkeypatch.setattr(dense, "_MOST_KEPT_BYTES", 15)
     kept_within_base_2(torch.zeros(2, 2))
     assert not module._slots
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyattn import kept as module
-from anyattn.key_layout import key_layout, packed_keys, to_front, to_packed
+from anyattn.lowering import cache as module
+from anyattn.lowering.key_layout import key_layout, packed_keys, to_front, to_packed
 
 BATCH, SEQLEN, HEADS, DIM = 3, 11, 2, 4
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import anyattn
-from anyattn import known_bad, masks
+from anyattn import masks
 from anyattn.adapters.native import kernels
-from anyattn.backend import Lowering, Parts, Plan
+from anyattn.backend.known_bad import table
+from anyattn.backend.protocol import Lowering, Parts, Plan
 from anyattn.environment import preset
-from anyattn.spec import UNKNOWN, AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
+from anyattn.types.spec import UNKNOWN, AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
 
 CAUSAL = MaskSpec(pattern=PatternSpec(-1, 0, "upper_left"))
 BROADCAST = MaskSpec(dense=DenseSpec("boolean", torch.bool, (2, 1, 4, 64)))
@@ -42,7 +43,7 @@ def test_row_holds_where_it_says_and_native_goes_round_it(
     name: str, version: str, outside: str, changes: dict[str, object], harmless: dict[str, object], kernel: str
 ) -> None:
     def names(spec: AttentionSpec, torch_version: str) -> set[str]:
-        return {row.name for row in known_bad.hits(("native",), spec, preset("mps", torch_version=torch_version))}
+        return {row.name for row in table.hits(("native",), spec, preset("mps", torch_version=torch_version))}
 
     spec = _spec(same_lengths=False, **changes)
     env = preset("mps", torch_version=version)
@@ -51,7 +52,7 @@ def test_row_holds_where_it_says_and_native_goes_round_it(
     assert name not in names(spec.replace(**harmless), version)
     decision = anyattn.explain(spec, env=env, backend="native")
     assert (decision.chosen, decision.kernel) == ("native", kernel)
-    backend = anyattn.registry.get("native")
+    backend = anyattn.selection.registry.get("native")
     assert backend is not None
     lowering = backend.lower(spec, env)
     assert not lowering.is_causal
@@ -72,7 +73,7 @@ def test_too_many_scores_are_refused() -> None:
 
 def test_length_that_is_not_known_counts_as_bad() -> None:
     spec = _spec(seqlen_q=UNKNOWN, seqlen_kv=UNKNOWN, head_dim=64, head_dim_v=64)
-    assert {row.name for row in known_bad.hits(("native",), spec, preset("mps", torch_version="2.10"))} >= {
+    assert {row.name for row in table.hits(("native",), spec, preset("mps", torch_version="2.10"))} >= {
         "mps-vector"
     }
 

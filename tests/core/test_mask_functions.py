@@ -12,12 +12,13 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import anyattn
-from anyattn import block_masks, masks, reference
-from anyattn.block_masks import make_block_mask, written_out
-from anyattn.declared_reasons import MAX_LOWERED_MASK_BYTES, lowered_mask_bytes
+from anyattn import masks, reference
+from anyattn.backend.declared_reasons import MAX_LOWERED_MASK_BYTES, lowered_mask_bytes
 from anyattn.errors import InvalidCallError, UnsupportedCallError
-from anyattn.mask_functions import MaskFunction
-from anyattn.spec import AttentionSpec, BlockSpec, DenseSpec, MaskSpec, PatternSpec
+from anyattn.masks import block_masks
+from anyattn.masks.block_masks import make_block_mask, written_out
+from anyattn.masks.functions import MaskFunction
+from anyattn.types.spec import AttentionSpec, BlockSpec, DenseSpec, MaskSpec, PatternSpec
 
 BACKENDS = ("native", "native_math", "flex")
 

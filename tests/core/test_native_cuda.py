@@ -16,11 +16,12 @@ from torch import Tensor
 from anyattn import masks, reference
 from anyattn.adapters.flex.mods import score_mod_of
 from anyattn.adapters.native import kernels, short
-from anyattn.backend import Lowering, Parts, Plan
-from anyattn.lowering import HUGE, with_huge_biases, within_base_2
-from anyattn.masks import Mask
-from anyattn.prepare import parts_of
-from anyattn.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec
+from anyattn.backend.protocol import Lowering, Parts, Plan
+from anyattn.lowering.dense import HUGE, within_base_2
+from anyattn.lowering.lse import with_huge_biases
+from anyattn.masks.objects import Mask
+from anyattn.masks.values import parts_of
+from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec
 
 LOG2_E = torch.tensor(1.4426950408889634)
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyattn import masks, reference, registry
+from anyattn import masks, reference
 from anyattn.adapters.native import packed
-from anyattn.backend import Parts, Plan
-from anyattn.decision import Preference
+from anyattn.backend.protocol import Parts, Plan
 from anyattn.environment import preset
-from anyattn.selection import resolve
-from anyattn.spec import AttentionSpec, MaskSpec, PatternSpec
+from anyattn.selection import registry
+from anyattn.selection.resolve import resolve
 from anyattn.testing.doubles import flash2
+from anyattn.types.decision import Preference
+from anyattn.types.spec import AttentionSpec, MaskSpec, PatternSpec
 from helpers import needs_torch
 
 STARTS_Q, STARTS_K = (torch.tensor(starts, dtype=torch.int32) for starts in ((0, 3, 3, 8), (0, 4, 6, 9)))

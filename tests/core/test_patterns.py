@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from anyattn.masks import Align
-from anyattn.patterns import KernelPattern, in_alignment
-from anyattn.spec import UNKNOWN, PatternSpec
+from anyattn.backend.patterns import KernelPattern, in_alignment
+from anyattn.masks.objects import Align
+from anyattn.types.spec import UNKNOWN, PatternSpec
 
 ALIGNS: tuple[Align, Align] = ("upper_left", "lower_right")
 

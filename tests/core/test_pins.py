@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import anyattn
-from anyattn import attending, covering, pins, policy
+from anyattn.pins import attending, covering, pins
+from anyattn.scopes import defaults
 
 
 def attend(x: torch.Tensor) -> torch.Tensor:
@@ -156,10 +157,10 @@ def test_forward_that_is_broken_off_leaves_nothing(error: type[BaseException]) -
 
     model = nn.Sequential(Broken())
     anyattn.set_attention_backend(model, "native_math")
-    before = policy.current.get()
+    before = defaults.current.get()
     with pytest.raises(error):
         model(X)
-    assert policy.current.get() is before
+    assert defaults.current.get() is before
 
 
 def by_file(model: nn.Module) -> Any:

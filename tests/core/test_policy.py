@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import anyattn
-from anyattn import pins, registry
+from anyattn.pins import pins
+from anyattn.selection import registry
 
 
 def call(**options: Any) -> str:

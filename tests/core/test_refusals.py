@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import anyattn
-from anyattn import registry
 from anyattn.adapters.flash3 import PACKAGES as FLASH3
-from anyattn.decision import Preference
 from anyattn.environment import preset
 from anyattn.errors import AnyattnError, BackendUnavailableError, UnsupportedCallError
-from anyattn.kernel_source import Package
-from anyattn.names import BY_NAME
-from anyattn.refusals import refusal
-from anyattn.registry import known, names
-from anyattn.selection import resolve
-from anyattn.spec import AttentionSpec, DenseSpec, MaskSpec
+from anyattn.selection import registry
+from anyattn.selection.refusals import refusal
+from anyattn.selection.registry import known, names
+from anyattn.selection.resolve import resolve
+from anyattn.sources.packages import Package
+from anyattn.types.decision import Preference
+from anyattn.types.names import BY_NAME
+from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec
 
 
 def call(**arguments: Any) -> Any:

@@ -11,9 +11,9 @@ import torch
 from packaging.version import Version
 
 import anyattn
-from anyattn import installed
 from anyattn.environment import Environment, detect, preset
-from anyattn.spec import AttentionSpec, MaskSpec, PatternSpec
+from anyattn.process import installed
+from anyattn.types.spec import AttentionSpec, MaskSpec, PatternSpec
 
 LOWER_RIGHT = MaskSpec(pattern=PatternSpec(-1, 0, "lower_right"))
 
@@ -77,13 +77,13 @@ def test_activation_is_seen_and_what_was_decided_before_is_forgotten(activated: 
     torch.nn.attention.restore_flash_attention_impl()  # type: ignore[attr-defined]
     q = torch.randn(1, 5, 2, 8)
     anyattn.attention(q, q, q)
-    before = anyattn.policy.generation()
+    before = anyattn.scopes.defaults.generation()
     torch.nn.attention.activate_flash_attention_impl("FA4-test")  # type: ignore[attr-defined]
     anyattn.attention(q, q, q)
-    assert anyattn.policy.generation() == before, "a hit of the table looks at nothing"
+    assert anyattn.scopes.defaults.generation() == before, "a hit of the table looks at nothing"
     other = torch.randn(1, 6, 2, 8)
     anyattn.attention(other, other, other)
-    assert anyattn.policy.generation() > before
+    assert anyattn.scopes.defaults.generation() > before
 
 
 def test_old_torch_without_the_functions_replaces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,15 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import anyattn
-from anyattn import masks, policy, reference, registry
+from anyattn import masks, reference
 from anyattn.adapters.native import NativeMath
-from anyattn.backend import Backend
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.protocol import Backend
 from anyattn.environment import preset
-from anyattn.prepare import _learn, _prepared
-from anyattn.spec import AttentionSpec, DenseSpec, MaskSpec, Storage
+from anyattn.masks.values import _learn, _prepared
+from anyattn.scopes import defaults
+from anyattn.selection import registry
+from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec, Storage
 from helpers import needs_torch
 
 
@@ -112,11 +114,11 @@ def test_pin_is_taken_back_after_ctrl_c() -> None:
     model = nn.ModuleList([Broken(), Attend()])
     broken = model[0]
     anyattn.set_attention_backend(broken, "native_math")
-    before = policy.current.get()
+    before = defaults.current.get()
     with pytest.raises(KeyboardInterrupt):
         broken(*tensors())
     assert chosen() == "native"
-    assert policy.current.get() is before
+    assert defaults.current.get() is before
 
 
 def test_pin_holds_below_a_graph_break_and_in_its_thread_alone() -> None:
@@ -208,7 +210,7 @@ class Constant(Backend):
         self.loads += 1
 
     def lower(self, spec: Any, env: Any) -> Any:
-        from anyattn.backend import Lowering
+        from anyattn.backend.protocol import Lowering
 
         return Lowering("constant")
 
@@ -246,16 +248,16 @@ def test_declared_unit_stride_is_kept_on_a_cpu() -> None:
 
 
 def test_decision_made_while_the_default_changed_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyattn import dispatch
+    from anyattn.selection import decide
 
-    plain = dispatch.make_entry
+    plain = decide.make_entry
 
     def slow(*args: Any) -> Any:
         entry = plain(*args)
         anyattn.set_default_backend("native_math")
         return entry
 
-    monkeypatch.setattr(dispatch, "make_entry", slow)
+    monkeypatch.setattr(decide, "make_entry", slow)
     chosen()
     monkeypatch.undo()
     assert chosen() == "native_math"
@@ -277,7 +279,7 @@ def test_key_lengths_prepared_at_one_length_say_nothing_of_another() -> None:
 def test_window_as_a_list_and_parameter_as_a_mask_are_remembered() -> None:
     q, k, v = tensors()
     bias = nn.Parameter(torch.randn(6, 8), requires_grad=False)
-    table = anyattn.policy.current.get().table
+    table = anyattn.scopes.defaults.current.get().table
     for _ in range(3):
         anyattn.attention(q, k, v, bias)
         anyattn.attention(q, k, v, window=[2, 0])  # type: ignore[arg-type]

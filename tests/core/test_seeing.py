@@ -14,7 +14,7 @@ import anyattn
 from anyattn import masks, reference
 from anyattn.adapters.native import kernels
 from anyattn.environment import preset
-from anyattn.prepare import _not_all_true, _seen
+from anyattn.masks.values import _not_all_true, _seen
 
 
 def tensors(seqlen_q: int = 6, seqlen_kv: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -157,7 +157,7 @@ def test_prepare_mask_drops_what_allows_everything() -> None:
 
 
 def test_prepared_mask_is_known_to_leave_no_row_dead_until_it_is_written_to() -> None:
-    from anyattn.prepare import NOTHING, _learn, _prepared
+    from anyattn.masks.values import NOTHING, _learn, _prepared
 
     mask = torch.rand(6, 8) > 0.2
     mask[:, 0] = True

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import anyattn
-from anyattn import known_bad
-from anyattn.decision import Preference
+from anyattn.backend.known_bad import table
 from anyattn.environment import Environment, preset
-from anyattn.names import ALIASES, BY_NAME, KNOWN
-from anyattn.registry import known, names
-from anyattn.selection import resolve
-from anyattn.spec import UNKNOWN, AttentionSpec, BlockSpec, DenseSpec, MaskSpec, PatternSpec, Storage
+from anyattn.selection.registry import known, names
+from anyattn.selection.resolve import resolve
+from anyattn.types.decision import Preference
+from anyattn.types.names import ALIASES, BY_NAME, KNOWN
+from anyattn.types.spec import UNKNOWN, AttentionSpec, BlockSpec, DenseSpec, MaskSpec, PatternSpec, Storage
 
 H100 = preset("h100", torch_version="2.11.0")
 
@@ -160,7 +160,7 @@ def test_single_kernel_refuses_what_it_gets_wrong(call: AttentionSpec, name: str
 def test_unknown_lengths_count_as_if_the_bad_condition_held() -> None:
     masked = MaskSpec(dense=DenseSpec("bias", torch.bfloat16, (1, 1, UNKNOWN, UNKNOWN)))
     call = spec(seqlen_q=UNKNOWN, seqlen_kv=UNKNOWN, same_lengths=True, requires_grad=("query",), mask=masked)
-    rows = known_bad.hits(("native_cudnn",), call, H100)
+    rows = table.hits(("native_cudnn",), call, H100)
     assert "cudnn-backward-nan-mask" in {row.name for row in rows}
     assert decide(call).kernel != "sdpa"
 
@@ -168,7 +168,7 @@ def test_unknown_lengths_count_as_if_the_bad_condition_held() -> None:
 @pytest.mark.parametrize(("version", "bad"), [("2.11.0", True), ("2.12.0", False), ("2.13.0+cu130", False)])
 def test_known_bad_rows_end_with_the_version_that_mended_them(version: str, bad: bool) -> None:
     env = preset("h100", torch_version=version)
-    rows = known_bad.hits(("native_cudnn",), spec(mask=BOOLEAN), env)
+    rows = table.hits(("native_cudnn",), spec(mask=BOOLEAN), env)
     assert ("cudnn-dead-rows" in {row.name for row in rows}) is bad
 
 
@@ -248,7 +248,7 @@ def test_every_known_bad_row_is_documented_and_pure() -> None:
         spec(mask=BOOLEAN),
         spec(device_type="cpu", mask=MaskSpec(block=BlockSpec(1, 1, True, True, True))),
     ]
-    for row in known_bad.TABLE:
+    for row in table.TABLE:
         assert row.what and row.when and row.instead and row.link, row.name  # noqa: PT018
         for call in calls:
             assert row.holds(call) is row.holds(call)

@@ -13,9 +13,10 @@ from packaging.requirements import Requirement
 from torch import Tensor
 
 import anyattn
-from anyattn import environment, masks, reference, traced
+from anyattn import environment, masks, reference
 from anyattn.adapters.native import kernels
-from anyattn.names import KNOWN
+from anyattn.run import traced
+from anyattn.types.names import KNOWN
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import anyattn
-from anyattn import masks, policy
+from anyattn import masks
+from anyattn.selection import faults
 from anyattn.testing import doubles
 
 _X = tuple(torch.randn(2, 6, 2, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
@@ -130,8 +131,8 @@ def test_masks_that_vmap_batches_are_each_its_own() -> None:
 
 @pytest.mark.parametrize("transform", ["jvp", "vmap", "grad", "fake"])
 def test_what_fails_under_a_transform_benches_nothing(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyattn import tracing
     from anyattn.adapters.native import kernels
+    from anyattn.process import tracing
 
     def chosen() -> str:
         with anyattn.record() as calls:
@@ -151,8 +152,8 @@ def test_what_fails_under_a_transform_benches_nothing(transform: str, monkeypatc
     with contextlib.suppress(anyattn.AnyattnError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run[transform]()
-    assert not policy.faults(None)
-    assert not policy._faults
+    assert not faults.faults(None)
+    assert not faults._faults
     assert chosen() == before
 
 
@@ -185,7 +186,7 @@ def test_an_error_of_the_caller_under_vmap_benches_nothing() -> None:
 
     with pytest.raises(RuntimeError, match="randomness"):
         torch.vmap(dropped)(*batched)
-    assert not policy._faults
+    assert not faults._faults
     assert torch.vmap(dropped, randomness="different")(*batched).shape == batched[0].shape
 
 
@@ -331,7 +332,7 @@ def test_a_half_precision_mask_under_the_other_autocast(layout: str) -> None:
 
 
 def test_value_checks_are_left_out_where_there_are_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyattn import checks
+    from anyattn.run import checks
 
     monkeypatch.setenv("ANYATTN_CHECKS", "1")
     monkeypatch.setattr(checks, "_said", [])

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 import anyattn
-from anyattn import host_lengths, kept, masks, reference, tolerance
-from anyattn.masks import Mask
+from anyattn import masks, reference
+from anyattn.lowering import cache, host_lengths
+from anyattn.masks.objects import Mask
+from anyattn.reference import tolerance
 from anyattn.testing import doubles
 
 REAL = ("native", "native_flash", "native_math", "flex")
@@ -232,7 +234,7 @@ def test_record_holds_only_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with doubles.installed("flash2"):
         anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, backend="flash2")
-        monkeypatch.setattr(anyattn.kernel_source.FUNCTIONS["flash2"], "flash_attn_varlen_func", broken)
+        monkeypatch.setattr(anyattn.sources.packages.FUNCTIONS["flash2"], "flash_attn_varlen_func", broken)
         with anyattn.record() as calls, pytest.warns(anyattn.AnyattnWarning, match="flash2"):
             anyattn.attention_varlen(q, k, v, starts, starts, 4, 4, backend=["flash2", "native"])
     assert [call.chosen for call in calls] == ["native"]
@@ -303,7 +305,7 @@ def test_value_checks_find_a_kernel_that_lies(monkeypatch: pytest.MonkeyPatch, w
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Give a list that grows by a name whenever cumulative lengths are read for a kernel that takes integers."""
-    kept.forget()
+    cache.forget()
     found: list[str] = []
     honest = host_lengths.check_starts
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import anyattn
-from anyattn import masks, reference, tolerance
-from anyattn.masks import Mask
+from anyattn import masks, reference
+from anyattn.masks.objects import Mask
+from anyattn.reference import tolerance
 from anyattn.testing import doubles
 
 REAL = ("native", "native_flash", "native_math", "flex")
@@ -159,7 +160,7 @@ def test_rows_left_over_have_the_sinks_for_lse(backend: str) -> None:
 
 def test_value_checks_look_at_sequences_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYATTN_CHECKS", "1")
-    anyattn.policy.forget()
+    anyattn.scopes.defaults.forget()
     tensors, starts = _packed((3, 4), (3, 4), (2, 2), torch.float32), _starts((3, 4))
     assert not anyattn.attention_varlen(*tensors, starts, starts, 4, 4)[7:].any()
     tensors[1][6] = torch.nan

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from anyattn.hub_kernels import FLASH2
+from anyattn.sources.hub_kernels import FLASH2
 from anyattn.testing.doubles import flash2, hub
 
 

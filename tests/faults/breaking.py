@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import anyattn
-from anyattn import environment, registry
+from anyattn import environment
+from anyattn.selection import registry
 from anyattn.testing import doubles
 
 NAMES = tuple(doubles.DOUBLES)

@@ -23,11 +23,13 @@ from breaking import (
 )
 
 import anyattn
-from anyattn import environment, hub, registry
-from anyattn.cli import probe, trial
-from anyattn.faults import told
-from anyattn.reasons import Reason
+from anyattn import environment
+from anyattn.cli.commands.doctor import probe, trial
+from anyattn.selection import registry
+from anyattn.selection.faults import told
+from anyattn.sources import hub
 from anyattn.testing import doubles
+from anyattn.types.reasons import Reason
 
 
 def _one_broken_import(reasons: tuple[Reason, ...], error: Exception) -> None:
@@ -201,8 +203,8 @@ def test_kernel_of_the_hub_without_the_functions_is_a_broken_import_that_names_t
 
 @pytest.mark.parametrize(("name", "way"), WAYS)
 def test_doctor_tells_a_broken_import_once_with_its_cure(name: str, way: str) -> None:
-    from anyattn.cli import doctor
-    from anyattn.cli.catalogue import listed
+    from anyattn.cli.commands.doctor import command
+    from anyattn.cli.commands.doctor.catalogue import listed
 
     error = IMPORT_ERRORS[2]
     events: list[dict[str, object]] = []
@@ -214,7 +216,7 @@ def test_doctor_tells_a_broken_import_once_with_its_cure(name: str, way: str) ->
     assert found.trials == ()
     env = environment.preset("h100")
     (row,) = (row for row in listed(env) if row.name == name)
-    report = doctor._backend(row, found, env)
+    report = command._backend(row, found, env)
     assert report.state == "unusable"
     assert [reason.code for reason in report.reasons] == ["broken_import"]
     assert report.reasons[0].got == (hub._said(error) if name in FROM_HUB else told(error))
@@ -222,15 +224,15 @@ def test_doctor_tells_a_broken_import_once_with_its_cure(name: str, way: str) ->
 
 
 def test_doctor_tells_of_a_package_of_ours_that_kills_the_process_at_import() -> None:
-    from anyattn.cli import doctor
-    from anyattn.cli.catalogue import Listed
+    from anyattn.cli.commands.doctor import command
+    from anyattn.cli.commands.doctor.catalogue import Listed
 
     described = '{"event": "described", "family": "flash2", "exact": true, "reasons": []}'
     text = f'{{"event": "begin", "device": "", "step": "import"}}\n{described}\n'
     text += '{"event": "begin", "device": "", "step": "import"}\n'
     found = probe._read(probe.Job("flash2"), text, -11, None, ("Fatal Python error",))
     row = Listed("flash2", "flash2", "flash-attn", "2.8.3", "flash-attn", "pip install flash-attn", True, ())
-    report = doctor._backend(row, found, environment.preset("h100"))
+    report = command._backend(row, found, environment.preset("h100"))
     assert report.state == "unusable"
     assert report.reasons[0].code == "broken_import"
     assert "SIGSEGV" in report.reasons[0].got
@@ -247,14 +249,14 @@ def test_version_that_does_not_serve_is_told_with_one_that_does(version: str) ->
         assert (reason.code, reason.got) == ("wrong_version", version)
         # Without the upper bound pip would keep 3.0.0, and call that done.
         assert "'flash-attn>=2.6.3,<3'" in reason.hint
-    from anyattn.cli.catalogue import cure
+    from anyattn.cli.commands.doctor.catalogue import cure
 
     assert "'flash-attn>=2.6.3,<3'" in cure(row.reasons, "pip install flash-attn", env)
 
 
 @pytest.mark.parametrize(("distribution", "install"), [("a-b", "pip install --pre a-b"), ("a-b", "get 'a-b>1'")])
 def test_command_that_cures_a_wrong_version_names_those_that_serve(distribution: str, install: str) -> None:
-    from anyattn.kernel_source import Package
+    from anyattn.sources.packages import Package
 
     package = Package(distribution, "a_b", (), ">=2,<3", install)
     (reason,) = package.reasons(environment.preset("h100", packages={"a-b": "4.0"}))

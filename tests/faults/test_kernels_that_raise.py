@@ -15,9 +15,11 @@ from breaking import NAMES, admitted, preferred, raising
 from torch import Tensor
 
 import anyattn
-from anyattn import environment, faults, masks, policy, registry
+from anyattn import environment, masks
 from anyattn.adapters.native import NativeMath
-from anyattn.backend import Output, Parts, Plan
+from anyattn.backend.protocol import Output, Parts, Plan
+from anyattn.scopes import defaults
+from anyattn.selection import faults, registry
 from anyattn.testing import doubles
 
 
@@ -277,7 +279,7 @@ def test_kernel_that_fails_in_the_short_way_is_passed_over_or_raised() -> None:
     wanted = anyattn.attention(q, k, v, backend="native_math")
     with anyattn.attention_backend(["moody", "native_math"]):
         anyattn.attention(q, k, v)
-        assert policy.current.get().short, "the call is in the short table, which this test is of"
+        assert defaults.current.get().short, "the call is in the short table, which this test is of"
         with pytest.warns(anyattn.AnyattnWarning, match=r"moody failed for .* a bad mood"):
             assert torch.equal(anyattn.attention(q, k, v), wanted)
         assert torch.equal(anyattn.attention(q, k, v), wanted)

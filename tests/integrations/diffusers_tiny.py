@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import anyattn
-from anyattn.tolerance import budget, excess
+from anyattn.reference.tolerance import budget, excess
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -281,7 +281,7 @@ class Stock:
         output: Its output in float32.
         calls: How often it computed attention.
         truth: The output in float64.
-        allowed: The error budget of `anyattn.tolerance`, from a run with plain arithmetic in float32.
+        allowed: The error budget of `anyattn.reference.tolerance`, from a run with plain arithmetic in float32.
     """
 
     output: Tensor

@@ -19,8 +19,8 @@ from diffusers_tiny import MAIN, chosen, flux_inputs, make, output, unet_inputs
 from test_diffusers_pipelines import chosen_by_unet, chosen_by_vae, flux_pipe, sdxl
 
 import anyattn
-from anyattn import covering, pins
 from anyattn.integrations import diffusers as integration
+from anyattn.pins import covering, pins
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from torch import nn
 
 import anyattn
 from anyattn.integrations import diffusers as integration
-from anyattn.integrations.diffusers import doors
-from anyattn.integrations.diffusers.sites import OWN_KERNELS, OWN_LAYERS, SDPA_CALLERS
+from anyattn.integrations.diffusers.calls import doors
+from anyattn.integrations.diffusers.install.sites import OWN_KERNELS, OWN_LAYERS, SDPA_CALLERS
 
 diffusers = pytest.importorskip("diffusers")
 ROOT = Path(diffusers.__file__).parent

@@ -8,9 +8,9 @@ import torch
 import anyattn
 from anyattn import masks
 from anyattn.integrations import diffusers as integration
-from anyattn.integrations.diffusers import doors
-from anyattn.integrations.diffusers.arguments import to_call
-from anyattn.integrations.diffusers.masks import translate
+from anyattn.integrations.diffusers.calls import doors
+from anyattn.integrations.diffusers.calls.arguments import to_call
+from anyattn.integrations.diffusers.calls.masks import translate
 
 attention_dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
 

@@ -8,9 +8,10 @@ import pytest
 from diffusers_tiny import chosen, make, output
 
 import anyattn
-from anyattn import dispatch, pins
 from anyattn.integrations import diffusers as integration
-from anyattn.integrations.diffusers import doors
+from anyattn.integrations.diffusers.calls import doors
+from anyattn.pins import pins
+from anyattn.selection import decide
 
 attention_dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
 REGISTRY = attention_dispatch._AttentionBackendRegistry
@@ -19,7 +20,7 @@ REGISTRY = attention_dispatch._AttentionBackendRegistry
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
     # What is said once per process must be said to the test that waits for it.
-    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(decide, "_said", set())
     monkeypatch.setattr(doors, "_said", set())
     active = REGISTRY._active_backend
     yield

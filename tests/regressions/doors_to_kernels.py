@@ -15,10 +15,10 @@ from doors_to_backends import IN_KWARGS, tensors
 from torch import Tensor
 
 import anyattn
-from anyattn.backend import Backend
-from anyattn.capabilities import Capabilities
-from anyattn.names import canonical
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.protocol import Backend
 from anyattn.testing import doubles
+from anyattn.types.names import canonical
 
 DIFFUSERS_NAMES = (
     "flash",

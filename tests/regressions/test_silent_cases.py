@@ -12,7 +12,8 @@ import torch
 from doors_to_backends import BACKENDS, Attend, assert_right, differ, padding, tensors, triangle, truth
 
 import anyattn
-from anyattn import masks, registry
+from anyattn import masks
+from anyattn.selection import registry
 
 HONOUR_DROPOUT = ("native", "native_math")
 GIVE_GRADIENTS = ("native", "native_flash", "native_math")

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anyattn import known_bad, registry
-from anyattn.backend import Backend
-from anyattn.capabilities import Capabilities
-from anyattn.names import BY_NAME, KNOWN
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.known_bad import table
+from anyattn.backend.protocol import Backend
+from anyattn.selection import registry
 from anyattn.testing.doubles import DOUBLES
+from anyattn.types.names import BY_NAME, KNOWN
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -251,7 +252,7 @@ def page(rows: Sequence[Row] | None = None, runs: Sequence[Run] | None = None) -
                 row.instead,
                 row.link,
             )
-            for row in known_bad.TABLE
+            for row in table.TABLE
         ),
     )
     return "\n".join(lines).rstrip("\n") + "\n"

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 import anyattn
-from anyattn import environment, reference, tolerance
-from anyattn.testing.quantised import format_of
+from anyattn import environment, reference
+from anyattn.reference import tolerance
+from anyattn.testing.laws.quantised import format_of
 
 CALLS: dict[str, dict[str, Any]] = {
     "flux-1024": {"q": (1, 4608, 24, 128)},
@@ -42,8 +43,8 @@ def laws(device: str, backend: str, cases: str, law: str, thin: str, keep: str, 
 
     `keep` says what a trimmed build of a kernel has: `{"flash2": [["bfloat16"], 128]}`.
     """
-    from anyattn import registry
-    from anyattn.testing.drawing import TILED, always, drawn, space
+    from anyattn.selection import registry
+    from anyattn.testing.cases.drawing import TILED, always, drawn, space
     from anyattn.testing.verify import verify
 
     caps = registry.get(backend).declarations.get(device)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 import anyattn
-from anyattn import masks, reference, tolerance
-from anyattn.testing.quantised import SHARE, format_of, rounded
-from anyattn.testing.unwritten import fill_free_memory
+from anyattn import masks, reference
+from anyattn.reference import tolerance
+from anyattn.testing.laws.quantised import SHARE, format_of, rounded
+from anyattn.testing.laws.unwritten import fill_free_memory
 
 Call = dict[str, Any]
 
@@ -294,7 +295,7 @@ def judge(call: Call, backend: str) -> dict[str, Any]:
     except (anyattn.UnsupportedCallError, anyattn.BackendUnavailableError) as error:
         return {"outcome": "refused", "why": str(error)}
     out, lse = result if isinstance(result, tuple) else (result, None)
-    mask = anyattn.prepare.as_mask(call.get("attn_mask"))
+    mask = anyattn.masks.values.as_mask(call.get("attn_mask"))
     if call.get("is_causal"):
         mask = masks.Causal()
     if call.get("window"):

@@ -20,17 +20,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from anyattn import flash_like, hub_kernels, packed_rows
-from anyattn.backend import Backend, Lowering, Output, Parts, Plan
-from anyattn.capabilities import Capabilities, kernel_pattern
+from anyattn.adapters import _flash
+from anyattn.adapters._flash import KernelCall
+from anyattn.backend.capabilities import Capabilities, kernel_pattern
+from anyattn.backend.patterns import KernelPattern, trimmed
+from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.flash_like import KernelCall
-from anyattn.hub import FromHub
-from anyattn.kernel_source import FUNCTIONS, Package
-from anyattn.names import BY_NAME
-from anyattn.patterns import KernelPattern, trimmed
-from anyattn.reasons import Conversion, Reason
-from anyattn.spec import UNKNOWN, AttentionSpec
+from anyattn.lowering import packed_rows
+from anyattn.sources import hub_kernels
+from anyattn.sources.hub import FromHub
+from anyattn.sources.packages import FUNCTIONS, Package
+from anyattn.types.names import BY_NAME
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import UNKNOWN, AttentionSpec
 
 _INSTALL = BY_NAME["aiter"].install
 _MODULE = "aiter.ops.mha"
@@ -121,7 +123,7 @@ class Aiter(Backend):
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         dense = spec.mask.key is None and not spec.packed
         entry = "flash_attn_func" if dense else "flash_attn_varlen_func"
-        lowering = flash_like.lower(entry, self.declarations[spec.device_type], spec, packs=True)
+        lowering = _flash.lower(entry, self.declarations[spec.device_type], spec, packs=True)
         pattern, notes = self._pattern(spec), lowering.conversions
         if pattern is not None and pattern != lowering.pattern:
             notes = (*notes, Conversion("trimmed", f"rows {pattern.rows} alone: the others see no key"))
@@ -142,7 +144,7 @@ class Aiter(Backend):
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        return flash_like.attend(plan, query, key, value, parts, _call)
+        return _flash.attend(plan, query, key, value, parts, _call)
 
 
 class AiterHub(FromHub, Aiter):

@@ -13,17 +13,18 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from anyattn import flash_like, hub_kernels
-from anyattn.backend import Backend, Lowering, Output, Parts, Plan
-from anyattn.capabilities import Capabilities, kernel_pattern
+from anyattn.adapters import _flash
+from anyattn.adapters._flash import KernelCall
+from anyattn.backend.capabilities import Capabilities, kernel_pattern
+from anyattn.backend.patterns import KernelPattern
+from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.flash_like import KernelCall
-from anyattn.hub import FromHub
-from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
-from anyattn.names import BY_NAME
-from anyattn.patterns import KernelPattern
-from anyattn.reasons import Reason
-from anyattn.spec import AttentionSpec
+from anyattn.sources import hub_kernels
+from anyattn.sources.hub import FromHub
+from anyattn.sources.packages import FUNCTIONS, Package, first_that_serves, package_reasons
+from anyattn.types.names import BY_NAME
+from anyattn.types.reasons import Reason
+from anyattn.types.spec import AttentionSpec
 
 PACKAGES = (
     Package(
@@ -98,14 +99,14 @@ class Flash2(Backend):
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
-        return flash_like.lower(entry, self.declarations[spec.device_type], spec, packs=True)
+        return _flash.lower(entry, self.declarations[spec.device_type], spec, packs=True)
 
     def load(self) -> None:
         FUNCTIONS[self.name] = self.packages[0].load()
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        return flash_like.attend(plan, query, key, value, parts, _call)
+        return _flash.attend(plan, query, key, value, parts, _call)
 
 
 class Flash2Hub(FromHub, Flash2):
@@ -127,7 +128,7 @@ class Flash2Hub(FromHub, Flash2):
 
 def _right_window(spec: AttentionSpec, pattern: KernelPattern | None) -> Iterator[Reason]:
     """Refuse a window whose right side the kernel gets wrong."""
-    if pattern is not None and flash_like.misreads_right_side(spec, pattern):
+    if pattern is not None and _flash.misreads_right_side(spec, pattern):
         side = "an unbounded right side" if pattern.right == -1 else f"{pattern.right} on the right"
         got = f"{side} with {flash_like.keys_left(spec, pattern)} keys, in lower-right alignment"
         need = "a right side below seqlen_kv where there are more queries than keys"

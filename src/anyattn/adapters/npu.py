@@ -23,17 +23,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from anyattn import dense_like, host_lengths
-from anyattn.alignment import realigned
-from anyattn.backend import Backend, Lowering, Output, Parts, Plan
-from anyattn.capabilities import Capabilities
-from anyattn.dense_like import KernelCall
+from anyattn.adapters import _dense
+from anyattn.adapters._dense import KernelCall
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.host_lengths import Sequences
-from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
-from anyattn.names import BY_NAME
-from anyattn.reasons import Reason
-from anyattn.spec import AttentionSpec
+from anyattn.lowering import host_lengths
+from anyattn.lowering.host_lengths import Sequences
+from anyattn.lowering.storage import realigned
+from anyattn.sources.packages import FUNCTIONS, Package, first_that_serves, package_reasons
+from anyattn.types.names import BY_NAME
+from anyattn.types.reasons import Reason
+from anyattn.types.spec import AttentionSpec
 
 PACKAGES = (
     Package(
@@ -101,7 +102,7 @@ class Npu(Backend):
                 yield Reason("size", f"{name} <= {most}", str(size), "split the call")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
-        lowering = dense_like.lower("npu_fusion_attention", self.declarations[spec.device_type], spec)
+        lowering = _dense.lower("npu_fusion_attention", self.declarations[spec.device_type], spec)
         if not spec.packed:
             return lowering
         return dataclasses.replace(lowering, conversions=(*lowering.conversions, host_lengths.READ))
@@ -113,7 +114,7 @@ class Npu(Backend):
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         if plan.spec.packed:
             return _attend_packed(plan, query, key, value, parts)
-        return dense_like.attend(plan, query, key, value, parts, _call)
+        return _dense.attend(plan, query, key, value, parts, _call)
 
 
 def _packs(spec: AttentionSpec) -> bool:

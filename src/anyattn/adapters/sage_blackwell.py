@@ -15,15 +15,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from anyattn import flash_like, hub_kernels
-from anyattn.backend import Lowering, Output, Parts, Plan
-from anyattn.capabilities import BOTH, Capabilities
+from anyattn.adapters import _flash
+from anyattn.adapters._flash import KernelCall
+from anyattn.backend.capabilities import BOTH, Capabilities
+from anyattn.backend.protocol import Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.flash_like import KernelCall
-from anyattn.hub import FromHub
-from anyattn.kernel_source import FUNCTIONS
-from anyattn.reasons import Reason
-from anyattn.spec import AttentionSpec
+from anyattn.sources import hub_kernels
+from anyattn.sources.hub import FromHub
+from anyattn.sources.packages import FUNCTIONS
+from anyattn.types.reasons import Reason
+from anyattn.types.spec import AttentionSpec
 
 _CUDA = Capabilities(
     dtypes=frozenset((torch.float16, torch.bfloat16)),
@@ -57,11 +58,11 @@ class SageBlackwellHub(FromHub):
             yield Reason("mask", "seqlen_q == seqlen_kv for causal", f"{spec.seqlen_q} and {spec.seqlen_kv}")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
-        return flash_like.lower("sageattn3_blackwell", self.declarations[spec.device_type], spec, head_dim_multiple=1)
+        return _flash.lower("sageattn3_blackwell", self.declarations[spec.device_type], spec, head_dim_multiple=1)
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        return flash_like.attend(plan, query, key, value, parts, _call)
+        return _flash.attend(plan, query, key, value, parts, _call)
 
 
 def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, None]:

@@ -21,16 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyattn import dense_like
-from anyattn.backend import Backend, Lowering, Output, Parts, Plan
-from anyattn.capabilities import Capabilities
-from anyattn.dense_like import KernelCall
+from anyattn.adapters import _dense
+from anyattn.adapters._dense import KernelCall
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
-from anyattn.lowering import pattern_mask, repeat_heads
-from anyattn.names import BY_NAME
-from anyattn.reasons import Conversion, Reason
-from anyattn.spec import AttentionSpec, PatternSpec
+from anyattn.lowering.dense import pattern_mask
+from anyattn.lowering.lse import repeat_heads
+from anyattn.sources.packages import FUNCTIONS, Package, first_that_serves, package_reasons
+from anyattn.types.names import BY_NAME
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import AttentionSpec, PatternSpec
 
 PACKAGES = (
     Package(
@@ -96,7 +97,7 @@ class Xla(Backend):
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         caps = self.declarations[spec.device_type]
-        lowering = dense_like.lower("flash_attention", caps, spec, copies=False)
+        lowering = _dense.lower("flash_attention", caps, spec, copies=False)
         pattern = lowering.pattern
         keys = spec.seqlen_kv if pattern is None or pattern.keys is None else pattern.keys[1] - pattern.keys[0]
         notes = list(lowering.conversions)
@@ -123,7 +124,7 @@ class Xla(Backend):
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        return dense_like.attend(plan, query, key, value, parts, _call)
+        return _dense.attend(plan, query, key, value, parts, _call)
 
 
 def _whole(length: int, *, backward: bool) -> int:

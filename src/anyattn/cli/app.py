@@ -63,7 +63,7 @@ def doctor(
     Every usable backend is tried on tiny inputs (a plain call, one with padding, one with gradients) and compared with
     the reference, each in a process of its own: one that crashes or hangs is a line of the report.
     """
-    from anyattn.cli import doctor as command
+    from anyattn.cli.commands.doctor import command
     from anyattn.cli.views.doctor import show
 
     def make(progress: Progress) -> Report:
@@ -104,7 +104,7 @@ def explain(
 
     Example: anyattn explain --shape 2,4096,24,128 --kv 77 --mask padding --as h100
     """
-    from anyattn.cli import explain as command
+    from anyattn.cli.commands import explain as command
     from anyattn.cli.views.explain import show
 
     # The parameters that describe the call are named as the fields of CallWords are.
@@ -134,7 +134,7 @@ def verify(
     Cases are drawn from each backend's declaration, adversarial ones among them. A backend that can't run here is a
     failure where it is named, and left out where none is.
     """
-    from anyattn.cli import verify as command
+    from anyattn.cli.commands import verify as command
     from anyattn.cli.views.verify import show
 
     def make(progress: Progress) -> Report:
@@ -169,7 +169,7 @@ def demo(
     The pipelines are small and have random weights; nothing is downloaded. Each is compared with the same model in
     float64. Needs the extra anyattn[demo].
     """
-    from anyattn.cli import demo as command
+    from anyattn.cli.commands import demo as command
     from anyattn.cli.views.demo import show
 
     def make(progress: Progress) -> Report:

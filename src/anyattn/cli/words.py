@@ -12,12 +12,12 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from anyattn import environment
+from anyattn.call.describe import build_spec
+from anyattn.call.facts import Facts, MaskFacts, Options
 from anyattn.cli.reports import UsageError
-from anyattn.describe import build_spec
 from anyattn.environment import DISTRIBUTIONS, PRESET_NAMES, Environment
-from anyattn.facts import Facts, MaskFacts, Options
-from anyattn.masks import Align, Pattern, join_patterns
-from anyattn.spec import AttentionSpec
+from anyattn.masks.objects import Align, Pattern, join_patterns
+from anyattn.types.spec import AttentionSpec
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "npu", "xla")
 """The types of device that a call may be on."""

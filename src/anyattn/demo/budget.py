@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anyattn.demo.models import Output
-from anyattn.tolerance import budget
+from anyattn.reference.tolerance import budget
 
 __all__ = ["Errors", "allow", "measure"]
 
@@ -51,7 +51,7 @@ def allow(plain: Output, truth: Output, dtype: torch.dtype) -> Errors:
         dtype: What the judged runs compute in.
 
     Source:
-        `anyattn.tolerance`: twice the plain run's error against float64, plus a rounding band. One number for
+        `anyattn.reference.tolerance`: twice the plain run's error against float64, plus a rounding band. One number for
         all of the latents and one for all of the image, because every error of a denoising step spreads over
         the whole picture in the next.
     """

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from anyattn.errors import AnyattnError
-from anyattn.integrations.diffusers import names as names_of_diffusers
+from anyattn.integrations.diffusers.install import names as names_of_diffusers
 
 __all__ = ["MissingExtraError", "load_diffusers", "require"]
 

@@ -19,8 +19,8 @@ from anyattn.demo.plain import PlainArithmetic
 from anyattn.demo.recipes import MODELS, TITLES, ModelName
 from anyattn.demo.results import BackendRun, DemoResult, ModelResult
 from anyattn.errors import AnyattnError, InvalidCallError, UnsupportedCallError
-from anyattn.names import AUTO
-from anyattn.registry import known, resolve_name
+from anyattn.selection.registry import known, resolve_name
+from anyattn.types.names import AUTO
 
 __all__ = ["Progress", "run_demo", "usable_backends"]
 

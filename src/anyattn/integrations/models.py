@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from anyattn import pins
-from anyattn.decision import Precision
 from anyattn.errors import InvalidCallError
+from anyattn.pins import pins
+from anyattn.types.decision import Precision
 
 
 def _diffusers_of(model: Any) -> Any:

@@ -4,8 +4,8 @@
 report, `check` runs one law for one `Case`, and `strategy` draws cases with hypothesis (the extra `anyattn[testing]`).
 """
 
-from anyattn.testing.cases import Case
-from anyattn.testing.drawing import always, strategy
+from anyattn.testing.cases.case import Case
+from anyattn.testing.cases.drawing import always, strategy
 from anyattn.testing.laws import LAWS, LawBroken, LawResult, check
 from anyattn.testing.suite import run
 from anyattn.testing.verify import VerifyReport, verify

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn import policy, registry
 from anyattn.adapters.flex import Flex
 from anyattn.adapters.native import NativeFlash, NativeMath
-from anyattn.backend import Backend, Output, Parts, Plan, Run
-from anyattn.mask_functions import MaskFunction
-from anyattn.testing.cases import Case
+from anyattn.backend.protocol import Backend, Output, Parts, Plan, Run
+from anyattn.masks.functions import MaskFunction
+from anyattn.scopes import defaults
+from anyattn.selection import registry
+from anyattn.testing.cases.case import Case
 from anyattn.testing.wrong_backends import NAME, Coarse, Forgetful, Hasty, Overflowing, Sinkless
 
 Wrap = Callable[[Run, Plan, Tensor, Tensor, Tensor, Parts], Output]
@@ -41,12 +42,12 @@ def broken(base: type[Backend], wrap: Wrap) -> Backend:
 def registered(backend: Backend) -> Iterator[str]:
     """Register a backend for a while, with every decision forgotten before and after."""
     registry.register(backend)
-    policy.forget()
+    defaults.forget()
     try:
         yield backend.name
     finally:
         registry.unregister(backend.name)
-        policy.forget()
+        defaults.forget()
 
 
 def _with(plan: Plan, **changes: Any) -> Plan:

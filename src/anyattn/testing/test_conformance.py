@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from anyattn import registry
 from anyattn.environment import detect
+from anyattn.selection import registry
 from anyattn.testing.laws import LAWS
 from anyattn.testing.suite import run
 

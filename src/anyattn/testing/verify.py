@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from anyattn import registry
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
 from anyattn.environment import detect
-from anyattn.reasons import Reason
-from anyattn.testing.cases import Case
-from anyattn.testing.drawing import always, drawn, space
+from anyattn.selection import registry
+from anyattn.testing.cases.case import Case
+from anyattn.testing.cases.drawing import always, drawn, space
 from anyattn.testing.laws import LAWS, Law, LawBroken
+from anyattn.types.reasons import Reason
 
 Progress = Callable[[str, str, int, int], None]
 """`progress(backend, law, done, of)`: called before each law and after the last."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from anyattn import reference
 from anyattn.adapters.native import NativeFlash, NativeMath
 from anyattn.adapters.native import kernels as native
-from anyattn.backend import Lowering, Output, Parts, Plan
+from anyattn.backend.protocol import Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.reasons import Conversion, Reason
-from anyattn.spec import AttentionSpec
-from anyattn.testing.quantised import as_int8
+from anyattn.testing.laws.quantised import as_int8
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import AttentionSpec
 
 NAME = "sabotaged"
 """The name under which a sabotaged backend is registered."""

@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from anyattn import flash_like, hub_kernels
+from anyattn.adapters import _flash
+from anyattn.adapters._flash import KernelCall
 from anyattn.adapters.flash3.builds import (
     BUILD,
     FORWARD_ONLY,
@@ -31,14 +32,14 @@ from anyattn.adapters.flash3.builds import (
     of_build,
     rejected,
 )
-from anyattn.backend import Backend, Lowering, Output, Parts, Plan
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.flash_like import KernelCall
-from anyattn.hub import FromHub
-from anyattn.kernel_source import FUNCTIONS, Package, first_that_serves, package_reasons
-from anyattn.reasons import Conversion, Reason
-from anyattn.spec import AttentionSpec
+from anyattn.sources import hub_kernels
+from anyattn.sources.hub import FromHub
+from anyattn.sources.packages import FUNCTIONS, Package, first_that_serves, package_reasons
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import AttentionSpec
 
 _CUDA = Capabilities(
     dtypes=frozenset((torch.float16, torch.bfloat16)),
@@ -106,7 +107,7 @@ class Flash3(Backend):
         # Lengths beside unpacked keys are shown for the forward alone; the backward takes packed keys.
         packs = spec.needs_grad
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
-        return flash_like.lower(entry, caps, spec, packs=packs)
+        return _flash.lower(entry, caps, spec, packs=packs)
 
     def load(self) -> None:
         from anyattn.environment import detect
@@ -118,7 +119,7 @@ class Flash3(Backend):
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        return flash_like.attend(plan, query, key, value, parts, _call)
+        return _flash.attend(plan, query, key, value, parts, _call)
 
 
 def _look_at_lse(functions: Any) -> None:
@@ -204,13 +205,13 @@ class Flash3Fp8(Flash3):
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         entry = "flash_attn_func" if spec.mask.key is None else "flash_attn_varlen_func"
-        lowering = flash_like.lower(entry, _FP8, spec, head_dim_multiple=16)
+        lowering = _flash.lower(entry, _FP8, spec, head_dim_multiple=16)
         note = Conversion("quantised", "query, key and value as e4m3, with a scale per batch entry and head")
         return dataclasses.replace(lowering, conversions=(note, *lowering.conversions))
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        return flash_like.attend(plan, query, key, value, parts, _call_fp8)
+        return _flash.attend(plan, query, key, value, parts, _call_fp8)
 
 
 def _call_fp8(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:

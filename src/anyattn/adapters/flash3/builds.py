@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
 from anyattn.environment import Environment
-from anyattn.kernel_source import Package
-from anyattn.reasons import Reason
-from anyattn.spec import AttentionSpec
+from anyattn.sources.packages import Package
+from anyattn.types.reasons import Reason
+from anyattn.types.spec import AttentionSpec
 
 _NAMES = ("flash_attn_func", "flash_attn_varlen_func")
 BUILD = "build hopper/ of github.com/Dao-AILab/flash-attention"

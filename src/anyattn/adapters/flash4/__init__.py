@@ -19,18 +19,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from anyattn import flash_like, hub_kernels
+from anyattn.adapters import _flash
+from anyattn.adapters._flash import KernelCall
 from anyattn.adapters.flash4 import kernels
-from anyattn.backend import Backend, Lowering, Output, Parts, Plan
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.head_dims import HeadDims
+from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Arch, Environment
-from anyattn.flash_like import KernelCall
-from anyattn.head_dims import HeadDims
-from anyattn.hub import FromHub
-from anyattn.kernel_source import FUNCTIONS, Package, package_reasons
-from anyattn.names import BY_NAME
-from anyattn.reasons import Conversion, Reason
-from anyattn.spec import AttentionSpec
+from anyattn.sources import hub_kernels
+from anyattn.sources.hub import FromHub
+from anyattn.sources.packages import FUNCTIONS, Package, package_reasons
+from anyattn.types.names import BY_NAME
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import AttentionSpec
 
 PACKAGES = (
     Package(
@@ -104,9 +105,9 @@ class Flash4(Backend):
         caps, arch = self.declarations[spec.device_type], _arch(spec, env)
         if spec.needs_grad and arch[0] == 9:
             # See the module's words on the backward, and `flash4-backward-head-dims` among the known bad.
-            lowering = flash_like.lower(entry, caps, spec, head_dim_multiple=32, same_head_dims=True)
+            lowering = _flash.lower(entry, caps, spec, head_dim_multiple=32, same_head_dims=True)
         else:
-            lowering = flash_like.lower(entry, caps, spec)
+            lowering = _flash.lower(entry, caps, spec)
         note = Conversion("compiles_first", "the first call of a kind compiles its kernel, which takes seconds")
         return dataclasses.replace(lowering, conversions=(*lowering.conversions, note))
 
@@ -118,7 +119,7 @@ class Flash4(Backend):
         def kernel(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
             return kernels.attend(plan, call, parts.sinks)
 
-        return flash_like.attend(plan, query, key, value, parts, kernel)
+        return _flash.attend(plan, query, key, value, parts, kernel)
 
 
 def _arch(spec: AttentionSpec, env: Environment) -> Arch:

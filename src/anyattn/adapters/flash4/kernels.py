@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn.backend import Plan
-from anyattn.flash_like import KernelCall
-from anyattn.kernel_source import FUNCTIONS
-from anyattn.tracing import records
+from anyattn.adapters._flash import KernelCall
+from anyattn.backend.protocol import Plan
+from anyattn.process.tracing import records
+from anyattn.sources.packages import FUNCTIONS
 
 
 def attend(plan: Plan, call: KernelCall, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -12,13 +12,13 @@ from typing import ClassVar
 import torch
 
 from anyattn.adapters.flex import kernels
-from anyattn.backend import Backend, Lowering
-from anyattn.capabilities import BOTH, Capabilities
-from anyattn.declared_reasons import lowered_mask_reasons
+from anyattn.backend.capabilities import BOTH, Capabilities
+from anyattn.backend.declared_reasons import lowered_mask_reasons
+from anyattn.backend.known_bad.table import hits
+from anyattn.backend.protocol import Backend, Lowering
 from anyattn.environment import Environment
-from anyattn.known_bad import hits
-from anyattn.reasons import Conversion, Reason
-from anyattn.spec import UNKNOWN, AttentionSpec
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import UNKNOWN, AttentionSpec
 
 _CPU = Capabilities(
     dtypes=frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)),

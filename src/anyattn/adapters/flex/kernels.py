@@ -17,11 +17,12 @@ from torch import Tensor
 
 from anyattn.adapters.flex.huge import lse_with_bias
 from anyattn.adapters.flex.mods import block_mask_of, score_mod_of
-from anyattn.backend import Output, Parts, Plan
-from anyattn.lowering import joined_mask, normalise_lse, repeat_heads
-from anyattn.mask_base import serial_of
-from anyattn.spec import UNKNOWN, AttentionSpec, Storage
-from anyattn.tracing import is_fake, is_plain
+from anyattn.backend.protocol import Output, Parts, Plan
+from anyattn.lowering.dense import joined_mask
+from anyattn.lowering.lse import normalise_lse, repeat_heads
+from anyattn.masks.base import serial_of
+from anyattn.process.tracing import is_fake, is_plain
+from anyattn.types.spec import UNKNOWN, AttentionSpec, Storage
 
 _BASE_2 = torch.finfo(torch.float32).max * math.log(2)
 """What is below minus this in natural units is -inf in base 2."""

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyattn import block_masks
 from anyattn.adapters.flex import traced
 from anyattn.adapters.flex.huge import with_bias
-from anyattn.backend import Parts, Plan
-from anyattn.block_masks import make_band_block_mask
-from anyattn.lowering import key_mask
-from anyattn.mask_base import serial_of
-from anyattn.mask_functions import MaskFunction
-from anyattn.spec import AttentionSpec, PatternSpec
-from anyattn.tracing import has_values, is_fake, is_plain
+from anyattn.backend.protocol import Parts, Plan
+from anyattn.lowering.dense import key_mask
+from anyattn.masks import block_masks
+from anyattn.masks.base import serial_of
+from anyattn.masks.block_masks import make_band_block_mask
+from anyattn.masks.functions import MaskFunction
+from anyattn.process.tracing import has_values, is_fake, is_plain
+from anyattn.types.spec import AttentionSpec, PatternSpec
 
 Mod = Callable[..., Tensor]
 """A `mask_mod(b, h, q_idx, kv_idx)` or `score_mod(score, b, h, q_idx, kv_idx)`."""

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyattn.block_masks import BLOCK, band_blocks, block_counts, ordered
-from anyattn.lowering import key_mask
+from anyattn.lowering.dense import key_mask
+from anyattn.masks.block_masks import BLOCK, band_blocks, block_counts, ordered
 
 
 @torch.library.custom_op("anyattn::flex_keys", mutates_args=())

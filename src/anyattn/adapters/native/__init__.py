@@ -16,12 +16,12 @@ import torch
 from anyattn.adapters.native import kernels, mps, packed, replaced, short
 from anyattn.adapters.native.declarations import CUDNN, EFFICIENT, FLASH, MATH, NATIVE
 from anyattn.adapters.native.reaching import dense_causal_reasons, lower_to
-from anyattn.backend import Backend, Lowering, MaskedRunner, Plan, Runner
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.known_bad.table import hits
+from anyattn.backend.protocol import Backend, Lowering, MaskedRunner, Plan, Runner
 from anyattn.environment import Environment
-from anyattn.known_bad import hits
-from anyattn.reasons import Conversion, Reason
-from anyattn.spec import AttentionSpec
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import AttentionSpec
 
 
 class _Kernel(Backend):

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import torch
 from packaging.version import Version
 
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
 from anyattn.environment import Environment
-from anyattn.masks import Align
-from anyattn.spec import AttentionSpec
+from anyattn.masks.objects import Align
+from anyattn.types.spec import AttentionSpec
 
 _HALF = frozenset((torch.float16, torch.bfloat16))
 _FLOATS = _HALF | {torch.float32, torch.float64}

@@ -14,22 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.adapters.native import packed
-from anyattn.alignment import realigned
-from anyattn.backend import Output, Parts, Plan
-from anyattn.key_layout import kept_padding
-from anyattn.lowering import (
+from anyattn.backend.protocol import Output, Parts, Plan
+from anyattn.lowering.dense import (
     additive,
     aligned_bias,
     joined_mask,
     kept_key_bias,
     kept_within_base_2,
-    normalise_lse,
     pattern_mask,
-    repeat_heads,
-    with_huge_biases,
     within_base_2,
 )
-from anyattn.spec import AttentionSpec, PatternSpec
+from anyattn.lowering.key_layout import kept_padding
+from anyattn.lowering.lse import normalise_lse, repeat_heads, with_huge_biases
+from anyattn.lowering.storage import realigned
+from anyattn.types.spec import AttentionSpec, PatternSpec
 
 FUSED_CUDA: frozenset[str] = frozenset(("flash", "efficient", "cudnn"))
 

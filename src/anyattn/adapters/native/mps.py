@@ -1,6 +1,6 @@
 """SDPA on Apple GPUs: the rule that keeps calls from what is wrong there.
 
-Source: the rows of `anyattn.known_bad` for MPS. One rule covers most: contiguous query, key and value, a full-size
+Source: the rows of `anyattn.backend.known_bad.table` for MPS. One rule covers most: contiguous query, key and value, a full-size
 contiguous mask, and never the causal flag. What is left is written out in float32, or refused. Nothing of this ran on
 an Apple GPU.
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from anyattn.backend import Lowering
+from anyattn.backend.known_bad.table import hits
+from anyattn.backend.protocol import Lowering
 from anyattn.environment import Environment
-from anyattn.known_bad import hits
-from anyattn.reasons import Conversion, Reason
-from anyattn.spec import AttentionSpec
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import AttentionSpec
 
 _FLAG = frozenset(("mps-causal-half", "mps-mask-and-causal"))
 _WRITTEN_OUT = frozenset(("mps-vector", "mps-value-dim", "mps-long-half"))

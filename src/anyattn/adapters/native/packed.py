@@ -18,13 +18,13 @@ from packaging.version import Version
 from torch import Tensor
 
 from anyattn.adapters.native import replaced
-from anyattn.alignment import realigned
-from anyattn.backend import Lowering, Output, Parts, Plan
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.protocol import Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.installed import varlen_is_replaced
-from anyattn.reasons import Conversion
-from anyattn.spec import UNKNOWN, AttentionSpec
+from anyattn.lowering.storage import realigned
+from anyattn.process.installed import varlen_is_replaced
+from anyattn.types.reasons import Conversion
+from anyattn.types.spec import UNKNOWN, AttentionSpec
 
 ENTRY = "varlen_attn"
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from anyattn.adapters.native import kernels
 from anyattn.adapters.native.declarations import why_repeated
-from anyattn.backend import Lowering
-from anyattn.capabilities import Capabilities, needs_dense, pattern_is_native
-from anyattn.declared_reasons import lowered_mask_reasons
+from anyattn.backend.capabilities import Capabilities, needs_dense, pattern_is_native
+from anyattn.backend.declared_reasons import lowered_mask_reasons
+from anyattn.backend.protocol import Lowering
 from anyattn.environment import Environment
-from anyattn.lowering import mask_conversions
-from anyattn.reasons import Conversion, Reason
-from anyattn.spec import AttentionSpec
+from anyattn.lowering.dense import mask_conversions
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import AttentionSpec
 
 
 def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec, env: Environment) -> Lowering:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from anyattn.environment import Environment
-from anyattn.reasons import Reason
-from anyattn.spec import AttentionSpec
+from anyattn.types.reasons import Reason
+from anyattn.types.spec import AttentionSpec
 
 _RESTORE = "torch.nn.attention.restore_flash_attention_impl(), or choose another backend"
 _MAJORS: Mapping[str, tuple[int, ...]] = {"FA3": (9,), "FA4": (9, 10)}

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.adapters.native.kernels import misread
-from anyattn.backend import MaskedRunner, Plan, Runner
-from anyattn.lowering import aligned_bias, kept_key_bias, kept_within_base_2, wide
-from anyattn.spec import AttentionSpec
+from anyattn.backend.protocol import MaskedRunner, Plan, Runner
+from anyattn.lowering.dense import aligned_bias, kept_key_bias, kept_within_base_2, wide
+from anyattn.types.spec import AttentionSpec
 
 
 def bind_sdpa(plan: Plan) -> Runner | None:

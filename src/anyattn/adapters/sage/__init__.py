@@ -30,17 +30,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from anyattn import flash_like, hub_kernels
+from anyattn.adapters import _flash
 from anyattn.adapters.sage import packed, tiles
 from anyattn.adapters.sage.declarations import FP8, FP16, PACKED, PICKS, TRITON
 from anyattn.adapters.sage.kernels import INSTALL, REACH, call_dense, that_knows_its_parameters
-from anyattn.backend import Backend, Lowering, Output, Parts, Plan
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.hub import FromHub
-from anyattn.kernel_source import FUNCTIONS, Package
-from anyattn.reasons import Conversion, Reason
-from anyattn.spec import AttentionSpec
+from anyattn.sources import hub_kernels
+from anyattn.sources.hub import FromHub
+from anyattn.sources.packages import FUNCTIONS, Package
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import AttentionSpec
 
 _WAITS = Conversion("synchronises", f"{packed.ENTRY} waits for the device, and can't be captured in a CUDA graph")
 
@@ -91,8 +92,8 @@ class _Sage(Backend):
         caps = self.capabilities(spec, env)
         assert caps is not None
         if not self.goes_packed(spec):
-            return _in_whole_tiles(flash_like.lower(self.entry(spec, env), caps, spec, head_dim_multiple=1), spec)
-        lowering = flash_like.lower(packed.ENTRY, caps, spec, packs=True, head_dim_multiple=1)
+            return _in_whole_tiles(_flash.lower(self.entry(spec, env), caps, spec, head_dim_multiple=1), spec)
+        lowering = _flash.lower(packed.ENTRY, caps, spec, packs=True, head_dim_multiple=1)
         return dataclasses.replace(lowering, conversions=(*lowering.conversions, _WAITS))
 
     def entry(self, spec: AttentionSpec, env: Environment) -> str:
@@ -113,7 +114,7 @@ class _Sage(Backend):
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         call = packed.call_packed if plan.lowering.entry == packed.ENTRY else call_dense
-        return flash_like.attend(plan, query, key, value, parts, call)
+        return _flash.attend(plan, query, key, value, parts, call)
 
 
 def _in_whole_tiles(lowering: Lowering, spec: AttentionSpec) -> Lowering:
@@ -123,7 +124,7 @@ def _in_whole_tiles(lowering: Lowering, spec: AttentionSpec) -> Lowering:
     if pattern is not None and pattern.rows is not None:
         rows = pattern.rows[1] - pattern.rows[0]
     if pattern is not None:
-        keys = flash_like.keys_left(spec, pattern)
+        keys = _flash.keys_left(spec, pattern)
     causal = pattern is not None and (pattern.left, pattern.right) == (-1, 0)
     note = tiles.note(lowering.entry, rows, keys, causal=causal)
     return lowering if note is None else dataclasses.replace(lowering, conversions=(*lowering.conversions, note))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
 from anyattn.environment import Arch
 
 FP8 = Capabilities(

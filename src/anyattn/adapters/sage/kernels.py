@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from anyattn.adapters._flash import KernelCall
 from anyattn.adapters.sage import tiles
-from anyattn.backend import Plan
-from anyattn.flash_like import KernelCall
-from anyattn.kernel_source import FUNCTIONS
-from anyattn.names import BY_NAME
+from anyattn.backend.protocol import Plan
+from anyattn.sources.packages import FUNCTIONS
+from anyattn.types.names import BY_NAME
 
 PARAMETERS = ("tensor_layout", "is_causal", "sm_scale", "return_lse")
 """The keywords that are passed; nothing is left to `**kwargs`."""

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyattn.adapters._flash import KernelCall
 from anyattn.adapters.sage.kernels import INSTALL, readable, what_lacks
-from anyattn.backend import Plan
-from anyattn.flash_like import KernelCall
-from anyattn.kernel_source import FUNCTIONS
+from anyattn.backend.protocol import Plan
+from anyattn.sources.packages import FUNCTIONS
 
 ENTRY = "sageattn_varlen"
 PARAMETERS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "is_causal", "sm_scale")

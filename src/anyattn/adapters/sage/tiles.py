@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyattn.flash_like import KernelCall
-from anyattn.reasons import Conversion
+from anyattn.adapters._flash import KernelCall
+from anyattn.types.reasons import Conversion
 
 ROWS, KEYS = 128, 64
 """How many queries, and how many keys, make a tile of the fp16 kernels."""

@@ -19,17 +19,18 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from anyattn import flash_like, host_lengths
+from anyattn.adapters import _flash
 from anyattn.adapters.xformers import kernels
-from anyattn.backend import Backend, Lowering, Output, Parts, Plan
-from anyattn.capabilities import Capabilities, kernel_pattern, needs_dense
+from anyattn.backend.capabilities import Capabilities, kernel_pattern, needs_dense
+from anyattn.backend.patterns import KernelPattern
+from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Arch, Environment
-from anyattn.kernel_source import FUNCTIONS, Package, package_reasons
-from anyattn.lowering import mask_conversions
-from anyattn.names import BY_NAME
-from anyattn.patterns import KernelPattern
-from anyattn.reasons import Conversion, Reason
-from anyattn.spec import UNKNOWN, AttentionSpec, MaskSpec
+from anyattn.lowering import host_lengths
+from anyattn.lowering.dense import mask_conversions
+from anyattn.sources.packages import FUNCTIONS, Package, package_reasons
+from anyattn.types.names import BY_NAME
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import UNKNOWN, AttentionSpec, MaskSpec
 
 _CALLS = (
     "memory_efficient_attention",
@@ -111,7 +112,7 @@ class XFormers(Backend):
             # Without the keys that no row sees it is a square, which flash takes.
             return caps.replace(causal=_LOWER_RIGHT)
         found = kernel_pattern(caps, spec)
-        misread = found is not None and flash_like.misreads_right_side(spec, found)
+        misread = found is not None and _flash.misreads_right_side(spec, found)
         # Windows are flash's alone; one that it doesn't take is given to CUTLASS as a dense mask.
         return caps.replace(window=frozenset()) if misread or not _flash_takes(spec) else caps
 
@@ -131,7 +132,7 @@ class XFormers(Backend):
         caps = self.capabilities(spec, env)
         assert caps is not None
         dense = spec.mask.dense is not None or needs_dense(caps, spec)
-        plain = flash_like.lower("flash", caps, spec.replace(mask=MaskSpec()) if dense else spec)
+        plain = _flash.lower("flash", caps, spec.replace(mask=MaskSpec()) if dense else spec)
         lowering = dataclasses.replace(plain, dense=dense, pattern=_without_dead_rows(plain.pattern, spec))
         if _why_cutlass(spec, lowering):
             lowering = dataclasses.replace(lowering, entry="cutlass")
@@ -162,7 +163,7 @@ class XFormers(Backend):
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        return flash_like.attend(plan, query, key, value, parts, lambda plan, call: kernels.attend(plan, call, parts))
+        return _flash.attend(plan, query, key, value, parts, lambda plan, call: kernels.attend(plan, call, parts))
 
 
 def _flash_takes(spec: AttentionSpec) -> bool:
@@ -201,7 +202,7 @@ def _without_dead_rows(pattern: KernelPattern | None, spec: AttentionSpec) -> Ke
         return pattern
     if UNKNOWN in (spec.seqlen_q, spec.seqlen_kv):
         return pattern
-    first = spec.seqlen_q - flash_like.keys_left(spec, pattern) - pattern.right
+    first = spec.seqlen_q - _flash.keys_left(spec, pattern) - pattern.right
     return pattern if first <= 0 else dataclasses.replace(pattern, rows=(first, spec.seqlen_q))
 
 

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn import host_lengths
-from anyattn.backend import Parts, Plan
-from anyattn.flash_like import KernelCall
-from anyattn.host_lengths import Sequences
-from anyattn.kept import kept
-from anyattn.kernel_source import FUNCTIONS
-from anyattn.lowering import aligned_bias, joined_mask, normalise_lse, with_huge_biases, within_base_2
-from anyattn.patterns import KernelPattern
+from anyattn.adapters._flash import KernelCall
+from anyattn.backend.patterns import KernelPattern
+from anyattn.backend.protocol import Parts, Plan
+from anyattn.lowering import host_lengths
+from anyattn.lowering.cache import kept
+from anyattn.lowering.dense import aligned_bias, joined_mask, within_base_2
+from anyattn.lowering.host_lengths import Sequences
+from anyattn.lowering.lse import normalise_lse, with_huge_biases
+from anyattn.sources.packages import FUNCTIONS
 
 
 def attend(plan: Plan, call: KernelCall, parts: Parts) -> tuple[Tensor, Tensor | None]:

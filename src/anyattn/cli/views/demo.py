@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from anyattn.cli.demo import DemoReport
+from anyattn.cli.commands.demo import DemoReport
 from anyattn.cli.views.parts import BAD, GOOD, PALE, facts, section, table
 from anyattn.demo import BackendRun, ModelResult
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from anyattn.cli.explain import Explanation
+from anyattn.cli.commands.explain import Explanation
 from anyattn.cli.views.parts import BAD, GOOD, PALE, facts, grouped, section, under
-from anyattn.decision import Candidate, Decision
 from anyattn.environment import Environment
-from anyattn.reasons import Reason
+from anyattn.types.decision import Candidate, Decision
+from anyattn.types.reasons import Reason
 
 _BASIS = {
     "required": "required: no other is taken in its place",

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from anyattn.cli.verify import Verification
+from anyattn.cli.commands.verify import Verification
 from anyattn.cli.views.parts import BAD, GOOD, PALE, facts, grouped, section, table, under
 from anyattn.testing.verify import BackendReport, LawReport
 

@@ -14,7 +14,7 @@ integration.disable()                                  # everything as before
 
 from __future__ import annotations
 
-from anyattn.integrations.diffusers.coverage import Layer, attention_layers
+from anyattn.integrations.diffusers.install.coverage import Layer, attention_layers
 from anyattn.integrations.diffusers.models import (
     ComponentReport,
     SetReport,

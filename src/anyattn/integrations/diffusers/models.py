@@ -12,16 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from anyattn import pins
-from anyattn.covering import Host
-from anyattn.decision import Precision, Preference
-from anyattn.dispatch import make_preference
 from anyattn.errors import AnyattnWarning, InvalidCallError
-from anyattn.integrations.diffusers import signatures, state
-from anyattn.integrations.diffusers.coverage import Layer, attention_layers
-from anyattn.integrations.diffusers.sites import TEXT_ENCODER
-from anyattn.integrations.diffusers.watching import HOST, judged_in
-from anyattn.names import AUTO
+from anyattn.integrations.diffusers import state
+from anyattn.integrations.diffusers.calls import signatures
+from anyattn.integrations.diffusers.install.coverage import Layer, attention_layers
+from anyattn.integrations.diffusers.install.sites import TEXT_ENCODER
+from anyattn.integrations.diffusers.install.watching import HOST, judged_in
+from anyattn.pins import pins
+from anyattn.pins.covering import Host
+from anyattn.selection.preferences import make_preference
+from anyattn.types.decision import Precision, Preference
+from anyattn.types.names import AUTO
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from anyattn.integrations.diffusers import names, patches, setters, versions, watching
+from anyattn.integrations.diffusers import versions
+from anyattn.integrations.diffusers.install import names, patches, setters, watching
 
 lock = threading.RLock()
 """Held while anything of the integration changes; one for all, so that no two can wait for each other."""

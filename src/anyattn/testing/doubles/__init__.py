@@ -12,9 +12,12 @@ import importlib
 import sys
 from collections.abc import Iterator
 
-from anyattn import environment, kernel_source, policy, registry
-from anyattn.backend import Backend
+from anyattn import environment
+from anyattn.backend.protocol import Backend
 from anyattn.environment import Environment
+from anyattn.scopes import defaults
+from anyattn.selection import faults, registry
+from anyattn.sources import packages
 from anyattn.testing.doubles.double import Double
 
 __all__ = ["DOUBLES", "Double", "double_of", "installed"]
@@ -91,11 +94,11 @@ def installed(name: str, double: Double | None = None) -> Iterator[Backend]:
         with environment.supposed(supposed_environment(double, environment.detect())), registry.substituted(backend):
             yield backend
     finally:
-        kernel_source.FUNCTIONS.pop(name, None)
+        packages.FUNCTIONS.pop(name, None)
         for module, found in before.items():
             if found is None:
                 sys.modules.pop(module, None)
             else:
                 sys.modules[module] = found
-        policy.forget_faults()
-        policy.forget()
+        faults.forget_faults()
+        defaults.forget()

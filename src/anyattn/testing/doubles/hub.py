@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from anyattn import hub_kernels
-from anyattn.hub import HubKernel
+from anyattn.sources import hub_kernels
+from anyattn.sources.hub import HubKernel
 from anyattn.testing.doubles import aiter, flash2, flash3, flash4, sage, sage_blackwell
 from anyattn.testing.doubles.double import Double, module
 

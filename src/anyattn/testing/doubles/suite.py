@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from anyattn import registry
-from anyattn.reasons import Reason
-from anyattn.testing.cases import Case
+from anyattn.selection import registry
+from anyattn.testing.cases.case import Case
 from anyattn.testing.doubles import DOUBLES, installed
 from anyattn.testing.verify import BackendReport, Progress, VerifyReport, verify
+from anyattn.types.reasons import Reason
 
 
 def verify_doubles(

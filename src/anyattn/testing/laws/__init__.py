@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from anyattn.capabilities import Capabilities
-from anyattn.testing.cases import Case
+from anyattn.backend.capabilities import Capabilities
+from anyattn.testing.cases.case import Case
 from anyattn.testing.laws import conduct, memory, numbers
 from anyattn.testing.laws.base import Law, LawBroken, LawResult
 
@@ -47,7 +47,7 @@ def _dropping(case: Case, caps: Capabilities) -> Case:
 
 
 def _odd_storage(case: Case, caps: Capabilities) -> Case:
-    from anyattn.testing.recipes import STRIDES
+    from anyattn.testing.cases.recipes import STRIDES
 
     kind = case.strides if case.strides != "plain" else STRIDES[1 + case.seed % (len(STRIDES) - 1)]
     same = {"seqlen_kv": case.seqlen_q, "kv_heads": case.heads, "head_dim_v": 0} if kind == "packed" else {}

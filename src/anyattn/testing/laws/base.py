@@ -8,14 +8,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
 from anyattn.environment import detect
 from anyattn.errors import AnyattnError, BackendUnavailableError, UnsupportedCallError
-from anyattn.reasons import Reason
-from anyattn.registry import get
-from anyattn.testing.cases import Case, Inputs
-from anyattn.testing.measure import MORE_ORDERS, ORDERS, Bound
-from anyattn.testing.quantised import format_of, holds
+from anyattn.selection.registry import get
+from anyattn.testing.cases.case import Case, Inputs
+from anyattn.testing.laws.measure import MORE_ORDERS, ORDERS, Bound
+from anyattn.testing.laws.quantised import format_of, holds
+from anyattn.types.reasons import Reason
 
 Status = Literal["passed", "refused"]
 

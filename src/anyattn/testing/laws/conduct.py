@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn import registry, running
-from anyattn.backend import Backend
+from anyattn.backend.protocol import Backend
 from anyattn.environment import detect
 from anyattn.errors import AnyattnError, BackendUnavailableError, InvalidCallError, UnsupportedCallError
-from anyattn.masks import Mask
-from anyattn.testing.cases import Case, Inputs
+from anyattn.masks.objects import Mask
+from anyattn.reference.tolerance import QUANTISED
+from anyattn.run import plan
+from anyattn.selection import registry
+from anyattn.testing.cases.case import Case, Inputs
 from anyattn.testing.laws.base import (
     TOO_COARSE,
     LawBroken,
@@ -30,9 +32,8 @@ from anyattn.testing.laws.base import (
     require,
     too_coarse,
 )
-from anyattn.testing.measure import Bound, bounds, gradients, results
-from anyattn.testing.quantised import bounds_for, format_of
-from anyattn.tolerance import QUANTISED
+from anyattn.testing.laws.measure import Bound, bounds, gradients, results
+from anyattn.testing.laws.quantised import bounds_for, format_of
 
 
 @contextlib.contextmanager
@@ -50,8 +51,8 @@ def _watched(backend: Backend) -> Iterator[list[str]]:
         seen.append("run")
         return run(*args)
 
-    was_loaded = backend in running._loaded
-    running._loaded.discard(backend)
+    was_loaded = backend in plan._loaded
+    plan._loaded.discard(backend)
     instance: dict[str, Any] = vars(backend)
     instance.update(load=watched_load, run=watched_run)
     try:
@@ -61,7 +62,7 @@ def _watched(backend: Backend) -> Iterator[list[str]]:
             instance.pop(name, None)
         instance.update(kept)
         if was_loaded:
-            running._loaded.add(backend)
+            plan._loaded.add(backend)
 
 
 def rejected(backend: str, case: Case) -> LawResult:

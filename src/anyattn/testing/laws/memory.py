@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from anyattn import varlen
-from anyattn.capabilities import Capabilities
+from anyattn.backend.capabilities import Capabilities
 from anyattn.errors import BackendUnavailableError, UnsupportedCallError
-from anyattn.masks import Mask
-from anyattn.testing.cases import Case, Inputs
+from anyattn.masks.objects import Mask
+from anyattn.testing.cases.case import Case, Inputs
 from anyattn.testing.laws.base import (
     TOO_COARSE,
     LawBroken,
@@ -26,9 +26,9 @@ from anyattn.testing.laws.base import (
     refused,
     too_coarse,
 )
-from anyattn.testing.measure import cotangent, gradients
-from anyattn.testing.quantised import bounds_for
-from anyattn.testing.unwritten import fill_free_memory, sizes_of, surrounded
+from anyattn.testing.laws.measure import cotangent, gradients
+from anyattn.testing.laws.quantised import bounds_for
+from anyattn.testing.laws.unwritten import fill_free_memory, sizes_of, surrounded
 
 LENGTHS = (1, 7, 33, 40, 127, 129)
 """Lengths that are no kernel's tile."""

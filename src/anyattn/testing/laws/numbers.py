@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from anyattn import reference
-from anyattn.lowering import key_mask
-from anyattn.mask_functions import MaskFunction
-from anyattn.masks import Mask
-from anyattn.testing.cases import Case, Inputs
+from anyattn.lowering.dense import key_mask
+from anyattn.masks.functions import MaskFunction
+from anyattn.masks.objects import Mask
+from anyattn.testing.cases.case import Case, Inputs
 from anyattn.testing.laws.base import (
     TOO_COARSE,
     LawBroken,
@@ -24,8 +24,8 @@ from anyattn.testing.laws.base import (
     refused,
     too_coarse,
 )
-from anyattn.testing.measure import Bound, bounds, cotangent, results
-from anyattn.testing.quantised import bounds_for, format_of, norm_bounds
+from anyattn.testing.laws.measure import Bound, bounds, cotangent, results
+from anyattn.testing.laws.quantised import bounds_for, format_of, norm_bounds
 
 
 def right(backend: str, case: Case) -> LawResult:

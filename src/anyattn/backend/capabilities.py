@@ -1,0 +1,188 @@
+"""What a backend declares that it accepts, and the one place that reads each field."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from anyattn.backend.head_dims import HeadDims
+from anyattn.backend.patterns import KernelPattern, in_alignment
+from anyattn.environment import Arch
+from anyattn.masks.objects import Align
+from anyattn.types.spec import UNKNOWN, AttentionSpec, DenseSpec, MaskSpec, Storage
+
+BOTH: frozenset[Align] = frozenset(("upper_left", "lower_right"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a backend accepts on one type of device; every default is the pessimistic one.
+
+    A backend that takes a dense boolean mask thereby takes every pattern, key mask and mask function as well: they
+    are turned into one, and the decision says so.
+
+    Attributes:
+        dtypes: The dtypes of query, key and value.
+        arch_min: The lowest compute capability, for CUDA.
+        arch_max: The highest, or None.
+        rocm: Whether AMD GPUs are served.
+        head_dim_max: The largest head_dim.
+        head_dims: Which head dims there are where that depends on the compute capability; of others, none.
+        head_dim_multiple: What head_dim and head_dim_v must be multiples of.
+        head_dim_v: Whether value's head_dim may differ from query's.
+        causal: The alignments in which the kernel itself does causal attention.
+        causal_square: Whether it does so only where there are as many queries as keys.
+        window: The alignments in which the kernel itself does sliding windows.
+        realigns: Whether the backend says a pattern in its kernel's own alignment where that can be done exactly (it
+            then calls `kernel_pattern`); otherwise alignments must agree, or the lengths.
+        key_mask: Whether the kernel takes a key mask as such.
+        key_and_pattern: Whether it takes one together with a pattern.
+        boolean: Whether it takes a dense boolean mask.
+        bias: Whether it takes a dense additive mask.
+        bias_float32: Whether that may be float32 with a half-precision query.
+        block: Whether it takes a FlexAttention block mask or a mask function.
+        mask_grad: Whether it gives the gradient of an additive mask.
+        dead_rows: Whether rows without a key give zeros.
+        gqa: Whether query heads may share key/value heads.
+        dropout: Whether it does dropout.
+        dropout_of_all: Whether that is right where everything is dropped, dropout_p == 1.
+        softcap: Whether it does softcap.
+        sinks: Whether it does sinks.
+        scale_any: Whether zero and negative scales are right.
+        lse: Whether it gives the log-sum-exp.
+        backward: Whether it gives gradients.
+        deterministic: Whether its gradients are deterministic when asked.
+        forward_ad: Whether it gives derivatives of forward mode (torch.func.jvp, dual tensors).
+        vmap: Whether it can be called inside torch.vmap.
+        exact: Whether it computes in the inputs' precision; False for quantised kernels.
+        quantised: What a quantised kernel computes in: `"int8"`, `"fp8"` or `"fp4"` (its loosest part).
+        value_max: The largest magnitude in value that the kernel can hold, or None where the dtype's own is.
+        unit_stride: Whether head_dim must be contiguous.
+        aligned: Whether storage must be 16-byte aligned (it is copied where it isn't).
+        batch_heads_max: The largest batch * num_heads, or None.
+        batch_max: The largest batch, and the largest num_heads, or None.
+        seqlen_kv_min: The fewest keys.
+        varlen: Whether the kernel takes packed sequences as such; otherwise they are padded for it.
+        device_guard: Whether the call must be made with its tensors' device as the current one.
+        compile: Whether it works under torch.compile(fullgraph=True).
+        cuda_graph: Whether it can be captured in a CUDA graph.
+    """
+
+    dtypes: frozenset[torch.dtype] = frozenset()
+    arch_min: Arch | None = None
+    arch_max: Arch | None = None
+    rocm: bool = False
+    head_dim_max: int = 0
+    head_dims: tuple[HeadDims, ...] = ()
+    head_dim_multiple: int = 1
+    head_dim_v: bool = False
+    causal: frozenset[Align] = frozenset()
+    causal_square: bool = False
+    window: frozenset[Align] = frozenset()
+    realigns: bool = False
+    key_mask: bool = False
+    key_and_pattern: bool = False
+    boolean: bool = False
+    bias: bool = False
+    bias_float32: bool = False
+    block: bool = False
+    mask_grad: bool = False
+    dead_rows: bool = False
+    gqa: bool = False
+    dropout: bool = False
+    dropout_of_all: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    scale_any: bool = False
+    lse: bool = False
+    backward: bool = False
+    deterministic: bool = False
+    forward_ad: bool = False
+    vmap: bool = False
+    exact: bool = False
+    quantised: str = ""
+    value_max: float | None = None
+    unit_stride: bool = True
+    aligned: bool = True
+    batch_heads_max: int | None = None
+    batch_max: int | None = None
+    seqlen_kv_min: int = 1
+    varlen: bool = False
+    device_guard: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
+
+    def replace(self, **changes: object) -> Capabilities:
+        """Give a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def pattern_is_native(caps: Capabilities, spec: AttentionSpec) -> bool:
+    """Whether the kernel does the call's pattern itself: alignments agree where the lengths do."""
+    pattern = spec.mask.pattern
+    if pattern is None:
+        return True
+    if caps.realigns:
+        return kernel_pattern(caps, spec) is not None
+    aligns = caps.causal if pattern.is_causal else caps.window
+    return pattern.align in aligns or (spec.same_lengths and bool(aligns))
+
+
+def kernel_pattern(caps: Capabilities, spec: AttentionSpec) -> KernelPattern | None:
+    """Say the call's pattern as the kernel takes it, in its own alignment; None where it can't be said exactly."""
+    pattern = spec.mask.pattern
+    if pattern is None:
+        return None
+    first: Align = pattern.align
+    second: Align = "lower_right" if first == "upper_left" else "upper_left"
+    for align in (first, second):
+        if align not in caps.causal and align not in caps.window:
+            continue
+        # Packed sequences each have lengths of their own, which aren't known.
+        sizes = (UNKNOWN, UNKNOWN) if spec.packed else (spec.seqlen_q, spec.seqlen_kv)
+        found = in_alignment(pattern, *sizes, align, same_lengths=spec.same_lengths)
+        if found is None:
+            continue
+        causal = found.is_causal and align in caps.causal and (not caps.causal_square or _is_square(found, spec))
+        if found.is_full or align in caps.window or causal:
+            return found
+    return None
+
+
+def as_run(caps: Capabilities | None, spec: AttentionSpec) -> AttentionSpec:
+    """Give the call as a backend runs it: packed sequences are padded for a kernel that doesn't take them."""
+    if not spec.packed or (caps is not None and caps.varlen):
+        return spec
+    pattern = spec.mask.pattern
+    if pattern is None or pattern.align == "upper_left":
+        mask = MaskSpec(pattern, "lengths", dead_rows=True, prefix=True)
+        return spec.replace(packed=False, mask=mask, storage=Storage())
+    shape = (spec.batch, 1, spec.seqlen_q, spec.seqlen_kv)
+    mask = MaskSpec(dense=DenseSpec("boolean", torch.bool, shape), dead_rows=True)
+    return spec.replace(packed=False, mask=mask, storage=Storage(), packed_pattern=pattern)
+
+
+def _is_square(pattern: KernelPattern, spec: AttentionSpec) -> bool:
+    """Whether as many rows as keys are left; sizes that aren't known yet are not."""
+    if spec.same_lengths:
+        return True
+    rows = spec.seqlen_q if pattern.rows is None else pattern.rows[1] - pattern.rows[0]
+    keys = spec.seqlen_kv if pattern.keys is None else pattern.keys[1] - pattern.keys[0]
+    return rows == keys != UNKNOWN
+
+
+def needs_dense(caps: Capabilities, spec: AttentionSpec) -> bool:
+    """Whether a pattern, key mask or mask function has to be turned into a dense mask for this kernel."""
+    mask = spec.mask
+    function = mask.block is not None and mask.block.is_function and not caps.block
+    if mask.block is not None and not caps.block and not function:
+        return False
+    pattern_left = mask.pattern is not None and not pattern_is_native(caps, spec)
+    key_left = mask.key is not None and not caps.key_mask
+    # A kernel's own causal flag beside a dense mask is not uniform (SDPA's documentation forbids it), so
+    # the two are joined.
+    joined = mask.dense is not None or key_left or function or (mask.key is not None and not caps.key_and_pattern)
+    both = mask.pattern is not None and joined and not caps.key_and_pattern
+    return pattern_left or key_left or both or function

@@ -1,0 +1,35 @@
+"""Which head dims a kernel has, where that depends on the architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anyattn.types.spec import AttentionSpec
+
+
+@dataclass(frozen=True, slots=True)
+class HeadDims:
+    """Which head dims a kernel has on the CUDA devices of one major compute capability.
+
+    Attributes:
+        major: That capability, such as 9 for sm90.
+        largest: Up to which head_dim and head_dim_v are free.
+        pairs: Further pairs of the two.
+        plain_pairs: Further pairs, of calls without softcap, sinks and key masks alone.
+    """
+
+    major: int
+    largest: int
+    pairs: tuple[tuple[int, int], ...] = ()
+    plain_pairs: tuple[tuple[int, int], ...] = ()
+
+    def takes(self, spec: AttentionSpec) -> bool:
+        """Whether a call's head dims are among them."""
+        pair = (spec.head_dim, spec.head_dim_v)
+        plain = spec.softcap is None and not spec.sinks and spec.mask.key is None
+        return max(pair) <= self.largest or pair in self.pairs or (plain and pair in self.plain_pairs)
+
+    def __str__(self) -> str:
+        said = [f"<= {self.largest}", *(str(pair) for pair in self.pairs)]
+        said += [f"{pair} without softcap, sinks and key masks" for pair in self.plain_pairs]
+        return ", or ".join(said)

@@ -1,0 +1,199 @@
+"""The protocol of a backend and its laws.
+
+A backend is a declaration (`declarations`, one `Capabilities` per type of device), what no field can say
+(`rejects`), a pure description of how a call reaches its kernel (`lower`), and the call itself (`run`).
+
+Laws, checked for every backend by `anyattn.testing`:
+    1. A call that isn't refused gives what `anyattn.reference` gives, forward and backward.
+    2. A refused call raises before `load` runs, with every reason.
+    3. `reasons`, `lower` and `rejects` are pure: they look at their arguments alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor
+
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.declared_reasons import declared_reasons
+from anyattn.backend.known_bad.table import hits
+from anyattn.backend.patterns import KernelPattern
+from anyattn.environment import Environment
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import AttentionSpec
+
+Output = Tensor | tuple[Tensor, Tensor]
+
+
+class Parts(NamedTuple):
+    """The tensors that a call has beside query, key and value; what they mean stands in the spec.
+
+    Attributes:
+        key: Boolean `(B, S_kv)` or `(B or 1, 1, 1, S_kv)`, or integer lengths `(B,)`; the caller's own tensor.
+        dense: Boolean or floating, with four dimensions, each full or 1.
+        block: A FlexAttention BlockMask.
+        sinks: `(H,)`.
+        cu_seqlens_q: Of packed sequences, int32 `(B + 1,)`: where each one's queries begin.
+        cu_seqlens_k: The same of keys.
+    """
+
+    key: Tensor | None = None
+    dense: Tensor | None = None
+    block: Any | None = None
+    sinks: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """How a call reaches a kernel: constants alone, so that torch.compile can trace through it.
+
+    Attributes:
+        entry: Which function of the kernel.
+        is_causal: Whether the kernel's own causal flag is set.
+        dense: Whether every part of the mask is joined into one dense mask.
+        copy: Whether query, key and value are copied to aligned, contiguous storage.
+        compiled: Whether the kernel is compiled, by the backend itself or with the caller's code.
+        upcast: Whether query, key and value are computed with as float32, and the output cast back.
+        pad_keys: Whether keys are padded to a multiple of 16, and masked.
+        repeat_heads: Whether key and value heads are repeated in memory, for a kernel without GQA.
+        pattern: The pattern as the kernel is told it, with the rows and keys that are left.
+        head_dims: What head_dim and head_dim_v are padded to, where the adapter pads them.
+        keys: How a key mask reaches the kernel: `"lengths"` (the allowed keys are the first), `"front"` (they are moved
+            there), `"packed"` (all entries' keys one after the other), or empty.
+        conversions: What is done, for people.
+    """
+
+    entry: str
+    is_causal: bool = False
+    dense: bool = False
+    copy: bool = False
+    compiled: bool = False
+    pad_keys: bool = False
+    upcast: bool = False
+    repeat_heads: bool = False
+    pattern: KernelPattern | None = None
+    keys: Literal["", "lengths", "front", "packed"] = ""
+    head_dims: tuple[int, int] | None = None
+    conversions: tuple[Conversion, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A call with the choice made: what `run` needs.
+
+    Attributes:
+        backend: The backend's name.
+        spec: The call.
+        lowering: How it reaches the kernel.
+        rescale: Whether sinks are added after the fact, by rescaling with lse.
+    """
+
+    backend: str
+    spec: AttentionSpec
+    lowering: Lowering
+    rescale: bool = False
+
+
+Run = Callable[[Plan, Tensor, Tensor, Tensor, Parts], Output]
+Runner = Callable[[Tensor, Tensor, Tensor], Output]
+MaskedRunner = Callable[[Tensor, Tensor, Tensor, Any], Output]
+
+
+class Backend:
+    """One attention implementation under one name; subclass it, one file per family.
+
+    Attributes:
+        name: Its canonical name.
+        family: The group that shares a kernel source.
+        declarations: What it accepts, per type of device.
+        downloads: Whether `load` may fetch the kernel's code over a network: then nothing but a person's naming it has
+            it loaded, never `auto`, nor what looks at every backend.
+        is_double: Whether it stands for a kernel that isn't there: a contract double, of `anyattn.testing.doubles`.
+        quantises: Whether it is the adapter that quantises, so that results are coarse whatever computes them.
+    """
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    declarations: ClassVar[Mapping[str, Capabilities]] = {}
+    downloads: ClassVar[bool] = False
+    is_double: ClassVar[bool] = False
+    quantises: ClassVar[bool] = False
+
+    def origin(self, env: Environment) -> str:
+        """Say where the kernel's code comes from: a distribution with its version, or a Hub revision. Law: pure."""
+        return ""
+
+    def availability(self, env: Environment) -> Iterator[Reason]:
+        """Yield why the kernel isn't to be had here: not installed, too old, no such device. Law: pure."""
+        if not any(env.device(kind) for kind in self.declarations):
+            kinds = " or ".join(self.declarations)
+            yield Reason("no_device", f"a {kinds} device", ", ".join(device.type for device in env.devices))
+
+    def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
+        """Give the declaration for the call's device, or None. Law: pure."""
+        return self.declarations.get(spec.device_type)
+
+    def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        """Yield the grounds that no field of the declaration can say. Law: pure."""
+        return iter(())
+
+    def reasons(self, spec: AttentionSpec, env: Environment) -> tuple[Reason, ...]:
+        """Give every ground for refusing the call; none means that it will be run. Law: pure."""
+        caps = self.capabilities(spec, env)
+        found = [*self.availability(env)]
+        no_device = any(reason.code == "no_device" for reason in found)
+        if caps is None:
+            if not no_device:
+                need = f"tensors on {' or '.join(self.declarations)}"
+                found.append(Reason("device_type", need, spec.device_type, "move them, or choose another backend"))
+            return tuple(dict.fromkeys(found))
+        declared = declared_reasons(caps, spec, env.device(spec.device_type, spec.device_index))
+        # That the device isn't there is said once.
+        found += (reason for reason in declared if not (no_device and reason.code == "no_device"))
+        found += self.rejects(spec, env)
+        found += self.known_bad(spec, env)
+        return tuple(dict.fromkeys(found))
+
+    def known_bad(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
+        """Yield the rows of the known-bad table that the lowering doesn't already avoid. Law: pure."""
+        return (row.reason() for row in hits((self.name,), spec, env))
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        """Say how an admitted call reaches the kernel. Law: pure, and exact."""
+        raise NotImplementedError(f"the backend {self.name} has no lower(); see anyattn.backend.Backend")
+
+    def load(self) -> None:
+        """Import the kernel; called once, before the first `run`. Law: nothing else imports it.
+
+        Raises:
+            Exception: Whatever the kernel's package raises; it is reported as BackendUnavailableError.
+        """
+
+    @staticmethod
+    def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        """Call the kernel, in the spec's layout. Law: gives what the reference gives, inputs unchanged.
+
+        Where `plan.spec.return_lse` or `plan.rescale` is set it gives `(out, lse)`: a backend that declares lse and not
+        sinks is asked for lse where there are sinks, and anyattn adds them. Rows without a key give zeros, finite
+        gradients, and lse -inf. Strides along head_dim are 1 where the declaration asks for it.
+
+        torch.compile traces it, and sees the fields of the plan and its spec, but no properties.
+        """
+        raise NotImplementedError
+
+    def bind(self, plan: Plan) -> Runner | None:
+        """Give a shorter way to run a plan that has no tensors beside query, key and value, or None.
+
+        Law: the callable itself refuses mismatched dtypes and devices, follows autocast as SDPA does and gives the
+        gradients that are needed, so that one serves every call of the same shapes.
+        """
+        return None
+
+    def bind_masked(self, plan: Plan) -> MaskedRunner | None:
+        """Give a shorter way to run a plan with a mask and without sinks, `run(query, key, value, attn_mask)`."""
+        return None

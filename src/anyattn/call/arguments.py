@@ -1,0 +1,161 @@
+"""From a call's tensors to its spec: what is read of them, and what a decision depends on besides shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn.call.describe import build_spec, check_tensors
+from anyattn.call.facts import Facts, MaskFacts, Options, facts_of, mask_facts, plain_options
+from anyattn.errors import InvalidCallError
+from anyattn.masks.objects import Mask
+from anyattn.masks.values import NOTHING, as_mask, autocast_mask, known_of
+from anyattn.process import tracing
+from anyattn.types.spec import UNKNOWN, AttentionSpec, Layout, Storage
+
+_grad_enabled = torch.is_grad_enabled
+_autocast_on = torch._C._is_any_autocast_enabled
+_deterministic = torch._C._get_deterministic_algorithms
+
+
+def describe(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, options: Options
+) -> AttentionSpec:
+    """Check a call and describe it.
+
+    Raises:
+        InvalidCallError: If it is wrong for any backend.
+    """
+    check_tensors(query, key, value)
+    options = plain_options(options)
+    if sinks is not None and not isinstance(sinks, Tensor):
+        raise InvalidCallError(f"sinks must be a tensor (num_heads,); {type(sinks).__name__} was given.")
+    mask = as_mask(attn_mask)
+    known = NOTHING
+    if mask is not None and (mask.key is not None or mask.dense is not None):
+        known = known_of(mask, _kv_length(key, options.layout))
+    cast = autocast_dtype(query.device.type)
+    if cast is not None and mask is not None:
+        mask = autocast_mask(mask, cast)
+    records = tracing.records()
+    facts = tuple(_facts(tensor, cast, options.layout, records=records) for tensor in (query, key, value))
+    symbolic = any(UNKNOWN in fact.shape for fact in facts)
+    sink_facts = None if sinks is None else facts_of(sinks)
+    tensors = (query, key, value, sinks, *(() if mask is None else (mask.key, mask.dense)))
+    storage = _storage(query, key, value, options.layout, mask)
+
+    def build(seen: MaskFacts) -> AttentionSpec:
+        return build_spec(
+            facts[0],
+            facts[1],
+            facts[2],
+            seen,
+            options,
+            sink_facts,
+            grad=torch.is_grad_enabled(),
+            storage=storage,
+            same_lengths=_same_lengths(query, key, options.layout) if symbolic or records else None,
+            compiled=symbolic or records or tracing.is_fake(query),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            forward_ad=any(tracing.has_tangent(tensor) for tensor in tensors),
+            vmap=any(tracing.is_batched(tensor) for tensor in tensors),
+        )
+
+    if known.all_true:
+        build(mask_facts(mask, NOTHING))  # a mask of the wrong shape is wrong even where it allows everything
+    return build(mask_facts(mask, known))
+
+
+def _facts(tensor: Tensor, cast: torch.dtype | None, layout: Layout, *, records: bool = False) -> Facts:
+    """Read a tensor's facts as autocast will have it; where sizes are symbols, heads and head_dim are made static.
+
+    A graph that is recorded may run with another batch and other lengths, so that those aren't known: 0, and a batch to
+    which limits of kernels apply, aside.
+    """
+    facts = facts_of(tensor)
+    if records or any(type(size) is not int for size in facts.shape):
+        axes = (0, 1) if layout == "BSHD" else (0, 2)
+        large = len(facts.shape) == 4 and facts.shape[0] * facts.shape[3 - axes[1]] > _LARGE
+        free = (axes[1],) if large else axes
+        shape = tuple(
+            UNKNOWN if axis in free and (type(n) is not int or (records and n)) else int(n)
+            for axis, n in enumerate(facts.shape)
+        )
+        facts = facts._replace(shape=shape)
+    if cast is None or not facts.dtype.is_floating_point or facts.dtype == torch.float64:
+        return facts
+    return facts._replace(dtype=cast)
+
+
+_LARGE = 65535
+"""The most of batch * heads that every kernel takes."""
+
+
+def _same_lengths(query: Tensor, key: Tensor, layout: Layout) -> bool:
+    """Whether the lengths are one, and not just equal now: symbols say so, and so does one tensor for both."""
+    axis = 1 if layout == "BSHD" else 2
+    if query is key:
+        return True
+    if not query.dim() == key.dim() == 4:
+        return False
+    mine, other = query.shape[axis], key.shape[axis]
+    if not tracing.records():
+        return bool(mine == other)
+    # make_fx takes sizes that are equal now for one symbol, without a guard; torch.export has guards.
+    if type(mine) is int or type(other) is int or not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(mine == other))
+
+
+def _kv_length(key: Tensor, layout: Layout) -> int:
+    if key.dim() != 4:
+        return UNKNOWN
+    return key.shape[1 if layout == "BSHD" else 2]
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Give the dtype that autocast asks for on a type of device, or None."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _storage(query: Tensor, key: Tensor, value: Tensor, layout: Layout, mask: Mask | None) -> Storage:
+    # On a CPU nothing depends on it, and leaving it out keeps the hot path short.
+    if query.is_cpu:
+        return Storage()
+    tensors = (query, key, value)
+    heads = 2 if layout == "BSHD" else 1
+    seen = [tensor.transpose(1, 2) if layout == "BSHD" else tensor for tensor in tensors if tensor.dim() == 4]
+    return Storage(
+        aligned=all(is_aligned(tensor, padded=True) for tensor in tensors if tensor.dim()),
+        unit_stride=all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in tensors if tensor.dim()),
+        expanded_kv=tracing.records()
+        or any(t.dim() == 4 and t.shape[heads] > 1 and t.stride(heads) == 0 for t in (key, value)),
+        bhsd_contiguous=all(tensor.is_contiguous() for tensor in seen),
+        mask_aligned=mask is None or mask.dense is None or bias_is_aligned(mask.dense),
+    )
+
+
+def bias_is_aligned(dense: Tensor) -> bool:
+    """Whether a dense mask is boolean (and will be copied), or its rows lie where kernels may read them."""
+    return dense.dtype == torch.bool or (dense.stride(-1) == 1 and is_aligned(dense))
+
+
+def is_aligned(tensor: Tensor, *, padded: bool = False) -> bool:
+    """Whether a tensor, and each of its rows, starts at a multiple of 16 bytes."""
+    size = tensor.element_size()
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # traced or transformed tensors have no storage of their own
+        start = int(tensor.storage_offset()) * size
+    rows: list[Any] = [
+        stride for stride, length in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if length > 1
+    ]
+    if padded and tensor.shape[-1] * size % 16:
+        rows = []  # the kernel's wrapper pads head_dim, which copies
+    return start % 16 == 0 and all(stride * size % 16 == 0 for stride in rows)

@@ -1,0 +1,83 @@
+"""From a packed call to its spec: the sizes are those of its largest sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn.call.arguments import is_aligned
+from anyattn.call.describe import build_spec
+from anyattn.call.facts import Facts, Lengths, MaskFacts, Options, facts_of, plain_options
+from anyattn.errors import InvalidCallError
+from anyattn.masks.objects import Mask
+from anyattn.process import tracing
+from anyattn.types.spec import UNKNOWN, AttentionSpec, Storage
+
+
+def describe_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Lengths,
+    attn_mask: Mask | None,
+    sinks: Tensor | None,
+    options: Options,
+) -> AttentionSpec:
+    """Describe a packed call: the sizes are those of its largest sequence.
+
+    Raises:
+        InvalidCallError: If it is wrong for any backend.
+    """
+    cu_q, cu_k, max_q, max_k = lengths
+    options = plain_options(options)
+    pattern = None
+    if attn_mask is not None:
+        if not isinstance(attn_mask, Mask) or attn_mask.pattern is None or _holds_tensors(attn_mask):
+            raise InvalidCallError(
+                "attention_varlen takes masks.Causal or masks.SlidingWindow as attn_mask: keys that aren't to be seen "
+                f"are left out of the packed tensors. {attn_mask!r} was given."
+            )
+        pattern = attn_mask.pattern
+    records = tracing.records()
+    batch = tracing.static_shape(cu_q)[0] - 1
+    facts = [_packed_facts(tensor, batch, most) for tensor, most in ((query, max_q), (key, max_k), (value, max_k))]
+    seen = None if sinks is None else facts_of(sinks)
+    # One tensor for both may stand for two inputs of a graph that is recorded.
+    same = not records and cu_q is cu_k and max_q == max_k
+    tensors = (query, key, value, sinks, cu_q, cu_k)
+    storage = Storage()
+    if not query.is_cpu:
+        storage = Storage(
+            aligned=all(is_aligned(tensor) for tensor in (query, key, value)),
+            unit_stride=all(tensor.stride(-1) == 1 for tensor in (query, key, value)),
+        )
+    spec = build_spec(
+        facts[0],
+        facts[1],
+        facts[2],
+        MaskFacts(pattern),
+        options,
+        seen,
+        grad=torch.is_grad_enabled(),
+        same_lengths=same,
+        storage=storage,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        compiled=records or tracing.is_fake(query),
+        forward_ad=any(tracing.has_tangent(tensor) for tensor in tensors),
+        vmap=any(tracing.is_batched(tensor) for tensor in tensors),
+    )
+    return spec.replace(packed=True)
+
+
+def _packed_facts(tensor: Tensor, batch: Any, most: Any) -> Facts:
+    """Read a packed tensor's facts as those of the largest sequence; where a graph is recorded lengths aren't known."""
+    facts = facts_of(tensor)
+    free = tracing.records()
+    sizes = tuple(UNKNOWN if type(n) is not int or (free and n) else n for n in (batch, most))
+    return facts._replace(shape=(*sizes, *(int(n) for n in facts.shape[1:])))
+
+
+def _holds_tensors(mask: Mask) -> bool:
+    return any(part is not None for part in (mask.key, mask.dense, mask.block))

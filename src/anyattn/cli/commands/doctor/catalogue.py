@@ -1,0 +1,159 @@
+"""What is known of each backend before anything is tried: its package, its reasons, and what would cure them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from anyattn.backend.known_bad import table
+from anyattn.environment import Environment
+from anyattn.selection import registry
+from anyattn.types.names import BY_NAME
+from anyattn.types.reasons import Reason
+from anyattn.types.spec import AttentionSpec
+
+# The distribution that each family's kernel comes in, the likeliest first; hub backends share one.
+_PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "native": ("torch",),
+    "flex": ("torch",),
+    "flash2": ("flash-attn",),
+    "flash3": ("flash-attn-3", "tokenspeed-fa3", "fa3-fwd"),
+    "flash4": ("flash-attn-4",),
+    "sage": ("sageattention",),
+    "xformers": ("xformers",),
+    "aiter": ("amd-aiter",),
+    "xla": ("torch-xla",),
+    "npu": ("torch-npu",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One known backend.
+
+    Attributes:
+        name: Its name.
+        family: The group that shares a kernel source; `"third party"` for other packages' backends.
+        package: The distribution its kernel comes in.
+        found: That distribution's version here; empty where it isn't installed.
+        wanted: What it needs, in words.
+        install: The command that installs that; empty where it comes with torch.
+        exact: Whether it computes in the inputs' precision.
+        reasons: Why it isn't usable here; None where only importing it would tell (another package's).
+        double: Whether a contract double stands for its kernel in this process.
+        downloads: Whether its kernel may be downloaded, so that it is tried only where it is named.
+        origin: Where its kernel's code comes from.
+    """
+
+    name: str
+    family: str
+    package: str
+    found: str
+    wanted: str
+    install: str
+    exact: bool
+    reasons: tuple[Reason, ...] | None
+    double: bool = False
+    downloads: bool = False
+    origin: str = ""
+
+
+def listed(env: Environment) -> tuple[Listed, ...]:
+    """List every known backend, without importing any kernel or any other package's backend."""
+    third = {point.name: point for point in importlib.metadata.entry_points(group=registry.ENTRY_POINT_GROUP)}
+    rows = [_ours(name, env) for name in BY_NAME]
+    for name in registry.third_parties():
+        origin = third[name].dist if name in third else None
+        package, version = (origin.name, origin.version) if origin is not None else ("", "")
+        wanted = package or "registered in this process"
+        rows.append(Listed(name, "third party", package, version, wanted, "", True, None))
+    return tuple(rows)
+
+
+def _ours(name: str, env: Environment) -> Listed:
+    known = BY_NAME[name]
+    backend = registry.get(name)
+    packages = ("kernels",) if name.endswith("_hub") else _PACKAGES.get(known.family, ())
+    versions = {"torch": str(env.torch), **env.packages}
+    package = next((package for package in packages if package in versions), packages[0] if packages else "")
+    if backend is None:
+        reasons: tuple[Reason, ...] = (registry.not_built(name),)
+        exact = known.family != "sage"
+        downloads, origin = False, ""
+    else:
+        reasons = tuple(backend.availability(env))
+        exact = all(caps.exact for caps in backend.declarations.values())
+        downloads, origin = backend.downloads, backend.origin(env)
+    found = versions.get(package, "")
+    double = backend is not None and backend.is_double
+    return Listed(
+        name, known.family, package, found, known.needs, known.install, exact, reasons, double, downloads, origin
+    )
+
+
+def cure(reasons: Sequence[Reason], install: str, env: Environment) -> str:
+    """Say what would make a backend usable: a command where one does; empty where nothing does."""
+    codes = {reason.code for reason in reasons}
+    if "not_built" in codes:
+        return ""
+    mends = [reason.hint for reason in reasons if reason.code in ("wrong_version", "broken_import") and reason.hint]
+    if mends:
+        return "; ".join(dict.fromkeys(mends))
+    if "not_installed" in codes and install:
+        return install
+    hints = [reason.hint for reason in reasons if reason.hint]
+    wants_cuda = any(reason.code == "no_device" and "cuda" in reason.need for reason in reasons)
+    if wants_cuda and env.torch.local == "cpu":
+        # The commonest cause of all: pip's CPU wheel on a machine with an NVIDIA GPU.
+        hints.append("this torch is built for CPUs alone; with an NVIDIA GPU, install the build for it (pytorch.org)")
+    return "; ".join(dict.fromkeys(hints))
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBadReport:
+    """A kernel that is known to be wrong or fatal on a machine like this one.
+
+    Attributes:
+        name: A short, stable name.
+        backends: The kernels it concerns.
+        device: The type of device.
+        when: The condition on the call.
+        what: What happens.
+        instead: What to use.
+        link: Where it is documented, or how it was seen.
+    """
+
+    name: str
+    backends: tuple[str, ...]
+    device: str
+    when: str
+    what: str
+    instead: str
+    link: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as plain data, for JSON."""
+        return {**dataclasses.asdict(self), "backends": list(self.backends)}
+
+
+def known_bad_here(env: Environment) -> tuple[KnownBadReport, ...]:
+    """Give the rows of the known-bad table that concern a machine, whatever the call."""
+    found = []
+    for row in table.TABLE:
+        # The row's own test of versions and devices decides; only its condition on the call is left open.
+        any_call = dataclasses.replace(row, holds=lambda spec: True)
+        places = [_any_spec(device.type, device.index) for device in env.devices]
+        if any(any_call.concerns(backend, env, spec) for backend in row.backends for spec in places):
+            found.append(
+                KnownBadReport(row.name, row.backends, row.device_type, row.when, row.what, row.instead, row.link)
+            )
+    return tuple(found)
+
+
+def _any_spec(device_type: str, index: int) -> AttentionSpec:
+    return AttentionSpec(1, 1, 1, 1, 1, 8, 8, torch.float32, device_type, 1.0, index)

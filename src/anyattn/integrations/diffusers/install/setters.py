@@ -1,0 +1,71 @@
+"""Diffusers' own setters, taught the name anyattn; every other name goes to Diffusers as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from anyattn.errors import InvalidCallError
+from anyattn.integrations.diffusers.calls import routes
+from anyattn.integrations.diffusers.install import coverage, patches
+from anyattn.integrations.diffusers.versions import BACKEND_NAME, load
+
+
+class _Nothing:
+    """Stands where a layer has no processor."""
+
+
+_NOTHING = _Nothing()
+
+
+def install(undo: ExitStack) -> None:
+    """Replace the setters of models and of attention layers.
+
+    Diffusers' own would put the name on the processors that have a place for it, pass over all the others
+    without a word, and switch every other model of the process too (modeling_utils.py 0.42.1, lines 654-668).
+    """
+    model = load("models.modeling_utils").ModelMixin
+    layer = load("models.attention").AttentionModuleMixin
+    undo.callback(routes.remove_all)
+    patches.replace(model, "set_attention_backend", _setter(model.set_attention_backend), undo)
+    patches.replace(model, "reset_attention_backend", _resetter(model.reset_attention_backend), undo)
+    patches.replace(layer, "set_attention_backend", _setter(layer.set_attention_backend), undo)
+
+
+def _setter(stock: Callable[..., None]) -> Callable[..., None]:
+    def set_attention_backend(self: Any, backend: str) -> None:
+        """Set a backend by its name in Diffusers; "anyattn" leaves the choice to anyattn's settings."""
+        if backend.lower() == BACKEND_NAME:
+            _route(self)
+            return
+        stock(self, backend)
+        routes.remove(self)
+
+    set_attention_backend.__doc__ = f"{stock.__doc__ or ''}\n\n{set_attention_backend.__doc__}"
+    return set_attention_backend
+
+
+def _resetter(stock: Callable[..., None]) -> Callable[..., None]:
+    def reset_attention_backend(self: Any) -> None:
+        stock(self)
+        routes.remove(self)
+
+    reset_attention_backend.__doc__ = stock.__doc__
+    return reset_attention_backend
+
+
+def _route(module: nn.Module) -> None:
+    layers = coverage.attention_layers(module)
+    if not any(layer.reached for layer in layers):
+        why = "; ".join(sorted({f"{layer.computed_by}: {layer.reason}" for layer in layers}))
+        raise InvalidCallError(
+            f"set_attention_backend({BACKEND_NAME!r}) would change nothing: no attention layer of "
+            f"{type(module).__name__} reaches anyattn ({why or 'it has none'})."
+        )
+    for part in module.modules():
+        # What Diffusers' setter left on a processor would still name a backend; this wish is the later one.
+        vars(getattr(part, "processor", None) or _NOTHING).pop("_attention_backend", None)
+    routes.add(module)

@@ -1,0 +1,106 @@
+"""What becomes of pins and routes after they were set: copies, pickles, and processors that are exchanged."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Final
+
+from torch import nn
+
+from anyattn.errors import AnyattnWarning
+from anyattn.integrations.diffusers.calls import signatures
+from anyattn.integrations.diffusers.install import coverage
+from anyattn.integrations.diffusers.versions import UnsupportedVersionError
+from anyattn.pins.covering import Mark, live
+
+enablers: Final[list[Callable[[], bool]]] = []
+"""What enables the integration; filled by the module that does."""
+
+
+class _Host:
+    """The integration's part in its marks; one object, found again by its name."""
+
+    def __reduce__(self) -> str:
+        return "HOST"
+
+    def arrived(self, mark: Mark) -> None:
+        """Enable the integration for a copy or for what was unpickled, or drop the wish and say so."""
+        try:
+            for enable in enablers:
+                enable()
+        except UnsupportedVersionError as error:
+            warnings.warn(
+                f"A model was given to anyattn ({mark.preference or 'its settings decide'}) when it was saved, and "
+                f"that is lost here: {error}",
+                AnyattnWarning,
+                stacklevel=2,
+            )
+            mark.clear()
+
+    def watch(self, layer: nn.Module, mark: Mark) -> None:
+        """Warn before a layer runs whose processor was exchanged for one that doesn't reach anyattn; once a class."""
+        kind = type(_processor_of(layer))
+        if kind in mark.judged:
+            return
+        mark.judged |= {kind}
+        signatures.cache_kind(kind)
+        reason = reason_against(kind)
+        if reason:
+            _warn(type(layer).__name__, kind, reason)
+
+    def watch_traced(self, kind: type) -> None:
+        """Warn while torch.compile traces."""
+        _judge_traced(kind)
+
+    def reaches(self, layer: nn.Module) -> bool:
+        """Whether the layer's processor, if it has one, reaches anyattn."""
+        return not reason_against(type(_processor_of(layer)))
+
+
+HOST: Final = _Host()
+
+
+def is_needed() -> bool:
+    """Whether any pin or route of the integration is still held by a module."""
+    return any(mark.active and mark.host is HOST for mark in list(live))
+
+
+def judged_in(module: nn.Module) -> frozenset[type]:
+    """Give the classes of the processors that a model has now, of which its report speaks."""
+    return frozenset(type(_processor_of(part)) for part in module.modules()) | {type(None)}
+
+
+def reason_against(kind: type) -> str:
+    """Say why a processor's attention doesn't reach anyattn; empty where it does, or computes none."""
+    if kind is type(None):
+        return ""
+    reason = coverage.reason_of(kind)
+    if reason is None and not kind.__module__.startswith("diffusers."):
+        return "its code opens neither of the doors to anyattn"
+    return reason or ""
+
+
+def _processor_of(layer: nn.Module) -> Any:
+    found = layer.__dict__.get("processor")
+    return layer._modules.get("processor") if found is None else found
+
+
+def _judge_traced(kind: type) -> bool:
+    reason = reason_against(kind)
+    if reason:
+        _warn("A layer", kind, reason)
+    return True
+
+
+# See `anyattn.run.traced`: the function runs while tracing.
+_judge_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _warn(layer: str, kind: type, reason: str) -> None:
+    warnings.warn(
+        f"A backend was set on this model, and then {layer} got the processor {kind.__qualname__}, which anyattn "
+        f"doesn't reach: {reason}. Its attention runs without the backend until another processor is set.",
+        AnyattnWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,281 @@
+"""Put wishes in force while a module runs, by giving the module a subclass of its own class.
+
+A covered module has the class `type(module.__name__, (_Covered, type(module)), {})`, whose `__call__` enters the scope
+and leaves it in a `finally`. It needs no hook: nothing stays behind after Ctrl-C, copies and replicas are covered
+themselves, hooks and wrapped forwards that others add run inside it, and modules of one class look alike to
+torch.compile.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from anyattn.errors import AnyattnError, BackendUnavailableError, UnsupportedCallError
+from anyattn.scopes import _in_force, defaults
+from anyattn.types.decision import Preference
+
+PIN = "_anyattn_pin_in_force"
+ROUTE = "_anyattn_route_in_force"
+OWN_PIN = "_anyattn_pin"
+OWN_ROUTE = "_anyattn_route"
+KEYS = (PIN, ROUTE, OWN_PIN, OWN_ROUTE)
+
+_current = defaults.current.get
+_tracing = torch.compiler.is_dynamo_compiling
+_grad_enabled = torch.is_grad_enabled
+
+
+class Host(Protocol):
+    """What an integration does for the marks that it set; restored by its name when a mark is unpickled."""
+
+    def arrived(self, mark: Mark) -> None:
+        """See to it that a copied or unpickled mark works, or clear it."""
+
+    def watch(self, layer: nn.Module, mark: Mark) -> None:
+        """Look at a layer before it runs: whether its attention still reaches anyattn."""
+
+    def watch_traced(self, kind: type) -> None:
+        """The same for the class of a layer's processor, while torch.compile traces."""
+
+    def reaches(self, layer: nn.Module) -> bool:
+        """Whether a layer's attention reaches anyattn."""
+
+
+class Mark:
+    """One wish for a tree of modules: held by its root and by every covered module inside.
+
+    Attributes:
+        preference: The backend pinned; None for a route, or once the pin is gone.
+        routed: Whether Diffusers' own setter gave the tree to anyattn.
+        owner: The root, weakly; gives None for a copy whose root wasn't copied.
+        host: The integration that set it.
+        judged: The classes of processors that the host has looked at.
+        harmless: The classes of modules that were left uncovered.
+    """
+
+    __slots__ = ("__weakref__", "harmless", "host", "judged", "owner", "preference", "routed")
+
+    def __init__(self, preference: Preference | None = None, routed: bool = False, host: Host | None = None) -> None:
+        self.preference = preference
+        self.routed = routed
+        self.host = host
+        self.owner: Callable[[], nn.Module | None] = _nobody
+        self.judged: frozenset[type] = frozenset()
+        self.harmless: frozenset[type] = frozenset()
+        live.add(self)
+
+    @property
+    def active(self) -> bool:
+        """Whether it still asks for anything."""
+        return self.preference is not None or self.routed
+
+    def clear(self) -> None:
+        """Ask for nothing any more, in every copy that shares this object."""
+        self.preference, self.routed = None, False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mark:
+        made = _restored(self.preference, self.routed, self.host)
+        made.judged, made.harmless = self.judged, self.harmless
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.preference, self.routed, self.host)
+
+
+live: weakref.WeakSet[Mark] = weakref.WeakSet()
+"""Every mark that some module still holds."""
+
+refresh: dict[str, Callable[[nn.Module], None]] = {}
+"""For each kind of own mark, what looks for modules that were added to its tree."""
+
+adopt: dict[str, Callable[[nn.Module], None]] = {}
+"""For each kind of own mark, what is told of a root that was copied or unpickled."""
+
+
+def _nobody() -> None:
+    return None
+
+
+def _restored(preference: Preference | None, routed: bool, host: Host | None) -> Mark:
+    mark = Mark(preference, routed, host)
+    if host is not None and mark.active:
+        host.arrived(mark)
+    return mark
+
+
+class _Covered(nn.Module):
+    """What a covered module's class puts before the module's own.
+
+    It is a module for the layout's sake: a module's class can only be exchanged for one that is laid out alike.
+    """
+
+    # Set in the instance's dictionary where there is one.
+    _anyattn_pin_in_force: Mark | None = None
+    _anyattn_route_in_force: Mark | None = None
+    _anyattn_pin: Mark | None = None
+    _anyattn_route: Mark | None = None
+    _anyattn_direct = False
+    """Whether the module's own class has torch's `__call__`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep a subclass made here from what the module's class does to its subclasses (registries, checks)."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        pin, route = self._anyattn_pin_in_force, self._anyattn_route_in_force
+        if _tracing():
+            entered = _entered_by(self, pin, route)
+            for wish in entered:
+                _in_force.entered.append(wish)
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                for _ in entered:
+                    _in_force.entered.pop()
+        before = inner = _current()
+        processor = self.__dict__.get("processor")
+        if processor is None:
+            processor = self._modules.get("processor")
+        if route is not None and route.routed:
+            inner = defaults.inside(inner, None)
+            if type(processor) not in route.judged and route.host is not None:
+                route.host.watch(self, route)
+        if pin is not None and pin.preference is not None:
+            if inner.settings.pin is not pin.preference:
+                inner = defaults.inside(inner, pin.preference)
+            if type(processor) not in pin.judged and pin.host is not None:
+                pin.host.watch(self, pin)
+        if _grad_enabled():
+            if self._anyattn_pin is not None:
+                refresh[OWN_PIN](self)
+            if self._anyattn_route is not None:
+                refresh[OWN_ROUTE](self)
+        try:
+            # Inside the `try`, so that Ctrl-C can't come between. Most often the pinned model around this module has
+            # put the scope in force already.
+            if inner is not before:
+                defaults.current.set(inner)
+            if self._anyattn_direct and self._compiled_call_impl is None:
+                # What nn.Module.__call__ does here, with one function call less (torch 2.8 to 2.14).
+                return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return super().__call__(*args, **kwargs)
+        except AnyattnError as error:
+            _name_layer(error, self, pin)
+            raise
+        finally:
+            if inner is not before:
+                defaults.leave(before, inner)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for key, told in adopt.items():
+            mark = self.__dict__.get(key)
+            if mark is not None:
+                if mark.owner() is None:
+                    mark.owner = weakref.ref(self)
+                told(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Name the module's own class, which can be found again, instead of this one, which can't."""
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        if not isinstance(reduced, tuple):
+            return reduced
+        make, args, *rest = reduced
+        here = type(self)
+        if make in (copyreg.__newobj__, copyreg.__newobj_ex__) and args[0] is here:  # type: ignore[attr-defined]
+            return (_made_anew, (make, origin_of(here), *args[1:]), *rest)
+        return (make, args, *rest)
+
+
+def _made_anew(make: Any, kind: type, *args: Any) -> Any:
+    return make(_subclass_of(kind), *args)
+
+
+def _entered_by(module: Any, pin: Mark | None, route: Mark | None) -> list[defaults.Entered]:
+    """Write what a covered module enters as plain constants, the same for every module of one root."""
+    found = []
+    host = None
+    if route is not None and route.routed:
+        found.append(defaults.ROUTE)
+        host = route.host
+    if pin is not None and pin.preference is not None:
+        found.append(defaults.plain("pin", pin.preference))
+        host = pin.host if pin.host is not None else host
+    if host is not None:
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            host.watch_traced(type(processor))
+    return found
+
+
+def _name_layer(error: AnyattnError, module: nn.Module, pin: Mark | None) -> None:
+    """Add to a refusal which layer of the pinned model asked; the innermost covered module is the one that knows."""
+    if pin is None or pin.preference is None or not isinstance(error, (BackendUnavailableError, UnsupportedCallError)):
+        return
+    decision = getattr(error, "decision", None)
+    # A refusal that isn't the pin's: the call named a backend itself, or a block overrode.
+    if decision is not None:
+        of_pin = decision.preference == pin.preference
+    else:
+        of_pin = getattr(error, "backend", "") in pin.preference.names
+    if not of_pin or "_anyattn_layer" in error.__dict__:
+        return
+    root = pin.owner()
+    name = None if root is None else next((name for name, part in root.named_modules() if part is module), None)
+    of = "" if root is None or name is None else f" of {type(root).__name__}"
+    where = f"{name or 'the model itself'} ({type(module).__name__}){of}"
+    error.__dict__["_anyattn_layer"] = where
+    text = f"{error.args[0]}\nThe layer that asked: {where}."
+    error.args = (text, *error.args[1:])
+    if isinstance(error, BackendUnavailableError):
+        error.msg = text
+
+
+_subclasses: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
+# Held so that a pin that is set again finds the same class, which compiled code knows by its identity.
+_kept: deque[type] = deque(maxlen=256)
+
+
+def _subclass_of(kind: type) -> type:
+    """Give the class that covered modules of a class have; one object for each class."""
+    known = _subclasses.get(kind)
+    found = None if known is None else known()
+    if found is None:
+        names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        names["__doc__"] = kind.__doc__
+        names["_anyattn_direct"] = kind.__call__ is nn.Module.__call__
+        found = type(kind)(kind.__name__, (_Covered, kind), names)
+        _subclasses[kind] = weakref.ref(found)
+        _kept.append(found)
+    return found
+
+
+def origin_of(kind: type) -> type:
+    """Give a covered module's own class."""
+    return kind.__mro__[kind.__mro__.index(_Covered) + 1]
+
+
+def is_covered(module: nn.Module) -> bool:
+    """Whether a module's marks are honoured when it runs."""
+    return isinstance(module, _Covered)
+
+
+def cover(module: nn.Module) -> None:
+    """Have a module honour the marks in its dictionary."""
+    if not isinstance(module, _Covered):
+        module.__class__ = _subclass_of(type(module))
+
+
+def uncover(module: nn.Module) -> None:
+    """Give a module its own class back, once no mark is left on it."""
+    if isinstance(module, _Covered) and not any(key in module.__dict__ for key in KEYS):
+        kind = type(module)
+        # Another library may have put a class of its own on top; then ours stays below and does nothing.
+        if _subclasses.get(kind.__mro__[2], _nobody)() is kind:
+            module.__class__ = origin_of(kind)

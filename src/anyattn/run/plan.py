@@ -1,0 +1,146 @@
+"""From a decision to something that can be called, and what becomes of a kernel's errors."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from anyattn.backend.capabilities import as_run
+from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan, Run
+from anyattn.environment import detect
+from anyattn.errors import AnyattnError, BackendUnavailableError, KernelError
+from anyattn.lowering.dense import is_copied_for
+from anyattn.lowering.lse import apply_sinks, empty_attention
+from anyattn.lowering.storage import realigned
+from anyattn.process.tracing import is_plain
+from anyattn.scopes import defaults
+from anyattn.selection import faults, registry
+from anyattn.selection.faults import broken_import, is_out_of_memory, loses_device
+from anyattn.selection.refusals import listed
+from anyattn.types.decision import Decision
+from anyattn.types.reasons import Reason
+
+_loaded: set[Backend] = set()
+
+
+def load(backend: Backend) -> None:
+    """Import a backend's kernel, once; one that can't be imported is noted until `anyattn.reset`.
+
+    Raises:
+        BackendUnavailableError: If it raises anything.
+    """
+    if backend in _loaded:
+        return
+    try:
+        backend.load()
+    except BackendUnavailableError as error:
+        # The backend knows better what is amiss, and what would cure it.
+        known = (reason for reason in error.reasons if reason.code == "broken_import")
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        _note(backend.name, next(known, None) or broken_import(backend.name, error), cause)
+        raise
+    except Exception as error:
+        reason = broken_import(backend.name, error)
+        _note(backend.name, reason, error)
+        text = listed(f"The attention backend {backend.name} is installed but can't be imported:", [reason])
+        raise BackendUnavailableError(text, backend=backend.name, reasons=(reason,)) from error
+    _loaded.add(backend)
+
+
+def _note(name: str, reason: Reason, error: Exception) -> None:
+    """Note that a kernel can't be imported, unless that may be due to a tracer or transform."""
+    if is_plain():
+        faults.add_fault(name, None, reason, error)
+
+
+def make_plan(decision: Decision) -> tuple[Plan, Run]:
+    """Turn a decision into what runs it; loads the kernel."""
+    assert decision.chosen is not None
+    backend = registry.get(decision.chosen)
+    assert backend is not None
+    if decision.spec.is_empty:
+        return Plan(backend.name, decision.spec, Lowering("empty")), run_empty
+    load(backend)
+    caps = backend.capabilities(decision.spec, detect())
+    spec = as_run(caps, decision.spec)
+    lowering = backend.lower(spec, detect())
+    rescale = decision.spec.sinks and caps is not None and not caps.sinks
+    run: Run = backend.run
+    if caps is not None and caps.device_guard and spec.device_type == "cuda":
+        run = _on_its_device(run)
+    if caps is not None and is_copied_for(caps, spec, lowering):
+        run = _with_aligned(run)
+    if caps is not None and caps.unit_stride and spec.device_type == "cpu":
+        # Strides aren't part of what a CPU call is decided by, so that they are seen to at each call.
+        run = _with_unit_stride(run)
+    return Plan(backend.name, spec, lowering, rescale), run
+
+
+def _on_its_device(run: Run) -> Run:
+    """Make the tensors' device the current one for the call, and put back what was current whatever the kernel does."""
+
+    def guarded(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        if torch.compiler.is_compiling():
+            return run(plan, query, key, value, parts)  # compiled code sets the device itself
+        with torch.cuda.device(query.device):
+            return run(plan, query, key, value, parts)
+
+    return guarded
+
+
+def _with_aligned(run: Run) -> Run:
+    def copied(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        return run(plan, realigned(query), realigned(key), realigned(value), parts)
+
+    return copied
+
+
+def _with_unit_stride(run: Run) -> Run:
+    def strided(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+        return run(plan, query, key, value, parts)
+
+    return strided
+
+
+def run_empty(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+    """Answer a call without anything to attend to, whatever the backend."""
+    return empty_attention(plan.spec, query, key, value, parts)
+
+
+def execute(run: Run, plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+    """Run a plan, and add the sinks where its kernel has none."""
+    result = run(plan, query, key, value, parts)
+    if not plan.rescale or parts.sinks is None:
+        return result
+    if not isinstance(result, tuple):
+        raise TypeError(
+            f"The backend {plan.backend} gave a tensor for a call with sinks; one that declares lse and not sinks has "
+            "to give (out, lse) there, as it does for return_lse."
+        )
+    out, lse = result
+    if plan.spec.packed:
+        out, lse = apply_sinks(out[None], lse[None], parts.sinks, "BSHD")
+        out, lse = out[0], lse[0]
+    else:
+        out, lse = apply_sinks(out, lse, parts.sinks, plan.spec.layout)
+    return (out, lse) if plan.spec.return_lse else out
+
+
+def raise_kernel_error(error: Exception, decision: Decision) -> NoReturn:
+    """Wrap what a kernel raised; out-of-memory and our own errors pass through."""
+    if isinstance(error, AnyattnError) or is_out_of_memory(error):
+        raise error
+    name = decision.chosen or ""
+    cure = "Choose another backend, and run `anyattn doctor` to look into this one."
+    if defaults.follow(detect().overrides):
+        cure = "torch's kernels were replaced or put back after this was decided; calls are decided anew. " + cure
+    if loses_device(error):
+        cure = "The device's context may be lost: start the process anew. " + cure
+    raise KernelError(
+        f"The attention backend {name} ({decision.kernel}) raised {type(error).__name__}: {error}\n"
+        f"The call was {decision.spec}. {cure}",
+        backend=name,
+    ) from error

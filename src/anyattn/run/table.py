@@ -1,0 +1,319 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from anyattn.backend.protocol import MaskedRunner, Output, Parts, Plan, Runner
+from anyattn.call.arguments import autocast_dtype, describe
+from anyattn.call.facts import Options
+from anyattn.call.keys import place_key, short_name
+from anyattn.environment import detect
+from anyattn.errors import BackendUnavailableError
+from anyattn.lowering.dense import is_copied_for
+from anyattn.masks.objects import Mask
+from anyattn.masks.values import as_mask, autocast_mask, parts_of
+from anyattn.process import tracing
+from anyattn.run.checks import can_check, check_inputs, check_output
+from anyattn.run.plan import execute, make_plan, raise_kernel_error
+from anyattn.scopes import defaults
+from anyattn.selection import faults, registry
+from anyattn.selection.decide import decide
+from anyattn.selection.faults import passes_over, say_passed_over
+from anyattn.types.decision import Decision
+from anyattn.types.reasons import Reason
+from anyattn.types.spec import AttentionSpec
+
+
+class Entry:
+    """A decided call.
+
+    Attributes:
+        call: `call(query, key, value)` for a call without mask and sinks.
+        call_masked: `call_masked(query, key, value, attn_mask, sinks)`.
+        decision: What was chosen and why.
+        short: Whether `call` itself refuses mismatched dtypes and devices, follows autocast and gives gradients, so
+            that a table key needn't hold those.
+        short_masked: The same with a mask object: `short_masked(query, key, value, attn_mask)`.
+        in_graphs: Whether the call may be captured in a CUDA graph too; otherwise it is decided anew there.
+    """
+
+    __slots__ = ("call", "call_masked", "decision", "in_graphs", "short", "short_masked")
+
+    def __init__(
+        self,
+        call: Callable[[Tensor, Tensor, Tensor], Output],
+        call_masked: Callable[[Tensor, Tensor, Tensor, Any, Tensor | None], Output],
+        decision: Decision,
+        short: bool,
+        short_masked: MaskedRunner | None = None,
+        in_graphs: bool = True,
+    ) -> None:
+        self.call = call
+        self.call_masked = call_masked
+        self.decision = decision
+        self.short = short
+        self.short_masked = short_masked
+        self.in_graphs = in_graphs
+
+    @property
+    def gives_gradients(self) -> bool:
+        """Whether the backend chosen has a backward on the call's device."""
+        backend = registry.get(self.decision.chosen or "")
+        caps = None if backend is None else backend.capabilities(self.decision.spec, detect())
+        return caps is not None and caps.backward
+
+
+def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
+    """Turn a decision into something that can be called."""
+    plan, run = make_plan(decision)
+
+    def call_masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
+        return execute(run, plan, query, key, value, _kept(plan.spec, parts_of(as_mask(attn_mask), sinks)))
+
+    bound, bound_masked = _shortcuts(plan)
+    nothing = Parts()
+    call = bound if bound is not None else lambda query, key, value: run(plan, query, key, value, nothing)
+    masked = call_masked
+    if bound_masked is not None:
+        bound_to = bound_masked
+
+        def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
+            return bound_to(query, key, value, attn_mask)
+
+    in_graphs = _goes_into_graphs(plan)
+    # The short table doesn't ask whether a graph is being captured.
+    short = in_graphs and (bound is not None or bound_masked is not None)
+    if cast is not None:
+        call, masked = _autocast(call, masked, cast, plan.spec.device_type)
+        short = False
+    if defaults.checks_enabled():
+        call, masked = _checked(masked, plan)
+        short = False
+    return Entry(call, masked, decision, short, bound_masked, in_graphs)
+
+
+def _goes_into_graphs(plan: Plan) -> bool:
+    """Whether a plan may be captured in a CUDA graph."""
+    if plan.lowering.entry == "empty":
+        return True
+    backend = registry.get(plan.backend)
+    caps = None if backend is None else backend.capabilities(plan.spec, detect())
+    return caps is not None and caps.cuda_graph
+
+
+def _shortcuts(plan: Plan) -> tuple[Runner | None, MaskedRunner | None]:
+    """Ask the backend for shorter ways, where they are its own: a subclass with another `run` doesn't inherit them."""
+    backend = registry.get(plan.backend)
+    if backend is None or plan.lowering.entry == "empty":
+        return None, None
+    caps = backend.capabilities(plan.spec, detect())
+    if caps is not None and is_copied_for(caps, plan.spec, plan.lowering):
+        return None, None
+    kind = type(backend)
+
+    def owner(name: str) -> type:
+        return next(base for base in kind.__mro__ if name in vars(base))
+
+    bound = backend.bind(plan) if issubclass(owner("bind"), owner("run")) else None
+    masked = backend.bind_masked(plan) if issubclass(owner("bind_masked"), owner("run")) else None
+    return bound, masked
+
+
+def _kept(spec: AttentionSpec, parts: Parts) -> Parts:
+    """Leave out the parts of a mask that the spec left out, known as they are to allow everything."""
+    mask = spec.mask
+    if mask.key is None and mask.dense is None and (parts.key is not None or parts.dense is not None):
+        return parts._replace(key=None, dense=None)
+    return parts
+
+
+def _autocast(call: Any, call_masked: Any, dtype: torch.dtype, device_type: str) -> tuple[Any, Any]:
+    """Cast as autocast does for SDPA, once, and run with it off, so that a mask keeps its precision."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    def cast_call(query: Tensor, key: Tensor, value: Tensor) -> Output:
+        with torch.autocast(device_type, enabled=False):
+            return call(cast(query), cast(key), cast(value))  # type: ignore[no-any-return]
+
+    def cast_call_masked(query: Tensor, key: Tensor, value: Tensor, mask: Any, sinks: Tensor | None) -> Output:
+        with torch.autocast(device_type, enabled=False):
+            mask = autocast_mask(as_mask(mask), dtype)
+            return call_masked(cast(query), cast(key), cast(value), mask, sinks)  # type: ignore[no-any-return]
+
+    return cast_call, cast_call_masked
+
+
+def _checked(call_masked: Any, plan: Plan) -> tuple[Any, Any]:
+    """Add the value checks: inputs at every call, the output against the reference at the first."""
+    first = [True]
+    backend = registry.get(plan.backend)
+    caps = None if backend is None else backend.capabilities(plan.spec, detect())
+    value_max = None if caps is None else caps.value_max
+    quantised = caps is not None and not caps.exact and bool(caps.quantised)
+
+    def checked(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, sinks: Tensor | None = None) -> Output:
+        parts = _kept(plan.spec, parts_of(as_mask(mask), sinks))
+        if not can_check(query, key, value, parts.key, parts.dense, sinks):
+            return call_masked(query, key, value, mask, sinks)  # type: ignore[no-any-return]
+        check_inputs(plan.spec, query, key, value, parts, value_max)
+        result: Output = call_masked(query, key, value, mask, sinks)
+        if first[0]:
+            check_output(plan, query, key, value, parts, result, quantised=quantised)
+            first[0] = False
+        return result
+
+    return checked, checked
+
+
+def entry_for(
+    scope: defaults.Scope,
+    table_key: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    sinks: Tensor | None,
+    options: Options,
+) -> Entry:
+    """Decide a call that isn't in the scope's table, and put it there."""
+    base = scope if scope.recorder is None else defaults.scope_for(scope.settings)
+    entry: Entry | None = None
+    if scope.recorder is not None and table_key is not None:
+        entry = base.table.get(table_key)
+    if entry is None or (not entry.in_graphs and tracing.is_captured(query)):
+        generation = defaults.generation()
+        spec = describe(query, key, value, attn_mask, sinks, options)
+        if tracing.is_captured(query):
+            spec = spec.replace(captured=True)
+        cast = autocast_dtype(query.device.type)
+        entry = make_first(spec, base, lambda decision: make_entry(decision, cast))
+        # What a graph may hold isn't what runs outside of it.
+        if table_key is not None and not spec.captured and generation == defaults.generation():
+            base.remember(table_key, entry)
+            if entry.short and sinks is None and type(query) is Tensor:
+                _shorten(base, entry, query, key, value, attn_mask, options)
+    return entry
+
+
+Made = TypeVar("Made")
+
+
+def entry_under(
+    scope: defaults.Scope,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    sinks: Tensor | None,
+    options: Options,
+    failed: dict[str, Reason],
+) -> Entry:
+    """Decide a call that a tracer or transform makes; it is kept under its spec, which says all that it depends on.
+
+    Args:
+        scope: What is asked for.
+        query: As for `attention`; likewise what follows.
+        key: As for `attention`.
+        value: As for `attention`.
+        attn_mask: As for `attention`.
+        sinks: As for `attention`.
+        options: As for `attention`.
+        failed: The backends that failed in this very call.
+    """
+    base = scope if scope.recorder is None else defaults.scope_for(scope.settings)
+    spec = describe(query, key, value, attn_mask, sinks, options)
+    cast = autocast_dtype(query.device.type)
+    table_key = ("under", spec, cast)
+    entry: Entry | None = None if failed else base.table.get(table_key)
+    if entry is None:
+        generation = defaults.generation()
+        entry = make_first(spec, base, lambda decision: make_entry(decision, cast), failed)
+        if not failed and generation == defaults.generation():
+            base.remember(table_key, entry)
+    return entry
+
+
+def make_first(
+    spec: AttentionSpec,
+    scope: defaults.Scope,
+    make: Callable[[Decision], Made],
+    failed: dict[str, Reason] | None = None,
+) -> Made:
+    """Decide a call and load its kernel; where a list or `auto` allows it, go on to the next if it can't be loaded.
+
+    `failed` holds what failed in this call alone, under a tracer or transform: it says nothing of other calls.
+
+    Raises:
+        AnyattnError: As `decide` and `make`.
+    """
+    while True:
+        decision = decide(spec, scope, failed)
+        try:
+            made = make(decision)
+        except BackendUnavailableError as error:
+            if decision.preference.mode == "require" or decision.chosen is None:
+                raise
+            if failed is not None and not tracing.is_plain():
+                failed[decision.chosen] = error.reasons[0]
+            elif decision.chosen not in faults.broken_loads():
+                # Loading notes what it couldn't load, and the next decision goes past it.
+                raise
+        else:
+            if not failed:
+                say_passed_over(decision)
+            return made
+
+
+def _shorten(
+    scope: defaults.Scope, entry: Entry, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, options: Options
+) -> None:
+    """Put a decided call into the short table as well, where its mask isn't one that must be looked at each time."""
+    name: Any = None
+    if attn_mask is not None:
+        name = short_name(attn_mask, entry.decision.spec.mask)
+        if name is None:
+            return
+    place = query.is_cpu or place_key(query, key, value)
+    # As `api.attention` and `api.scaled_dot_product_attention` look it up.
+    rest = options[:7] if options.layout == "BSHD" else (tuple(options),)
+    short_key = (name, query.shape, key.shape, value.shape, query.dtype, place, *rest)
+    runner = entry.call if attn_mask is None else entry.short_masked
+    if isinstance(attn_mask, Mask) and attn_mask.pattern is not None and attn_mask.pattern[2] == "lower_right":
+        runner = _only_plainly(entry.short_masked)
+    scope.short[short_key] = runner
+
+
+def _only_plainly(run: Any) -> MaskedRunner:
+    """Run what takes two lengths for equal only where no graph is recorded, which may run with others."""
+
+    def plainly(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> Output:
+        if not tracing.is_plain():
+            raise LookupError("decided anew while something is traced")
+        return run(query, key, value, attn_mask)  # type: ignore[no-any-return]
+
+    return plainly
+
+
+def explain_failure(
+    error: Exception, scope: defaults.Scope, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, options: Options
+) -> None:
+    """Say why a call from the short table failed: it was wrong, or the kernel raised. Returns if the next may try.
+
+    What failed under a tracer or transform, or for a tensor subclass, is decided anew and noted for that call alone.
+
+    Raises:
+        AnyattnError: Unless a list or `auto` chose the backend, which then is passed over.
+    """
+    if not tracing.is_usual(query, key, value, attn_mask):
+        return
+    spec = describe(query, key, value, attn_mask, None, options)
+    decision = decide(spec, scope)
+    if not passes_over(error, decision):
+        raise_kernel_error(error, decision)

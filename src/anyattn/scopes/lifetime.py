@@ -1,0 +1,308 @@
+"""The life of blocks and records: begun anywhere, ended anywhere, in any order.
+
+A block is in force in the context where it was entered and in copies of that, until it is left; then in none. One that
+a generator or coroutine entered is also in force at each of that function's own steps, whatever context, task or
+thread runs the step: it is found by the function's frame, which is on the stack then. Where several are in force, the
+one deepest on the stack is; so a generator's own block beats one that its consumer entered between two steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import Any, Final, TypeVar
+
+from anyattn.scopes import scopes, tokens
+from anyattn.scopes.scopes import Life, Owner, Scope
+from anyattn.scopes.values import Settings
+
+_SUSPENDABLE: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_PASSED: Final = frozenset(
+    ("__enter__", "__aenter__", "enter_context", "enter_async_context", "__exit__", "__aexit__", "close", "aclose")
+)
+"""Functions that enter and leave on behalf of their caller."""
+_ENTERING: Final = frozenset(("__enter__", "__aenter__"))
+
+held: Final[dict[Life, None]] = {}
+"""The lives that generators and coroutines hold, oldest first; while it is empty no call looks for frames."""
+
+_current = scopes.current
+_get = _current.get
+_set = _current.set
+_thread = scopes.thread
+
+Result = TypeVar("Result")
+
+
+def _holders(frame: FrameType | None) -> tuple[FrameType, ...]:
+    """Give the suspendable functions whose `with` a frame enters or leaves, innermost first.
+
+    A generator made into a context manager has the `with` statement's body in its user: that one counts as well.
+    """
+    found = []
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name not in _PASSED:
+            if not code.co_flags & _SUSPENDABLE:
+                break
+            found.append(frame)
+            frame = frame.f_back
+            if frame is None or frame.f_code.co_name not in _ENTERING:
+                break
+            continue
+        frame = frame.f_back
+    return tuple(found)
+
+
+def begin(owner: Owner, scope: Scope, frame: FrameType) -> Life:
+    """Put a block or record in force in this context, which holds `scope`, and at the steps of a frame's function."""
+    life = Life()
+    life.owner = owner
+    life.thread = thread = _thread.entered
+    if owner.thread is not thread:
+        if owner.thread is not None:
+            owner.threads += (owner.thread,)
+        owner.thread = thread
+    owner.lives.append(life)
+    if scope.stale:
+        scope = _healed()
+    if held or thread:
+        _place(life)
+    code = frame.f_code
+    if code.co_flags & _SUSPENDABLE or code.co_name in _PASSED:
+        life.frames = _holders(frame)
+        if life.frames:
+            held[life] = None
+    wish = owner.wish
+    if wish is None or scope.records:
+        made = scopes.enter(scope, life)
+    else:  # what `enter` does then, spelled out: blocks are entered in hot loops
+        found = scope.base.entered.get(id(wish) + owner.override)
+        base = scopes.base_of(scope.base, wish, owner.override) if found is None else found[1]
+        made = life.scope = Scope(base, scope, life, life, ())
+    _set(made)
+    return life
+
+
+def _place(life: Life) -> None:
+    """Note what is further out on the stack than a life that begins."""
+    life.inside = frozenset(_on_stack(held))
+    life.compiled = (_thread.entered, len(_thread.entered))
+
+
+def end(life: Life) -> None:
+    """End a block or record, in every context."""
+    life.ended = True
+    if life.frames:
+        held.pop(life, None)
+        life.frames = ()
+    scope = life.scope
+    if scope is not None:
+        life.scope = None
+        outer = scope.outer
+        if scope.above is None and outer is not None and outer.above is None:
+            scope.stale = scope.look = True
+        else:
+            _mark(scope, life)
+    if life.more is not None:
+        for other in list(life.more):
+            _mark(other, life)
+    scope = _get()
+    if scope.stale:
+        outer = scope.outer
+        _set(outer if scope.life is life and outer is not None and not outer.stale else _rebuilt(scope, None))
+
+
+def leave(owner: Owner) -> None:
+    """End the one of an object's lives that the caller's caller leaves; nothing where none is."""
+    lives = owner.lives
+    if not lives:
+        return
+    scope = _get()
+    life: Life | None = lives[0]
+    if len(lives) > 1 or scope.life is not life:
+        life = _left(list(lives), sys._getframe(2), scope)
+        if life is None:
+            return
+    try:
+        lives.remove(life)  # type: ignore[arg-type]
+    except ValueError:  # another thread was faster
+        return
+    end(life)  # type: ignore[arg-type]
+
+
+def _left(lives: list[Life], frame: FrameType, scope: Scope) -> Life | None:
+    """Find which life is left: the calling generator's, this context's, this thread's, or one handed over."""
+    lives = lives[::-1]
+    holders = _holders(frame)
+    if holders:
+        for life in lives:
+            if life.frames[:1] == holders[:1]:
+                return life
+    chain: list[Life] = []
+    at: Scope | None = scope
+    while at is not None:
+        if at.life is not None and at.life in lives:
+            chain.append(at.life)
+        at = at.outer
+    here = _thread.entered
+    for found in (chain, [life for life in lives if life.thread is here]):
+        if found:
+            return next((life for life in found if not life.frames), found[0])
+    owner = lives[0].owner
+    # Left once too often by a thread that entered it too, it is still in force in the others.
+    return None if any(one is here for one in (owner.thread, *owner.threads)) else lives[0]
+
+
+def _mark(scope: Scope, ended: Life | None = None) -> None:
+    scope.stale = scope.look = True
+    outer = scope.outer
+    if ended is not None and outer is not None and outer.above:
+        outer.above.pop(ended, None)
+    if scope.above:
+        above = list(scope.above.values())
+        scope.above = None
+        for other in above:
+            _mark(other)
+
+
+def _healed() -> Scope:
+    """Give this context's scope, without what has ended."""
+    scope = _get()
+    if scope.stale:
+        scope = _heal(scope)
+        _set(scope)
+    return scope
+
+
+def _heal(scope: Scope) -> Scope:
+    """Make a scope again of what hasn't ended."""
+    return _rebuilt(scope, None) if scope.stale else scope
+
+
+def _rebuilt(scope: Scope, without: Life | None) -> Scope:
+    """Make a scope again of what hasn't ended, and without one life."""
+    kept: list[Scope] = []
+    at = scope
+    while at.outer is not None and (at.stale or without is not None):
+        kept.append(at)
+        at = at.outer
+    for one in reversed(kept):
+        if one.life is None:
+            at = scopes.derive(at, pin=one.settings.pin, routed=one.settings.routed)
+        elif one.life.ended or one.life is without:
+            continue
+        else:
+            at = one if one.outer is at and not one.stale else scopes.enter(at, one.life)
+    return at
+
+
+def in_force(scope: Scope) -> Scope:
+    """Give what is truly in force at a call whose context holds `scope`."""
+    scope = _found(scope)
+    entered = _thread.entered
+    if entered:
+        under, deeper = _compiled_code(scope.block)
+        if not under:
+            entered.clear()  # the compiled code was broken off
+            return scope
+        mark = None if scope.block is None else scope.block.compiled
+        start = mark[1] if mark is not None and mark[0] is entered else 0
+        scope = tokens.with_entered(scope, tuple(entered), start if deeper else len(entered))
+    return scope
+
+
+def token() -> str:
+    """Name what is in force here, for torch.compile to guard on; what compiled code itself entered comes on top."""
+    return tokens.token(_found(_get()))
+
+
+def settings() -> Settings:
+    """Give the settings in force here, without what compiled code entered."""
+    return _found(_get()).settings
+
+
+def _found(scope: Scope) -> Scope:
+    if scope.stale:
+        scope = _healed()
+    return _with_held(scope) if held else scope
+
+
+def _with_held(scope: Scope) -> Scope:
+    """Add what the generators on this stack hold and the context doesn't."""
+    block = scope.block
+    known = frozenset() if block is None else block.inside
+    away = [
+        life
+        for life in list(held)
+        if (life is not block and life not in known if life.tell is None else life not in scope.records)
+    ]
+    found = _on_stack(away)
+    if not found:
+        return scope
+    base = scope.base
+    for life in found:
+        wish = life.owner.wish
+        if wish is not None:
+            base, block = scopes.base_of(base, wish, life.owner.override), life
+            break
+    records = (*scope.records, *(life for life in found if life.tell is not None))
+    return Scope(base, None, None, block, records)
+
+
+def _on_stack(lives: Iterable[Life]) -> list[Life]:
+    """Give those whose function runs on this thread's stack, the innermost first."""
+    wanted: dict[FrameType, list[Life]] = {}
+    for life in list(lives):
+        for frame in life.frames:
+            if frame.f_back is not None:  # None while it is suspended
+                wanted.setdefault(frame, []).insert(0, life)
+    found: dict[Life, None] = {}
+    at: FrameType | None = sys._getframe(1) if wanted else None
+    while at is not None and wanted:
+        for life in wanted.pop(at, ()):
+            found.setdefault(life)
+        at = at.f_back
+    return list(found)
+
+
+def _compiled_code(block: Life | None) -> tuple[bool, bool]:
+    """Whether this thread runs something that torch.compile made, and whether deeper than a block's function.
+
+    Its wrapper is on the stack then.
+    """
+    frames = () if block is None else block.frames
+    frame: FrameType | None = sys._getframe(2)
+    deeper = True
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("eval_frame.py"):
+            return True, deeper
+        if frame in frames:
+            deeper = False
+        frame = frame.f_back
+    return False, False
+
+
+def stepping(owner: Owner) -> Life:
+    """Make a life that is in force only while its function runs; see `step`."""
+    life = Life()
+    life.owner = owner
+    life.more = weakref.WeakSet()  # one for each step
+    return life
+
+
+def step(life: Life, resume: Callable[..., Result], arguments: Sequence[Any]) -> Result:
+    """Run one step of a decorated generator or coroutine with its block in force, and only then."""
+    before = _healed()
+    if held or _thread.entered:
+        _place(life)
+    inside = scopes.enter(before, life)
+    _set(inside)
+    try:
+        return resume(*arguments)
+    finally:
+        now = _get()
+        _set(_heal(before) if now is inside else _rebuilt(now, life))

@@ -1,0 +1,336 @@
+"""Scopes: what is asked for at one point of a program, with the table of calls decided under it.
+
+The state of a thread or task is one `Scope`, held by a context variable. Scopes of equal settings share one table, so
+that the hot path is one look-up. `policy` holds what the process asks for, `lifetime` begins and ends blocks.
+torch.compile can't read a context variable; it reads `anyattn.scopes._in_force.token`, which it guards on.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from types import FrameType
+from typing import Any, Final
+
+from anyattn.scopes.values import Settings
+from anyattn.types.decision import Mode, Precision, Preference
+
+_MAX_SCOPES = 256
+_MAX_TABLE = 4096
+
+
+class Scope:
+    """Settings in force, with the table of calls decided under them.
+
+    There is one `Base` for equal settings. What a block or record puts in force is a `Scope` of its own, which shares
+    its base's tables and knows what it stands on, so that it can end at any time and in any order.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "above",
+        "asked",
+        "base",
+        "block",
+        "life",
+        "look",
+        "outer",
+        "recorder",
+        "records",
+        "settings",
+        "short",
+        "stale",
+        "table",
+    )
+    base: Base
+    settings: Settings
+    look: bool
+    asked: bool
+    outer: Scope | None
+    life: Life | None
+    block: Life | None
+    records: tuple[Life, ...]
+    recorder: Recorder | None
+    table: dict[Any, Any]
+    short: dict[Any, Any]
+    above: dict[Any, Scope] | None
+
+    def __init__(
+        self, base: Base, outer: Scope | None, life: Life | None, block: Life | None, records: tuple[Life, ...]
+    ) -> None:
+        self.base = base
+        self.settings = base.settings
+        self.look = False  # whether a call must look further than at this scope
+        self.asked = base.asked
+        self.stale = False  # whether something that this scope was made of has ended
+        self.outer = outer
+        self.life = life  # the block or record that this scope is of
+        self.block = block  # the innermost block
+        self.records = records
+        self.above = None  # what is to be made again when this goes stale
+        if records:
+            self.recorder = _teller(records)
+            self.table, self.short = {}, {}
+        else:
+            self.recorder = None
+            self.table, self.short = base.table, base.short
+
+    def preference(self) -> Preference:
+        """Give the wish in force: pin, then block, then process default, then environment, then native."""
+        settings = self.settings
+        if settings.pin is not None and not (settings.override and settings.context is not None):
+            return settings.pin
+        if settings.context is not None:
+            return settings.context
+        default = process_default()
+        if settings.precision != "exact":
+            default = replace(default, precision=settings.precision)
+        return default
+
+    def overruled(self) -> str:
+        """Say which wish a more specific one overruled, or give the empty string."""
+        settings = self.settings
+        if settings.pin is None or settings.context is None or settings.pin.names == settings.context.names:
+            return ""
+        if settings.override:
+            return f"the pin to {settings.pin} by attention_backend({settings.context}, override=True)"
+        return f"attention_backend({settings.context}) by the model's pin to {settings.pin}"
+
+    def remember(self, key: Any, runner: Any) -> None:
+        """Put a decided call into the table, which is bounded."""
+        if len(self.table) >= _MAX_TABLE:
+            self.table.clear()
+            self.short.clear()
+        self.table[key] = runner
+
+    def forget(self) -> None:
+        """Forget every decided call."""
+        self.table.clear()
+        self.short.clear()
+
+
+class Base(Scope):
+    """The one scope of its settings, which owns the tables."""
+
+    __slots__ = ("calls", "entered", "inner", "text")
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.look = self.stale = False
+        # Whether anything asks a host to come here: not what only says what runs once a call has come.
+        self.asked = settings.context is not None or settings.pin is not None or settings.routed
+        self.base = self
+        self.outer = self.life = self.block = self.recorder = self.above = None
+        self.records = ()
+        # Decided calls; those without mask that need no further look are in `short`, under a shorter key.
+        self.table = {}
+        self.short = {}
+        self.entered: dict[int, tuple[Preference, Base]] = {}
+        self.inner: dict[int, tuple[Preference | None, Base]] = {}
+        self.calls: dict[Any, Scope] = {}
+        self.text = ""
+
+
+class Life:
+    """One stay in a block or record: from entering to leaving, whatever context or thread either is in."""
+
+    ended = False
+    frames: tuple[FrameType, ...] = ()
+    """The suspendable functions (generators, coroutines) whose steps this is in force at; see `anyattn.scopes.lifetime`."""
+    inside: frozenset[Life] = frozenset()
+    """The lives of such functions that were running, further out, when this began."""
+    compiled: tuple[list[Entered], int] | None = None
+    """What compiled code had entered in that thread when this began: the list, and its length then."""
+
+    tell: Recorder | None = None
+    """For a record: what takes each decision."""
+    scope: Scope | None = None
+    """What it put in force; `more` if that was made again on something else."""
+    more: weakref.WeakSet[Scope] | None = None
+
+    owner: Owner
+    thread: list[Entered]
+    """The list of the thread that began it."""
+
+
+class Owner:
+    """A block or record as an object, which can be entered any number of times."""
+
+    wish: Preference | None = None
+    override = False
+    thread: list[Entered] | None = None
+    threads: tuple[list[Entered], ...] = ()
+    """The lists of the last thread that entered it, and of those before."""
+
+    def __init__(self) -> None:
+        self.lives: list[Life] = []
+
+
+Recorder = Callable[[Any], None]
+
+
+def _teller(records: tuple[Life, ...]) -> Recorder:
+    def tell(decision: Any) -> None:
+        for life in records:
+            if life.tell is not None and not life.ended:
+                life.tell(decision)
+
+    return tell
+
+
+# Reentrant: collecting garbage can end a generator, and with it a block, at any point.
+lock = threading.RLock()
+_scopes: dict[Settings, Base] = {}
+_alive: weakref.WeakSet[Base] = weakref.WeakSet()
+
+process_default: Callable[[], Preference] = lambda: Preference(("native",), "require", "built-in")  # noqa: E731
+"""What applies where no block or pin does; `policy` sets it."""
+
+generation = 0
+"""A number that `forget_decisions` changes: what was decided under another one is not to be remembered."""
+
+
+def scope_for(settings: Settings) -> Base:
+    """Give the one scope with these settings."""
+    found = _scopes.get(settings)
+    if found is not None:
+        return found
+    with lock:
+        found = _scopes.get(settings)
+        if found is None:
+            if len(_scopes) >= _MAX_SCOPES:
+                _drop_scopes()
+            found = Base(settings)
+            _scopes[settings] = found
+            _alive.add(found)
+        return found
+
+
+def _drop_scopes() -> None:
+    """Drop every way to find a scope again; those in force somewhere live on there."""
+    for stale in list(_scopes)[1:]:
+        _scopes.pop(stale)
+    for scope in list(_alive):
+        scope.entered.clear()
+        scope.inner.clear()
+        scope.calls.clear()
+
+
+_BASE: Final = scope_for(Settings())
+
+current: Final[contextvars.ContextVar[Scope]] = contextvars.ContextVar("anyattn_scope", default=_BASE)
+"""The scope in force in this thread or task."""
+
+Entered = tuple[str, tuple[str, ...], Mode, str, Precision, bool]
+
+
+class _Thread(threading.local):
+    """What belongs to one thread: pins and blocks entered by compiled code, which can't set a context variable."""
+
+    def __init__(self) -> None:
+        self.entered: list[Entered] = []
+
+
+thread: Final = _Thread()
+"""This thread's. Traced code reaches it as `anyattn.scopes._in_force.entered`; eager code below a graph break finds in it what
+the compiled code around it entered."""
+
+
+def changed(scope: Scope, **changes: Any) -> Scope:
+    """Give the scope with some settings changed, for one call: its recorders stay."""
+    found = scope_for(replace(scope.settings, **changes))
+    return Scope(found, None, None, scope.block, scope.records) if scope.records else found
+
+
+def derive(scope: Scope, **changes: Any) -> Scope:
+    """Give the scope with a pin or route changed, to be put in force; it ends with the blocks that it stands on."""
+    return _upon(scope, scope_for(replace(scope.settings, **changes)))
+
+
+def inside(scope: Scope, pin: Preference | None) -> Scope:
+    """Give the scope inside a module that has a pin, or (None) that its host's own setter gave to anyattn."""
+    settings = scope.settings
+    if settings.routed if pin is None else settings.pin is pin:
+        return scope
+    base = scope.base
+    found = base.inner.get(id(pin))  # keyed as in `base_of`
+    if found is None:
+        found = (pin, scope_for(replace(settings, routed=True) if pin is None else replace(settings, pin=pin)))
+        if len(base.inner) < _MAX_SCOPES:
+            base.inner[id(pin)] = found
+    return _upon(scope, found[1])
+
+
+def leave(before: Scope, inner: Scope) -> None:
+    """End what `inside` began, and nothing that was begun or ended meanwhile."""
+    scope = current.get()
+    if scope is not inner and scope is not before:
+        before = derive(scope, pin=before.settings.pin, routed=before.settings.routed)
+    current.set(before)
+
+
+def _upon(scope: Scope, found: Base) -> Scope:
+    if scope.outer is None:
+        return found
+    made = None if scope.above is None else scope.above.get(found)
+    if made is None:
+        made = Scope(found, scope, None, scope.block, scope.records)
+        _stand(made, scope, found)
+    return made
+
+
+def _stand(made: Scope, outer: Scope, key: object) -> None:
+    """Note that one scope has to be made again when another goes stale."""
+    if outer.above is None:
+        outer.above = {}
+    outer.above[key] = made
+    if outer.stale:
+        made.stale = made.look = True
+
+
+def base_of(base: Base, wish: Preference, override: bool) -> Base:
+    """Give the base of what is inside a block."""
+    # Keyed by identity (an even number), which costs less than hashing a preference; the entry keeps the object alive.
+    key = id(wish) + override
+    found = base.entered.get(key)
+    if found is None:
+        settings = replace(base.settings, context=wish, override=override, precision=wish.precision)
+        found = (wish, scope_for(settings))
+        if len(base.entered) < _MAX_SCOPES:
+            base.entered[key] = found
+    return found[1]
+
+
+def enter(scope: Scope, life: Life) -> Scope:
+    """Give the scope inside a block or record."""
+    wish = life.owner.wish
+    if wish is not None:
+        records = scope.records
+        made = Scope(base_of(scope.base, wish, life.owner.override), scope, life, life, records)
+        if records:
+            _stand(made, scope, life)
+    else:
+        made = Scope(scope.base, scope, life, scope.block, (*scope.records, life))
+        if scope.outer is not None:
+            _stand(made, scope, life)
+    if life.scope is None and life.more is None:
+        life.scope = made
+    else:
+        if life.more is None:
+            life.more = weakref.WeakSet()
+        life.more.add(made)
+    if life.ended:
+        made.stale = made.look = True
+    return made
+
+
+def forget_decisions() -> None:
+    """Forget every decided call; what compiled code was made for is made anew."""
+    global generation
+    with lock:
+        generation += 1
+        for scope in list(_alive):
+            scope.forget()

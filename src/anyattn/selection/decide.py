@@ -1,0 +1,69 @@
+"""From a call to its kernel: the table of decided calls, and what happens when a call isn't in it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+
+from anyattn.environment import Environment, detect
+from anyattn.errors import AnyattnWarning
+from anyattn.scopes import defaults
+from anyattn.selection import faults, registry
+from anyattn.selection.faults import outside, spec_of_fault
+from anyattn.selection.refusals import refusal
+from anyattn.selection.resolve import NO_FAULTS, Timings, resolve
+from anyattn.types.decision import Decision
+from anyattn.types.names import AUTO
+from anyattn.types.reasons import Reason
+from anyattn.types.spec import AttentionSpec
+
+timings_for: Callable[[AttentionSpec, Environment], Timings | None] = lambda spec, env: None  # noqa: E731
+"""Where measured times for a call come from; the tuner sets it."""
+
+
+def decide(spec: AttentionSpec, scope: defaults.Scope, failed: Mapping[str, Reason] | None = None) -> Decision:
+    """Choose a backend for a described call under a scope; `failed` are backends that failed in this call alone.
+
+    Raises:
+        UnknownBackendError: If a name in force is unknown.
+        BackendUnavailableError: If the one backend required can't be used here.
+        UnsupportedCallError: If nothing that was allowed admits the call.
+    """
+    env = detect()
+    defaults.follow(env.overrides)
+    decision = decision_for(spec, scope, env, failed)
+    if decision.chosen is None:
+        wish = decision.preference
+        raise refusal(decision) from faults.load_error(wish.names[0]) if wish.mode == "require" else None
+    return decision
+
+
+def decision_for(
+    spec: AttentionSpec, scope: defaults.Scope, env: Environment, failed: Mapping[str, Reason] | None = None
+) -> Decision:
+    """Choose as `decide` does, on any machine, and give the decision even where nothing was chosen."""
+    wish = registry.resolve_preference(scope.preference())
+    overruled = scope.overruled()
+    if overruled and not scope.settings.override:
+        _say_once(f"Overruled: {overruled}. Write override=True to have the block beat pins, or change the pin.")
+    times = timings_for(spec, env) if AUTO in wish.names else None
+    # A third party's package is imported where it is asked for, by name or by auto, and nowhere else.
+    known = registry.names() if AUTO in wish.names else registry.built_in_names()
+    names = dict.fromkeys((*known, *wish.names))
+    known_ones = registry.known(n for n in names if n != AUTO)
+    # What failed here says nothing of a machine that is supposed.
+    faults = faults.faults(spec_of_fault(spec)) if env is detect() else NO_FAULTS
+    if failed:
+        faults = {**faults, **failed}
+    return resolve(spec, env, wish, times, known_ones, overruled=overruled, faults=faults)
+
+
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(text, AnyattnWarning, stacklevel=outside())
+
+

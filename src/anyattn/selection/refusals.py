@@ -1,0 +1,102 @@
+"""The errors of calls that nothing runs: every reason once, and which list would run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from anyattn.environment import detect
+from anyattn.errors import AnyattnError, BackendUnavailableError, UnsupportedCallError
+from anyattn.selection import registry
+from anyattn.selection.resolve import order
+from anyattn.types.decision import Candidate, Decision, Preference
+from anyattn.types.names import AUTO
+from anyattn.types.reasons import Reason
+
+_UNAVAILABLE = frozenset(("not_built", "not_installed", "wrong_version", "broken_import", "setting", "no_device"))
+
+_SPELLED = {
+    "backend=": "backend={}",
+    "model": "anyattn.set_attention_backend(model, {})",
+    "context": "anyattn.attention_backend({})",
+    "default": "anyattn.set_default_backend({})",
+    "built-in": "anyattn.set_default_backend({})",
+}
+
+
+def listed(head: str, reasons: Sequence[Reason]) -> str:
+    """Write reasons under a headline, one a line."""
+    return "\n".join([head, *(f"  - {reason}" for reason in reasons)])
+
+
+def refusal(decision: Decision) -> AnyattnError:
+    """Make the error of a decision that chose nothing."""
+    wish, after = decision.preference, _what_would_run(decision)
+    if wish.mode == "require":
+        reasons = decision.reasons(wish.names[0])
+        missing = tuple(reason for reason in reasons if reason.code in _UNAVAILABLE)
+        if missing:
+            text = listed(f"The attention backend {wish} (asked for by {wish.source}) can't be used here:", missing)
+            return BackendUnavailableError(text + after, backend=wish.names[0], reasons=missing)
+        text = f"The attention backend {wish} (asked for by {wish.source}) refuses the call {decision.spec}:"
+        return UnsupportedCallError(listed(text, reasons) + after, decision=decision)
+    text = f"No backend of {wish} (asked for by {wish.source}) admits the call {decision.spec}:"
+    lines = [text, *_grouped(_tried(decision))]
+    return UnsupportedCallError("\n".join(lines) + after, decision=decision)
+
+
+def _tried(decision: Decision) -> tuple[Candidate, ...]:
+    """Give the candidates that the wish names, by name or through `auto`."""
+    wish = decision.preference
+    names = set(wish.names)
+    if AUTO in names:
+        at_hand = [candidate.name for candidate in decision.candidates if not _downloads(candidate.name)]
+        names |= set(order(decision.spec.device_type, at_hand, None, decision.spec)[0])
+    return tuple(candidate for candidate in decision.candidates if candidate.name in names and candidate.reasons)
+
+
+def _grouped(candidates: Iterable[Candidate]) -> list[str]:
+    """Write each reason once, under the names of all backends that have it."""
+    by_reason: dict[Reason, list[str]] = {}
+    for candidate in candidates:
+        for reason in candidate.reasons:
+            by_reason.setdefault(reason, []).append(candidate.name)
+    by_names: dict[tuple[str, ...], list[Reason]] = {}
+    for reason, names in by_reason.items():
+        by_names.setdefault(tuple(names), []).append(reason)
+    return [listed(f"{', '.join(names)}:", reasons) for names, reasons in by_names.items()]
+
+
+def _what_would_run(decision: Decision) -> str:
+    """Say which backends admit the call, and how to ask for one of them behind those that were asked for."""
+    wish = decision.preference
+    admit = [candidate.name for candidate in decision.candidates if candidate.admits]
+    if not admit:
+        return ""
+    text = f"\nBackends that admit it: {', '.join(admit)}."
+    first = _first_of(admit, decision)
+    if not first:
+        return text
+    return f"{text}\nThis would run, on {first}: {spelled(wish, (*wish.names, first))}"
+
+
+def _first_of(admit: Sequence[str], decision: Decision) -> str:
+    """Give the backend that a list had best end with: an exact one that is at hand."""
+    spec, env = decision.spec, detect()
+    for name in dict.fromkeys(("native", *order(spec.device_type, admit, None, spec)[0], *admit)):
+        backend = registry.get(name) if name in admit else None
+        caps = None if backend is None else backend.capabilities(spec, env)
+        if backend is not None and caps is not None and caps.exact and not backend.downloads:
+            return name
+    return ""
+
+
+def _downloads(name: str) -> bool:
+    backend = registry.get(name)
+    return backend is not None and backend.downloads
+
+
+def spelled(wish: Preference, names: Sequence[str]) -> str:
+    """Write a list of backends as a person would where the wish was made."""
+    text = json.dumps(list(names))
+    return _SPELLED[wish.source].format(text) if wish.source in _SPELLED else f"{wish.source}={','.join(names)}"

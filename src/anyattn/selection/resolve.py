@@ -1,0 +1,166 @@
+"""From a call, a machine and a wish to a decision: pure, so that every machine can be tried on a laptop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from anyattn.backend.capabilities import as_run
+from anyattn.backend.protocol import Backend
+from anyattn.environment import Environment
+from anyattn.lowering.dense import ALIGNED, is_copied_for
+from anyattn.selection.registry import not_built
+from anyattn.types.decision import Candidate, Decision, Preference
+from anyattn.types.names import AUTO, BY_NAME
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import AttentionSpec
+
+AUTO_ORDER: Mapping[str, tuple[str, ...]] = {
+    "cuda": ("native", "flash4", "flash3", "flash2", "native_efficient", "aiter", "xformers", "flex", "native_math"),
+    "cpu": ("native", "flex", "native_math"),
+    "npu": ("npu", "native", "native_math"),
+    "xla": ("xla", "native_math"),
+}
+"""What `auto` tries, per type of device, where nothing was measured and no rule applies. torch's own pick is first:
+on an H100 it is the fastest for short calls, which are bound by the Python in front of a kernel."""
+
+_LONG = 1 << 35
+_VERY_LONG = 1 << 40
+_MANY_KEYS = 1024
+"""From these on flash kernels come before torch's own pick, by the times of 20 calls of real models on one H100 (torch
+2.11, fa3-fwd 0.0.3, flash-attn-4 4.0.0b36): batch * heads * S_q * S_kv * head_dim of 3.4e10 without a mask, from 1e12
+on quantised kernels too where they are allowed, and 1024 keys under a mask that SDPA would be given as a dense one."""
+
+
+def rule(spec: AttentionSpec) -> tuple[str, ...]:
+    """Give what `auto` tries before its fixed order for a call on CUDA, by the call's size and mask."""
+    if spec.device_type != "cuda":
+        return ()
+    mask = spec.mask
+    work = spec.batch * spec.num_heads * spec.seqlen_q * spec.seqlen_kv * spec.head_dim
+    pattern = mask.pattern
+    dense = mask.key is not None or (
+        pattern is not None and not (pattern.is_causal and (spec.same_lengths or pattern.align == "upper_left"))
+    )
+    if dense:
+        return ("flash4", "flash3", "flash2") if spec.seqlen_kv >= _MANY_KEYS else ()
+    quantised = ("flash3_fp8", "sage") if work >= _VERY_LONG else ()
+    return (*quantised, "flash3", "flash4") if work >= _LONG else ()
+
+
+_DEFAULT_ORDER = ("native", "native_math", "flex")
+_LOOSER = {"exact": (), "int8": ("int8",), "fp8": ("int8", "fp8"), "fp4": ("int8", "fp8", "fp4")}
+
+NO_FAULTS: Mapping[str, Reason] = {}
+
+Timings = Mapping[str, float]
+"""Seconds measured for this call (or its like) per backend name."""
+
+
+def order(
+    device_type: str, available: Sequence[str], timings: Timings | None, spec: AttentionSpec | None = None
+) -> tuple[tuple[str, ...], str]:
+    """Give the names that `auto` tries, in order, and what the order rests on."""
+    fixed = AUTO_ORDER.get(device_type, _DEFAULT_ORDER)
+    first = () if spec is None else rule(spec)
+    rest = tuple(name for name in available if name not in fixed and name not in BY_NAME)
+    names = tuple(dict.fromkeys((*first, *fixed, *rest)))
+    if timings:
+        measured = sorted((name for name in available if name in timings), key=lambda name: timings[name])
+        return (*measured, *(name for name in names if name not in timings)), "measured"
+    return names, "rule by size and mask" if first else "fixed order"
+
+
+def resolve(
+    spec: AttentionSpec,
+    env: Environment,
+    preference: Preference,
+    timings: Timings | None,
+    candidates: Sequence[tuple[str, Backend | None]],
+    *,
+    overruled: str = "",
+    faults: Mapping[str, Reason] = NO_FAULTS,
+) -> Decision:
+    """Choose a backend for a call.
+
+    Args:
+        spec: The call.
+        env: The machine.
+        preference: What was asked for, with canonical names.
+        timings: Measured seconds per backend, or None.
+        candidates: Every known backend with its name; None for one without an adapter.
+        overruled: What to report as overruled.
+        faults: Backends that failed before, with the reason: for this call, which lists and `auto` go past and a name
+            that is required doesn't, or when they were loaded, which nothing gets past.
+
+    Returns:
+        A decision that lists every candidate that was considered, with all the reasons against it. Where
+        nothing admits the call, `chosen` is None.
+    """
+    backends = dict(candidates)
+    # What would be downloaded is taken where its own name was given, and never by `auto`, measured or not.
+    at_hand = [name for name, found in candidates if found and not found.downloads]
+    wanted, basis = _wanted(spec, preference, timings, at_hand)
+    limits = preference if preference.mode == "prefer" else None
+    holding = faults
+    if limits is None:
+        holding = {name: reason for name, reason in faults.items() if reason.code == "broken_import"}
+    judged = [_judge(name, backends.get(name), spec, env, limits, holding) for name in wanted]
+    chosen = next((candidate.name for candidate in judged if candidate.admits), None)
+    others = [
+        _judge(name, found, spec, env, None, faults)
+        for name, found in candidates
+        if name not in {c.name for c in judged}
+    ]
+    kernel = origin = ""
+    conversions: tuple[Conversion, ...] = ()
+    if chosen is not None:
+        backend = backends[chosen]
+        assert backend is not None
+        if spec.is_empty:
+            kernel = "none: there is nothing to attend to"
+        else:
+            run_as = as_run(backend.capabilities(spec, env), spec)
+            caps, lowering = backend.capabilities(run_as, env), backend.lower(run_as, env)
+            kernel, conversions, origin = lowering.entry, lowering.conversions, backend.origin(env)
+            if caps is not None and is_copied_for(caps, run_as, lowering):
+                conversions = (*conversions, ALIGNED)
+            if run_as is not spec:
+                text = "packed sequences padded to the longest, with key lengths for a mask, and packed again"
+                conversions = (Conversion("unpacked", text), *conversions)
+    return Decision(spec, chosen, kernel, conversions, preference, basis, (*judged, *others), overruled, origin)
+
+
+def _wanted(
+    spec: AttentionSpec, preference: Preference, timings: Timings | None, available: Sequence[str]
+) -> tuple[tuple[str, ...], str]:
+    if preference.mode == "require":
+        return preference.names, "required"
+    names: list[str] = []
+    basis = "preferred"
+    for name in preference.names:
+        if name == AUTO:
+            automatic, basis = order(spec.device_type, available, timings, spec)
+            names.extend(automatic)
+        else:
+            names.append(name)
+    return tuple(dict.fromkeys(names)), basis
+
+
+def _judge(
+    name: str,
+    backend: Backend | None,
+    spec: AttentionSpec,
+    env: Environment,
+    limits: Preference | None,
+    faults: Mapping[str, Reason],
+) -> Candidate:
+    if backend is None:
+        return Candidate(name, (not_built(name),))
+    caps = backend.capabilities(spec, env)
+    reasons = backend.reasons(as_run(caps, spec), env)
+    if limits is not None and caps is not None and not caps.exact and caps.quantised not in _LOOSER[limits.precision]:
+        hint = f"allow it with precision={caps.quantised or 'int8'!r}, or ask for {name} alone"
+        reasons = (*reasons, Reason("precision", "an exact kernel", f"one quantised to {caps.quantised}", hint))
+    if name in faults:
+        reasons = (*reasons, faults[name])
+    return Candidate(name, reasons)

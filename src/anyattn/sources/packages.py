@@ -1,0 +1,107 @@
+"""Where a third-party kernel comes from: its distribution, versions and functions, and how it is loaded.
+
+`FUNCTIONS` holds what was loaded, by backend name, so that the code torch.compile traces finds it without an import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from anyattn.environment import Environment
+from anyattn.types.reasons import Reason
+
+FUNCTIONS: dict[str, Any] = {}
+"""Per backend, a namespace of the kernel's functions; filled by `Backend.load`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """One distribution that brings a kernel.
+
+    Attributes:
+        distribution: Its name, as pip knows it; empty where only the module tells (a build without metadata).
+        module: The module that holds the functions.
+        functions: The functions that must be there.
+        versions: The versions that serve, as a specifier such as `">=2.6.3"`; empty is any.
+        install: The command that installs it.
+        found_by: A module of `anyattn.environment.MODULES` that must be there too; empty asks for none.
+        note: What else to say where it is missing.
+    """
+
+    distribution: str
+    module: str
+    functions: tuple[str, ...]
+    versions: str = ""
+    install: str = ""
+    found_by: str = ""
+    note: str = ""
+
+    def reasons(self, env: Environment) -> Iterator[Reason]:
+        """Yield why the package doesn't serve on a machine, as far as its metadata tells. Pure."""
+        version = env.packages.get(self.distribution) if self.distribution else None
+        wanted = f"{self.distribution or self.module} {self.versions}".strip()
+        if self.distribution and version is None:
+            hint = "; ".join(part for part in (self.install, self.note) if part)
+            yield Reason("not_installed", wanted, f"no distribution {self.distribution}", hint)
+        elif self.versions and version is not None and not _serves(self.versions, version):
+            yield Reason("wrong_version", wanted, version, self._pinned())
+        elif self.found_by and self.found_by not in env.modules:
+            got = f"no module {self.found_by}" + (f" beside {self.distribution} {version}" if version else "")
+            yield Reason("not_installed", wanted, got, "; ".join(part for part in (self.install, self.note) if part))
+
+    def _pinned(self) -> str:
+        """Give the command with the versions that serve in it: without them pip may keep, or get, one that doesn't."""
+        wanted = f"'{self.distribution}{self.versions}'"
+        name = rf"(?<![\w.-])'?{re.escape(self.distribution)}(?![\w-])(?:[<>=!~][^'\s]*)?'?"
+        found, count = re.subn(name, wanted, self.install, count=1)
+        return found if count else "; ".join(part for part in (self.install, f"it has to be {wanted}") if part)
+
+    def load(self) -> Any:
+        """Import the module and give its functions as a namespace.
+
+        Raises:
+            ImportError: If a function is missing, with what was found instead.
+            Exception: Whatever the package raises when it is imported.
+        """
+        return functions_of(importlib.import_module(self.module), self.functions, self.module, self.note)
+
+
+def functions_of(module: Any, functions: Sequence[str], name: str, note: str = "") -> Any:
+    """Give a module's functions as a namespace, with the module itself as `module`.
+
+    Raises:
+        ImportError: If a function is missing, with what was found instead.
+    """
+    missing = [function for function in functions if not callable(getattr(module, function, None))]
+    if missing:
+        where = getattr(module, "__file__", None) or "a namespace without a file"
+        raise ImportError(f"{name} ({where}) has no function {' and '.join(missing)}. {note}".strip())
+    return types.SimpleNamespace(**{function: getattr(module, function) for function in functions}, module=module)
+
+
+def _serves(versions: str, found: str) -> bool:
+    from packaging.version import InvalidVersion
+
+    try:
+        return SpecifierSet(versions).contains(found, prereleases=True)
+    except InvalidVersion:
+        return False
+
+
+def first_that_serves(packages: Sequence[Package], env: Environment) -> Package | None:
+    """Give the first package that serves on a machine, or None."""
+    return next((package for package in packages if not any(package.reasons(env))), None)
+
+
+def package_reasons(packages: Sequence[Package], env: Environment) -> Iterator[Reason]:
+    """Yield why none of several packages serves; nothing where one does. Pure."""
+    if first_that_serves(packages, env) is None:
+        for package in packages:
+            yield from package.reasons(env)

@@ -1,0 +1,125 @@
+"""What was chosen for a call, and every other backend with its reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from anyattn.types.reasons import Conversion, Reason
+from anyattn.types.spec import AttentionSpec
+
+Mode = Literal["require", "prefer"]
+Precision = Literal["exact", "int8", "fp8", "fp4"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Which backends a person wants.
+
+    Attributes:
+        names: Backend names in order; `"auto"` stands for the library's own order.
+        mode: `"require"` (one name: it runs or the call fails) or `"prefer"` (the first that admits it).
+        source: Where the wish was made: `"backend="`, `"model"`, `"context"`, `"default"`, an environment
+            variable's name, or `"built-in"`.
+        precision: The loosest precision that lists and `auto` may use.
+    """
+
+    names: tuple[str, ...]
+    mode: Mode
+    source: str
+    precision: Precision = "exact"
+
+    def __str__(self) -> str:
+        return ", ".join(self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One backend that was considered, and why it was refused (no reasons: it admits the call)."""
+
+    name: str
+    reasons: tuple[Reason, ...] = ()
+
+    @property
+    def admits(self) -> bool:
+        """Whether the backend can take the call."""
+        return not self.reasons
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The choice for one call.
+
+    Attributes:
+        spec: The call.
+        chosen: The backend that runs it, or None.
+        kernel: Which entry of the backend's kernel.
+        conversions: What is done to the call so that the kernel can take it, all of it exact.
+        preference: What was asked for, and where.
+        basis: What the choice rests on: `"required"`, `"preferred"`, `"fixed order"`,
+            `"rule by size and mask"`, `"measured"`.
+        candidates: Every backend that was considered, in order, with every reason against it.
+        overruled: A wish that a more specific one overruled, in words.
+        origin: Where the chosen kernel's code comes from; empty where it is part of torch.
+    """
+
+    spec: AttentionSpec
+    chosen: str | None
+    kernel: str
+    conversions: tuple[Conversion, ...]
+    preference: Preference
+    basis: str
+    candidates: tuple[Candidate, ...]
+    overruled: str = ""
+    origin: str = ""
+
+    def reasons(self, name: str) -> tuple[Reason, ...]:
+        """Give the reasons against one candidate.
+
+        Raises:
+            KeyError: If it was not considered.
+        """
+        for candidate in self.candidates:
+            if candidate.name == name:
+                return candidate.reasons
+        raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as plain data, for JSON."""
+        return {
+            "spec": self.spec.to_dict(),
+            "chosen": self.chosen,
+            "kernel": self.kernel,
+            "conversions": [{"code": c.code, "text": c.text} for c in self.conversions],
+            "preference": {
+                "names": list(self.preference.names),
+                "mode": self.preference.mode,
+                "source": self.preference.source,
+                "precision": self.preference.precision,
+            },
+            "basis": self.basis,
+            "candidates": [
+                {"name": c.name, "admits": c.admits, "reasons": [r.to_dict() for r in c.reasons]}
+                for c in self.candidates
+            ],
+            "overruled": self.overruled,
+            "origin": self.origin,
+        }
+
+    def __str__(self) -> str:
+        if self.chosen is None:
+            lines = [f"nothing runs {self.spec}"]
+        else:
+            lines = [f"{self.chosen} ({self.kernel}) runs {self.spec}"]
+        lines.append(f"  asked for: {self.preference} by {self.preference.source}; choice: {self.basis}")
+        if self.origin:
+            lines.append(f"  from: {self.origin}")
+        if self.overruled:
+            lines.append(f"  overruled: {self.overruled}")
+        lines += [f"  converted: {conversion}" for conversion in self.conversions]
+        for candidate in self.candidates:
+            if candidate.name != self.chosen:
+                state = "admits the call" if candidate.admits else "refuses"
+                lines.append(f"  {candidate.name}: {state}")
+                lines += [f"    {reason}" for reason in candidate.reasons]
+        return "\n".join(lines)
