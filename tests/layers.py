@@ -45,13 +45,16 @@ def _exists(name: str, root: Path) -> bool:
     return name.startswith(f"{root.name}.") and (path.is_dir() or path.with_suffix(".py").is_file())
 
 
-def violations(root: Path, order: Sequence[str], separate: Collection[str] = ()) -> list[str]:
+def violations(
+    root: Path, order: Sequence[str], separate: Collection[str] = (), shared: Collection[str] = ()
+) -> list[str]:
     """Say which imports go upwards or sideways.
 
     Args:
         root: The package's folder.
         order: Its modules and folders, the lowest first: each may import those before it and itself, and no other.
         separate: Folders, `a` or `a/b`, whose own modules and folders may not import one another.
+        shared: Modules of such folders, `a/b`, that the others may import.
     """
     place = {name: index for index, name in enumerate(order)}
     there = boxes(root)
@@ -72,6 +75,26 @@ def violations(root: Path, order: Sequence[str], separate: Collection[str] = ())
             own = where.parts[len(inside)].removesuffix(".py")
             for name in found:
                 parts = tuple(name.split(".")[1:])
-                if parts[: len(inside)] == inside and parts[len(inside) : len(inside) + 1] not in ((), (own,)):
-                    wrong.append(f"{where} imports {name}, which stands beside it")
+                beside = parts[: len(inside) + 1]
+                if parts[: len(inside)] != inside or beside in (inside, (*inside, own)) or "/".join(beside) in shared:
+                    continue
+                wrong.append(f"{where} imports {name}, which stands beside it")
     return wrong
+
+
+def circles(root: Path) -> list[list[str]]:
+    """Return each set of files that import one another, as sorted lists of modules.
+
+    A package's `__init__` counts as the package; importing a module of it doesn't count as importing the package.
+    """
+    files = {".".join((root.name, *path.relative_to(root).with_suffix("").parts)): path for path in root.rglob("*.py")}
+    modules = {name.removesuffix(f".{SELF}"): path for name, path in files.items()}
+    reached = {name: {to for to in imports(path, root) if to in modules} - {name} for name, path in modules.items()}
+    grew = True
+    while grew:
+        grew = False
+        for name, known in reached.items():
+            more = known.union(*(reached[to] for to in known))
+            grew, reached[name] = grew or more != known, more
+    found = {tuple(sorted({name} | {to for to in known if name in reached[to]})) for name, known in reached.items()}
+    return [list(group) for group in sorted(found) if len(group) > 1]

@@ -14,16 +14,22 @@ from anyattn.errors import (
     UnknownBackendError,
     UnsupportedCallError,
 )
-from anyattn.integrations.models import reset_attention_backend, set_attention_backend
 from anyattn.introspection import BackendRow, backends, explain, plan
 from anyattn.masks.values import prepare_mask
 from anyattn.scopes.recording import record
-from anyattn.settings import attention_backend, reset, set_default_backend
+from anyattn.settings import (
+    attention_backend,
+    reset,
+    reset_attention_backend,
+    set_attention_backend,
+    set_default_backend,
+)
 from anyattn.types.decision import Candidate, Decision, Preference
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec, MaskSpec
 from anyattn.varlen import attention_varlen
-from anyattn.version import __version__
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from anyattn.testing.verify import verify

@@ -1,13 +1,18 @@
-"""What steers the choice: blocks, the process's default, and starting afresh."""
+"""What steers the choice: blocks, models with a backend of their own, the process's default, and starting afresh."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import TracebackType
+from typing import Any
 
 import torch
+from torch import nn
 
 from anyattn import environment
+from anyattn.errors import InvalidCallError
+from anyattn.pins import pins
 from anyattn.scopes import _in_force, defaults, lifetime
 from anyattn.scopes.decorating import Function, Steps, decorated
 from anyattn.scopes.scopes import Life, Owner
@@ -116,3 +121,67 @@ def reset() -> None:
     environment.forget()
     faults.forget_faults()
     defaults.forget()
+
+
+_INTEGRATIONS = {"diffusers": "anyattn.integrations.diffusers"}
+"""The package of a host library, and the module that knows its models; imported only once the host itself was."""
+
+
+def _integration_of(model: Any) -> Any:
+    """Return the integration whose library made this object, or None."""
+    for package, name in _INTEGRATIONS.items():
+        if package in sys.modules:
+            integration = importlib.import_module(name)
+            if integration.handles(model):
+                return integration
+    return None
+
+
+def set_attention_backend(
+    model: Any, backend: str | list[str] | tuple[str, ...], *, precision: Precision = "exact"
+) -> Any:
+    """Choose the backend of one model or pipeline; no other model is touched.
+
+    For a model or pipeline of Diffusers this also routes its attention through anyattn. For any other
+    `torch.nn.Module` the choice is a pin: in force while the module's forward runs, for the calls of anyattn that are
+    made inside it, unless a part of it has a pin of its own.
+
+    Args:
+        model: A `torch.nn.Module`, or a Diffusers pipeline.
+        backend: A name, an alias, `"auto"`, or a list in order of preference.
+        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"`, `"fp8"` or `"fp4"`.
+
+    Returns:
+        For Diffusers a report of what was set, else None.
+
+    Raises:
+        UnknownBackendError: If a name is unknown.
+        InvalidCallError: If the object isn't a module; for Diffusers also where nothing in it would change.
+    """
+    integration = _integration_of(model)
+    if integration is not None:
+        return integration.set_attention_backend(model, backend, precision=precision)
+    if not isinstance(model, nn.Module):
+        raise InvalidCallError(
+            f"A backend is set on a torch.nn.Module or a Diffusers pipeline; {type(model).__name__} was given."
+        )
+    pins.pin(model, backend, precision=precision)
+    return None
+
+
+def reset_attention_backend(model: Any) -> None:
+    """Undo `set_attention_backend` on one model or pipeline, and nothing else.
+
+    Raises:
+        InvalidCallError: If the object isn't a module or pipeline, or had no backend set.
+    """
+    integration = _integration_of(model)
+    if integration is not None:
+        integration.reset_attention_backend(model)
+        return
+    if not isinstance(model, nn.Module):
+        raise InvalidCallError(
+            f"A backend is reset on a torch.nn.Module or a Diffusers pipeline; {type(model).__name__} was given."
+        )
+    if not pins.unpin(model):
+        raise InvalidCallError(f"This {type(model).__name__} has no backend of its own to reset.")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import anyattn
+import doubles
 from anyattn import masks, reference
 from anyattn.adapters import aiter
 from anyattn.environment import Device, Environment, preset
 from anyattn.sources.packages import FUNCTIONS
-from anyattn.testing import doubles
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec, MaskSpec, PatternSpec, Storage
 
@@ -179,7 +179,7 @@ def test_window_is_told_with_the_entries_that_the_signature_has(monkeypatch: pyt
 
 
 def test_window_has_two_entries_where_the_signature_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyattn.testing.doubles import aiter as double
+    from doubles.kernels import aiter as double
 
     seen = []
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import anyattn
+import doubles
 from anyattn import masks
 from anyattn.adapters.flash4 import Flash4
 from anyattn.backend.declared_reasons import declared_reasons
 from anyattn.backend.known_bad import table
 from anyattn.environment import Environment, preset
 from anyattn.process import installed
-from anyattn.testing import doubles
-from anyattn.testing.doubles import flash3
 from anyattn.types.spec import AttentionSpec, MaskSpec, PatternSpec, Storage
+from doubles.kernels import flash3
 
 FLASH2 = {"flash-attn": "2.8.3"}
 FLASH3 = {"flash-attn-3": "3.0.0"}

@@ -17,15 +17,16 @@ import pytest
 import torch
 
 import anyattn
+import doubles
 from anyattn.errors import BackendUnavailableError
 from anyattn.sources.hub_kernels import FLASH2
-from anyattn.testing import doubles, verify
-from anyattn.testing.doubles.double import Double
+from anyattn.testing import verify
+from doubles.double import Double
 
 kernels = pytest.importorskip("kernels", reason="the Hub's kernels need anyattn[hub]")
 hub_constants = pytest.importorskip("huggingface_hub.constants", reason="the Hub's kernels need anyattn[hub]")
 
-SOURCE = "from anyattn.testing.doubles.flash2 import flash_attn_func, flash_attn_varlen_func\n"
+SOURCE = "from doubles.kernels.flash2 import flash_attn_func, flash_attn_varlen_func\n"
 VARIANT = "torch-universal"
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import anyattn
+import doubles
 from anyattn import masks, reference
 from anyattn.adapters import npu
 from anyattn.environment import Environment, preset
 from anyattn.sources.packages import FUNCTIONS
-from anyattn.testing import doubles
 from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
 
 NPU = preset("npu", packages={"torch-npu": "2.9.0"})

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 import anyattn
+import doubles
 from anyattn import masks
 from anyattn.adapters.sage import SageInt8Fp8, SageInt8Fp16Triton
 from anyattn.adapters.sage.kernels import PARAMETERS, readable
 from anyattn.environment import Device, Environment, preset
-from anyattn.run import plan
+from anyattn.run import plan as plans
 from anyattn.selection.registry import get
 from anyattn.sources.packages import FUNCTIONS
-from anyattn.testing import doubles
-from anyattn.testing.doubles import sage
 from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
+from doubles.kernels import sage
 
 ALL = ("sage", "sage_int8_fp16", "sage_int8_fp16_triton", "sage_int8_fp8", "sage_int8_fp8_sm90")
 CAUSAL = MaskSpec(pattern=PatternSpec(-1, 0, "upper_left"))
@@ -356,7 +356,7 @@ def test_device_that_the_kernel_sets_is_put_back(monkeypatch: pytest.MonkeyPatch
         return query
 
     query = types.SimpleNamespace(device=torch.device("cuda", 1))
-    guarded = plan._on_its_device(kernel)
+    guarded = plans._on_its_device(kernel)
     assert guarded("returns", query, None, None, None) is query  # type: ignore[arg-type]
     assert (seen, current) == ([1], [3])
     with pytest.raises(RuntimeError, match="own"):

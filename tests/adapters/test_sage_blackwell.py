@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import anyattn
+import doubles
 from anyattn.environment import Device, Environment, preset
-from anyattn.testing import doubles
-from anyattn.testing.doubles import sage_blackwell
 from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec
+from doubles.kernels import sage_blackwell
 
 NAME = "sage_blackwell_hub"
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import anyattn
+import doubles
 from anyattn import masks, reference
 from anyattn.adapters.sage import packed
 from anyattn.environment import Device, Environment, preset
@@ -19,7 +20,6 @@ from anyattn.masks.objects import Mask
 from anyattn.reference import tolerance
 from anyattn.selection.registry import get
 from anyattn.sources.packages import FUNCTIONS
-from anyattn.testing import doubles
 from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
 
 PACKS = ("sage", "sage_int8_fp16_triton")

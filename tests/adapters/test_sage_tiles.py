@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 import anyattn
+import doubles
 from anyattn import masks, reference
 from anyattn.adapters.sage import tiles
 from anyattn.environment import Device, preset
 from anyattn.reference import tolerance
 from anyattn.sources.packages import FUNCTIONS
-from anyattn.testing import Case, doubles
+from anyattn.testing import Case
 from anyattn.testing.laws import LawBroken, check
 from anyattn.types.spec import AttentionSpec, MaskSpec, PatternSpec
 

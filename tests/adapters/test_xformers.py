@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import anyattn
+import doubles
 from anyattn import masks
 from anyattn.backend.patterns import KernelPattern
 from anyattn.backend.protocol import Lowering
@@ -23,11 +24,10 @@ from anyattn.lowering import cache
 from anyattn.masks.objects import Mask
 from anyattn.selection import registry
 from anyattn.sources.packages import FUNCTIONS
-from anyattn.testing import doubles
-from anyattn.testing.doubles import xformers as xf
-from anyattn.testing.doubles.double import module
 from anyattn.types.decision import Decision
 from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec, PatternSpec, Storage
+from doubles.double import module
+from doubles.kernels import xformers as xf
 
 OPS = ("xformers.ops",)
 DENSE = MaskSpec(dense=DenseSpec("bias", torch.bfloat16, (1, 1, 64, 64)))

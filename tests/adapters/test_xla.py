@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import anyattn
+import doubles
 from anyattn import environment, masks, reference
 from anyattn.adapters import xla
 from anyattn.environment import Device, Environment, preset
 from anyattn.sources.packages import FUNCTIONS
-from anyattn.testing import doubles
 from anyattn.types.spec import AttentionSpec, MaskSpec, PatternSpec
 
 TPU = preset("tpu", packages={"torch-xla": "2.9.0"})

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import doubles
 from anyattn import environment
 from anyattn.backend.known_bad import table
 from anyattn.backend.protocol import Backend
@@ -24,7 +25,6 @@ from anyattn.cli.views import doctor as doctor_view
 from anyattn.cli.views.doctor import show
 from anyattn.process import installed
 from anyattn.selection import registry
-from anyattn.testing import doubles
 from anyattn.types.names import BY_NAME, KNOWN
 from anyattn.types.reasons import Reason
 

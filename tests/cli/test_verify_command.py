@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from anyattn.cli.app import app
 from anyattn.cli.commands import verify as command
-from anyattn.testing import doubles
 from anyattn.types.reasons import Reason
 
 # The package gives a function of the same name.
@@ -137,24 +136,3 @@ def test_double_is_never_shown_as_a_kernel(found):
     broken = verify.BackendReport("flash2", (law(failures=(verify.Failure("off", LINE, 7.0),)),), ran="contract double")
     found(broken)
     assert "flash2 (contract double), law 1 (right)" in invoke().stdout
-
-
-def test_doubles_run_every_adapter_against_its_double():
-    answer = invoke("--doubles", "--cases", "0", "--law", "unchanged", "--json")
-    data = json.loads(answer.stdout)
-    assert answer.exit_code == 0, answer.output
-    assert {row["backend"] for row in data["backends"]} == set(doubles.DOUBLES)
-    assert {row["ran"] for row in data["backends"]} == {"contract double"}
-    assert all(row["laws"][0]["run"] for row in data["backends"])
-    text = invoke("flash", "--doubles", "--cases", "0", "--law", "unchanged").stdout
-    assert "Contract doubles" in text
-    assert "flash2" in text
-
-
-def test_doubles_of_a_backend_without_one_or_on_a_gpu_are_refused():
-    answer = invoke("native", "--doubles", "--law", "unchanged")
-    assert answer.exit_code == 1
-    assert "a contract double of native" in answer.stdout
-    answer = invoke("--doubles", "--device", "cuda")
-    assert answer.exit_code == 2
-    assert "--device cuda" in answer.stderr

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import anyattn
+import doubles
 from anyattn import environment
 from anyattn.selection import registry
-from anyattn.testing import doubles
 
 NAMES = tuple(doubles.DOUBLES)
 """Every backend that has a contract double: what holds for one holds for all."""

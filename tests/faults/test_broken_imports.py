@@ -23,12 +23,12 @@ from breaking import (
 )
 
 import anyattn
+import doubles
 from anyattn import environment
 from anyattn.cli.commands.doctor import probe, trial
 from anyattn.selection import registry
 from anyattn.selection.faults import told
 from anyattn.sources import hub
-from anyattn.testing import doubles
 from anyattn.types.reasons import Reason
 
 

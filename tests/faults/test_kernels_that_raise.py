@@ -15,12 +15,12 @@ from breaking import NAMES, admitted, preferred, raising
 from torch import Tensor
 
 import anyattn
+import doubles
 from anyattn import environment, masks
 from anyattn.adapters.native import NativeMath
 from anyattn.backend.protocol import Output, Parts, Plan
 from anyattn.scopes import defaults
 from anyattn.selection import faults, registry
-from anyattn.testing import doubles
 
 
 class PlainTritonError(Exception):

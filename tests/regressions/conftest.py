@@ -14,7 +14,7 @@ from doors_to_backends import BACKENDS, Attend, through_diffusers
 import anyattn
 
 # The tiny models of Diffusers live beside the integration's own tests.
-sys.path.append(str(Path(__file__).parents[1] / "integrations"))
+sys.path.append(str(Path(__file__).parents[1] / "integrations" / "diffusers"))
 
 
 @pytest.fixture(params=BACKENDS)

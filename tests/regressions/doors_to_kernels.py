@@ -1,6 +1,6 @@
 """The ways to a kernel that isn't here, against its contract double: a call of anyattn, and each name of Diffusers.
 
-A backend joins by getting a double (`anyattn.testing.doubles.DOUBLES`): everything here is computed from that table.
+A backend joins by getting a double (`doubles.DOUBLES`): everything here is computed from that table.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from doors_to_backends import IN_KWARGS, tensors
 from torch import Tensor
 
 import anyattn
+import doubles
 from anyattn.backend.capabilities import Capabilities
 from anyattn.backend.protocol import Backend
-from anyattn.testing import doubles
 from anyattn.types.names import canonical
 
 DIFFUSERS_NAMES = (

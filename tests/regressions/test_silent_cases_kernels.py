@@ -16,8 +16,8 @@ from doors_to_backends import padding, triangle, truth
 from doors_to_kernels import DIFFUSERS_NAMES, DOORS, Kernel, behind
 
 import anyattn
+import doubles
 from anyattn import masks
-from anyattn.testing import doubles
 from anyattn.types.names import canonical
 
 LENGTHS = ((6, 6), (5, 9), (9, 5), (1, 9), (9, 1), (128, 128), (128, 256))

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyattn.backend.capabilities import Capabilities
-from anyattn.backend.known_bad import table
+from anyattn.backend.known_bad import table as known_bad
 from anyattn.backend.protocol import Backend
 from anyattn.selection import registry
-from anyattn.testing.doubles import DOUBLES
 from anyattn.types.names import BY_NAME, KNOWN
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests")]
 
 from verified import Run
 from verified import runs as read_runs
+
+from doubles import DOUBLES
 
 VERIFIED = Path(__file__).parents[2] / "verified"
 PAGE = Path(__file__).parents[2] / "docs" / "backends.md"
@@ -252,7 +253,7 @@ def page(rows: Sequence[Row] | None = None, runs: Sequence[Run] | None = None) -
                 row.instead,
                 row.link,
             )
-            for row in table.TABLE
+            for row in known_bad.TABLE
         ),
     )
     return "\n".join(lines).rstrip("\n") + "\n"

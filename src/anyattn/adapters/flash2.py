@@ -130,7 +130,7 @@ def _right_window(spec: AttentionSpec, pattern: KernelPattern | None) -> Iterato
     """Refuse a window whose right side the kernel gets wrong."""
     if pattern is not None and _flash.misreads_right_side(spec, pattern):
         side = "an unbounded right side" if pattern.right == -1 else f"{pattern.right} on the right"
-        got = f"{side} with {flash_like.keys_left(spec, pattern)} keys, in lower-right alignment"
+        got = f"{side} with {_flash.keys_left(spec, pattern)} keys, in lower-right alignment"
         need = "a right side below seqlen_kv where there are more queries than keys"
         yield Reason("mask", need, got, "flex takes every mask")
 

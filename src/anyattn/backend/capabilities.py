@@ -10,8 +10,7 @@ import torch
 from anyattn.backend.head_dims import HeadDims
 from anyattn.backend.patterns import KernelPattern, in_alignment
 from anyattn.environment import Arch
-from anyattn.masks.objects import Align
-from anyattn.types.spec import UNKNOWN, AttentionSpec, DenseSpec, MaskSpec, Storage
+from anyattn.types.spec import UNKNOWN, Align, AttentionSpec, DenseSpec, MaskSpec, Storage
 
 BOTH: frozenset[Align] = frozenset(("upper_left", "lower_right"))
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anyattn.masks.objects import Align
-from anyattn.types.spec import UNKNOWN, PatternSpec
+from anyattn.types.spec import UNKNOWN, Align, PatternSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ class Backend:
         declarations: What it accepts, per type of device.
         downloads: Whether `load` may fetch the kernel's code over a network: then nothing but a person's naming it has
             it loaded, never `auto`, nor what looks at every backend.
-        is_double: Whether it stands for a kernel that isn't there: a contract double, of `anyattn.testing.doubles`.
+        is_double: Whether it stands for a kernel that isn't there: a contract double of the tests.
         quantises: Whether it is the adapter that quantises, so that results are coarse whatever computes them.
     """
 

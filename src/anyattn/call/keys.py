@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a call is looked up by: everything that its spec depends on, read without describing it."""
 
 from __future__ import annotations
 

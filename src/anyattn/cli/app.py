@@ -9,12 +9,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from anyattn import __version__
 from anyattn.cli import options as opt
 from anyattn.cli import render
 from anyattn.cli.reports import Progress, Report
 from anyattn.cli.words import CallWords
 from anyattn.errors import AnyattnError
-from anyattn.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -126,7 +126,6 @@ def verify(
     cases: opt.Cases = 60,
     laws: opt.Laws = None,
     seed: opt.Seed = 0,
-    doubles: opt.Doubles = False,
     as_json: opt.Json = False,
 ) -> None:
     """Run the laws of a backend on this machine.
@@ -144,7 +143,6 @@ def verify(
             cases=cases,
             laws=laws or (),
             seed=seed,
-            doubles=doubles,
             progress=progress,
         )
 

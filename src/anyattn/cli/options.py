@@ -61,9 +61,6 @@ OnType = Annotated[str | None, typer.Option(help="cpu, cuda, ... [cuda where the
 Cases = Annotated[int, typer.Option(min=0, help="How many cases to draw, beside the adversarial ones.")]
 Laws = Annotated[list[str] | None, typer.Option("--law", help="Run this law; may be repeated. [all]")]
 Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
-Doubles = Annotated[
-    bool, typer.Option("--doubles", help="Run adapters against fakes of their kernels: that proves no kernel.")
-]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Where the contact sheet goes.")]
 Models = Annotated[list[str] | None, typer.Option("--model", help="Run this model; may be repeated. [all]")]
 Backends = Annotated[

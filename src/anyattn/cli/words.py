@@ -274,3 +274,19 @@ def _dense(word: str, details: list[str], words: CallWords, query: Facts, seqlen
         else:
             raise UsageError(f"--mask {word}:{detail}: a shape B,H,Q,K may follow, and nothing else.")
     return Facts(shape, dtype, query.device, words.mask_grad)
+
+
+def checked_device(name: str | None) -> str:
+    """Give a device that tensors can be made on; None is the CUDA device where there is one, else the CPU.
+
+    Raises:
+        UsageError: If there is no such device here.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: no such device here ({first}).") from None
+    return name

@@ -3,11 +3,10 @@
 The command `anyattn demo` prints what `run_demo` gives. Needs the extra `anyattn[demo]`.
 """
 
-from anyattn.demo.budget import Errors
 from anyattn.demo.extras import MissingExtraError
 from anyattn.demo.models import DemoPipeline, build_pipeline
 from anyattn.demo.recipes import MODELS, TITLES, ModelName
-from anyattn.demo.results import BackendRun, DemoResult, ModelResult, Status
+from anyattn.demo.results import BackendRun, DemoResult, Errors, ModelResult, Status
 from anyattn.demo.runner import Progress, run_demo, usable_backends
 from anyattn.demo.sheet import write_contact_sheet
 

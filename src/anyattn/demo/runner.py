@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 import anyattn
-from anyattn.demo.budget import Errors, allow, measure
 from anyattn.demo.extras import require
 from anyattn.demo.models import DemoPipeline, Output, build_pipeline, check_choice
 from anyattn.demo.plain import PlainArithmetic
 from anyattn.demo.recipes import MODELS, TITLES, ModelName
-from anyattn.demo.results import BackendRun, DemoResult, ModelResult
+from anyattn.demo.results import BackendRun, DemoResult, Errors, ModelResult, allow, measure
 from anyattn.errors import AnyattnError, InvalidCallError, UnsupportedCallError
 from anyattn.selection.registry import known, resolve_name
 from anyattn.types.names import AUTO

@@ -1,0 +1,1 @@
+"""Exact tensor conversions that adapters share."""

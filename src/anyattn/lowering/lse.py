@@ -1,4 +1,4 @@
-"""TODO."""
+"""lse as every backend returns it, sinks applied after a kernel that has none, and calls without keys."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Backends of single modules, in force while their attention layers run."""

@@ -22,8 +22,8 @@ SAMPLED_ROWS = 16
 """How many query rows of a call are compared with the reference."""
 
 SLACK = 4.0
-"""How many budgets of `anyattn.reference.tolerance` are allowed: one plain run may be right by chance, and a false alarm stops a
-person's work, while a kernel that lies is off by far more."""
+"""How many budgets of `anyattn.reference.tolerance` are allowed: one plain run may be right by chance, and a false
+alarm stops a person's work, while a kernel that lies is off by far more."""
 
 
 _said: list[bool] = []
@@ -96,7 +96,8 @@ def check_output(
     """Compare sampled rows of a result with the reference.
 
     Raises:
-        KernelError: If they leave the error budget of `anyattn.reference.tolerance`, which is looser where `quantised` is set.
+        KernelError: If they leave the error budget of `anyattn.reference.tolerance`, which is looser where `quantised`
+            is set.
     """
     spec = plan.spec
     if spec.dropout_p or spec.is_empty:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The table of bound calls: a call that was seen before runs without being described or decided again."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Which settings are in force: blocks, the process default and environment variables."""

@@ -139,7 +139,7 @@ class Life:
 
     ended = False
     frames: tuple[FrameType, ...] = ()
-    """The suspendable functions (generators, coroutines) whose steps this is in force at; see `anyattn.scopes.lifetime`."""
+    """The suspendable functions (generators, coroutines) whose steps this is in force at; see `scopes.lifetime`."""
     inside: frozenset[Life] = frozenset()
     """The lives of such functions that were running, further out, when this began."""
     compiled: tuple[list[Entered], int] | None = None
@@ -235,8 +235,8 @@ class _Thread(threading.local):
 
 
 thread: Final = _Thread()
-"""This thread's. Traced code reaches it as `anyattn.scopes._in_force.entered`; eager code below a graph break finds in it what
-the compiled code around it entered."""
+"""This thread's. Traced code reaches it as `anyattn.scopes._in_force.entered`; eager code below a graph break finds
+in it what the compiled code around it entered."""
 
 
 def changed(scope: Scope, **changes: Any) -> Scope:

@@ -1,0 +1,1 @@
+"""Which backend a call gets: preferences, the registry, and the choice."""

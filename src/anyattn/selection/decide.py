@@ -1,4 +1,4 @@
-"""From a call to its kernel: the table of decided calls, and what happens when a call isn't in it."""
+"""The choice for a described call, under the preference in force."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def decision_for(
     names = dict.fromkeys((*known, *wish.names))
     known_ones = registry.known(n for n in names if n != AUTO)
     # What failed here says nothing of a machine that is supposed.
-    faults = faults.faults(spec_of_fault(spec)) if env is detect() else NO_FAULTS
+    failures = faults.faults(spec_of_fault(spec)) if env is detect() else NO_FAULTS
     if failed:
-        faults = {**faults, **failed}
-    return resolve(spec, env, wish, times, known_ones, overruled=overruled, faults=faults)
+        failures = {**failures, **failed}
+    return resolve(spec, env, wish, times, known_ones, overruled=overruled, faults=failures)
 
 
 _said: set[str] = set()
@@ -65,5 +65,3 @@ def _say_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
         warnings.warn(text, AnyattnWarning, stacklevel=outside())
-
-

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The preference of a single call: `backend=` read once, and the scope that holds it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Where kernels of other distributions come from: installed packages and the Hub."""

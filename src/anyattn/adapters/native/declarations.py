@@ -12,8 +12,7 @@ from packaging.version import Version
 
 from anyattn.backend.capabilities import Capabilities
 from anyattn.environment import Environment
-from anyattn.masks.objects import Align
-from anyattn.types.spec import AttentionSpec
+from anyattn.types.spec import Align, AttentionSpec
 
 _HALF = frozenset((torch.float16, torch.bfloat16))
 _FLOATS = _HALF | {torch.float32, torch.float64}

@@ -1,6 +1,6 @@
 """SDPA on Apple GPUs: the rule that keeps calls from what is wrong there.
 
-Source: the rows of `anyattn.backend.known_bad.table` for MPS. One rule covers most: contiguous query, key and value, a full-size
+Source: the rows of `anyattn.backend.known_bad.mps`. One rule covers most: contiguous query, key and value, a full-size
 contiguous mask, and never the causal flag. What is left is written out in float32, or refused. Nothing of this ran on
 an Apple GPU.
 """

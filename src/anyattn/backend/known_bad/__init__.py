@@ -1,0 +1,1 @@
+"""Kernels known to be wrong, by backend, version and call."""

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 
 from anyattn import demo as demos
-from anyattn.cli.devices import checked_device
 from anyattn.cli.reports import Progress, Step, UsageError
+from anyattn.cli.words import checked_device
 
 __all__ = ["DemoReport", "demo"]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from anyattn.cli.devices import checked_device
 from anyattn.cli.reports import Progress, Step, UsageError
+from anyattn.cli.words import checked_device
 
 if TYPE_CHECKING:
     from anyattn.testing.verify import BackendReport, VerifyReport
@@ -53,7 +53,6 @@ def verify(
     cases: int = CASES,
     laws: Sequence[str] = (),
     seed: int = 0,
-    doubles: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Run the laws for some backends, or for every one that is built.
@@ -64,16 +63,12 @@ def verify(
         cases: How many cases to draw from each declaration, beside the adversarial ones.
         laws: The names of the laws to run; empty is all.
         seed: Of the drawn cases.
-        doubles: Whether to run adapters against their contract doubles instead of kernels; no backend named is then
-            every one that has a double.
         progress: Told about each law.
 
     Raises:
         UsageError: If there is no such device or law here, or a package of `anyattn[testing]` is missing.
         UnknownBackendError: If a backend has no such name.
     """
-    if doubles and device not in (None, "cpu"):
-        raise UsageError(f"--device {device}: contract doubles compute on the CPU; leave it out.")
     try:
         suite = importlib.import_module("anyattn.testing.verify")
     except ModuleNotFoundError as error:
@@ -92,9 +87,5 @@ def verify(
             progress(Step(f"{backend}: {law}" if backend else "done", done, total))
 
     names, chosen = tuple(backends) or None, tuple(laws) or None
-    if doubles:
-        against = importlib.import_module("anyattn.testing.doubles.suite")
-        report = against.verify_doubles(names, cases=cases, laws=chosen, seed=seed, progress=told)
-        return Verification(report, True)
     report = suite.verify(names, device=where, cases=cases, laws=chosen, seed=seed, progress=told)
     return Verification(report, bool(backends))

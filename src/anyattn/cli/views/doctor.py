@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from anyattn import __version__
 from anyattn.cli.commands.doctor.catalogue import KnownBadReport
 from anyattn.cli.commands.doctor.command import BackendReport, DefaultReport, DoctorReport
 from anyattn.cli.commands.doctor.trial import STEPS, Trial
 from anyattn.cli.commands.doctor.variables import VariableReport
 from anyattn.cli.views.parts import BAD, GOOD, PALE, facts, grouped, section, table, under
 from anyattn.environment import Device, Environment
-from anyattn.version import __version__
 
 _OUTPUT = 5
 _WORDS = {

@@ -1,0 +1,1 @@
+"""The calls that laws are run on."""

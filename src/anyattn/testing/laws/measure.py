@@ -52,8 +52,8 @@ MORE_ORDERS = 40
 def bounds(inputs: Inputs, *, gradients: bool = False, orders: int = ORDERS) -> dict[str, Bound]:
     """Compute the truth and the budget of the output, lse, and the gradients where they are asked for.
 
-    The budget is that of `anyattn.reference.tolerance` for the worst of a few plain computations, which differ in the order of
-    keys and head_dim and in where the scale is applied; gradients have `_cancellation` besides.
+    The budget is that of `anyattn.reference.tolerance` for the worst of a few plain computations, which differ in the
+    order of keys and head_dim and in where the scale is applied; gradients have `_cancellation` besides.
     """
     dtype = inputs.case.torch_dtype
     plainly = torch.float32 if dtype == torch.float64 else dtype

@@ -1,6 +1,6 @@
 """How wrong a quantised kernel may be: a stated error of the whole, where its number format can hold the values at all.
 
-A kernel that declares `quantised` is judged by the 2-norm per batch entry and head (`anyattn.reference.tolerance.QUANTISED`), and
+A kernel that declares `quantised` is judged by the 2-norm per batch entry and head (`tolerance.QUANTISED`), and
 not by a plain computation's error, which it leaves by design. Scores that are large lose all meaning in int8, whatever
 the kernel; so a law is asked only where a plain computation with inputs rounded alike keeps to `SHARE` of the budget.
 Contract doubles compute exactly, and are judged exactly, unless it is the adapter that quantises.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from anyattn import __version__
 from anyattn.cli.commands.doctor.catalogue import KnownBadReport, Listed, cure, known_bad_here, listed
 from anyattn.cli.commands.doctor.probe import Job, Probe, run_all
 from anyattn.cli.commands.doctor.trial import Trial, main_device
@@ -19,7 +20,6 @@ from anyattn.selection.faults import broken_import
 from anyattn.selection.resolve import order
 from anyattn.types.names import AUTO, canonical
 from anyattn.types.reasons import Reason
-from anyattn.version import __version__
 
 __all__ = ["STEP_TIMEOUT", "BackendReport", "DefaultReport", "DoctorReport", "doctor"]
 

@@ -1,0 +1,1 @@
+"""From a call of Diffusers to a call of anyattn."""

@@ -1,0 +1,1 @@
+"""How Diffusers is made to call anyattn, and how that is undone."""
