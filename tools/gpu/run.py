@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import multiprocessing
+import os
+import runpy
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 Save = Callable[[Any], None]
@@ -51,11 +54,48 @@ def last_json(text: str) -> Any:
     return None
 
 
+class Ended(NamedTuple):
+    """How a script ended, and what it printed; `returncode` is None where it ran out of time."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+"""Each process is forked from one that has imported what all need: an import of torch takes seconds."""
+_PROCESSES.set_forkserver_preload(["torch", "hypothesis", "anyattn.testing"])
+
+
+def _run_script(folder: str, arguments: list[str]) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = arguments
+    sys.path.insert(0, str(Path(arguments[0]).parent))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def ended(arguments: list[str], timeout: int) -> Ended:
+    """Run a script in a process of its own, and wait for its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = _PROCESSES.Process(target=_run_script, args=(folder, arguments))
+        process.start()
+        process.join(timeout)
+        returncode = process.exitcode
+        if returncode is None:
+            process.kill()
+            process.join()
+        stdout, stderr = (
+            path.read_text(errors="replace") if (path := Path(folder) / name).exists() else ""
+            for name in ("stdout", "stderr")
+        )
+        return Ended(returncode, stdout, stderr)
+
+
 def child(arguments: list[str], timeout: int) -> dict[str, Any]:
     """Run a script, and give what it printed, or how it ended."""
-    try:
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
+    done = ended(arguments, timeout)
+    if done.returncode is None:
         return {"outcome": "TIMED OUT", "seconds": timeout}
     found = last_json(done.stdout)
     if done.returncode or found is None:
@@ -87,8 +127,7 @@ def _traps_of(backend: str, device: str, names: list[str]) -> dict[str, Any]:
     """Run the traps for one backend: in one process as long as it lives, then in another."""
     found: dict[str, Any] = {}
     while names:
-        command = [sys.executable, str(HERE / "traps.py"), backend, device, *names]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+        done = ended([str(HERE / "traps.py"), backend, device, *names], 550)
         rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"trap"')]
         found |= {row.pop("trap"): row for row in rows}
         names = names[len(rows) :]
