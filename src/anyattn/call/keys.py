@@ -11,11 +11,10 @@ from torch import Tensor
 from anyattn.call.arguments import _autocast_on, _deterministic, _grad_enabled, autocast_dtype
 from anyattn.masks.objects import Mask
 from anyattn.masks.values import _not_all_true
+from anyattn.process.bounded import Bounded
 from anyattn.types.spec import MaskSpec
 
-_names: dict[Any, int] = {}
-
-
+_names: Bounded[Any, int] = Bounded(4096)
 _numbers = itertools.count()
 
 
@@ -52,8 +51,11 @@ def short_name(attn_mask: Any, spec: MaskSpec) -> Any:
         return None
     if len(tensors) != (spec.key is not None) + (spec.dense is not None):
         return None
-    attn_mask.short = _names.setdefault(attn_mask.signature, next(_numbers))
-    return attn_mask.short
+    number = _names.get(attn_mask.signature)
+    if number is None:
+        number = _names[attn_mask.signature] = next(_numbers)
+    attn_mask.short = number
+    return number
 
 
 def place_key(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:

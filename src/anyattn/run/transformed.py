@@ -11,6 +11,7 @@ from torch import Tensor
 from anyattn.backend.protocol import Output
 from anyattn.call.facts import Options, plain_options
 from anyattn.errors import AnyattnWarning, UnsupportedCallError
+from anyattn.process.bounded import Bounded
 from anyattn.process.tracing import is_plain
 from anyattn.run.plan import raise_kernel_error
 from anyattn.run.table import Entry, entry_under
@@ -88,16 +89,14 @@ def first_that_runs(
         return result
 
 
-_said: set[tuple[str, str]] = set()
+_said: Bounded[tuple[str, str], None] = Bounded(256)
 
 
 def _say(failed: dict[str, Reason], decision: Decision) -> None:
     """Say once of each backend that it failed in a call of that kind, and what ran instead."""
     for name, reason in failed.items():
-        if (name, reason.got) in _said:
+        if not _said.once((name, reason.got)):
             continue
-        if len(_said) < 256:
-            _said.add((name, reason.got))
         when = "for tensors of a subclass" if is_plain() else "while a tracer or transform ran"
         text = f"The attention backend {name} failed {when}: {reason.got}."
         text = f"{text} {decision.chosen} ran instead, in this call alone."

@@ -15,11 +15,12 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any, Final
 
+from anyattn.process.bounded import Bounded
 from anyattn.scopes.values import Settings
 from anyattn.types.decision import Mode, Precision, Preference
 
-_MAX_SCOPES = 256
-_MAX_TABLE = 4096
+_MOST_SCOPES = 256
+_MOST_CALLS = 4096
 
 
 class Scope:
@@ -73,7 +74,7 @@ class Scope:
         self.above = None  # what is to be made again when this goes stale
         if records:
             self.recorder = _teller(records)
-            self.table, self.short = {}, {}
+            self.table, self.short = Bounded(_MOST_CALLS), Bounded(_MOST_CALLS)
         else:
             self.recorder = None
             self.table, self.short = base.table, base.short
@@ -100,10 +101,7 @@ class Scope:
         return f"attention_backend({settings.context}) by the model's pin to {settings.pin}"
 
     def remember(self, key: Any, runner: Any) -> None:
-        """Put a decided call into the table, which is bounded."""
-        if len(self.table) >= _MAX_TABLE:
-            self.table.clear()
-            self.short.clear()
+        """Put a decided call into the table."""
         self.table[key] = runner
 
     def forget(self) -> None:
@@ -126,11 +124,10 @@ class Base(Scope):
         self.outer = self.life = self.block = self.recorder = self.above = None
         self.records = ()
         # Decided calls; those without mask that need no further look are in `short`, under a shorter key.
-        self.table = {}
-        self.short = {}
+        self.table, self.short = Bounded(_MOST_CALLS), Bounded(_MOST_CALLS)
         self.entered: dict[int, tuple[Preference, Base]] = {}
         self.inner: dict[int, tuple[Preference | None, Base]] = {}
-        self.calls: dict[Any, Scope] = {}
+        self.calls: Bounded[Any, Scope] = Bounded(1024)
         self.text = ""
 
 
@@ -201,7 +198,7 @@ def scope_for(settings: Settings) -> Base:
     with lock:
         found = _scopes.get(settings)
         if found is None:
-            if len(_scopes) >= _MAX_SCOPES:
+            if len(_scopes) >= _MOST_SCOPES:
                 _drop_scopes()
             found = Base(settings)
             _scopes[settings] = found
@@ -259,7 +256,7 @@ def inside(scope: Scope, pin: Preference | None) -> Scope:
     found = base.inner.get(id(pin))  # keyed as in `base_of`
     if found is None:
         found = (pin, scope_for(replace(settings, routed=True) if pin is None else replace(settings, pin=pin)))
-        if len(base.inner) < _MAX_SCOPES:
+        if len(base.inner) < _MOST_SCOPES:
             base.inner[id(pin)] = found
     return _upon(scope, found[1])
 
@@ -299,7 +296,7 @@ def base_of(base: Base, wish: Preference, override: bool) -> Base:
     if found is None:
         settings = replace(base.settings, context=wish, override=override, precision=wish.precision)
         found = (wish, scope_for(settings))
-        if len(base.entered) < _MAX_SCOPES:
+        if len(base.entered) < _MOST_SCOPES:
             base.entered[key] = found
     return found[1]
 

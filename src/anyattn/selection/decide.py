@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from anyattn.environment import Environment, detect
 from anyattn.errors import AnyattnWarning
+from anyattn.process.bounded import Bounded
 from anyattn.scopes import defaults
 from anyattn.selection import faults, registry
 from anyattn.selection.faults import outside, spec_of_fault
@@ -58,10 +59,9 @@ def decision_for(
     return resolve(spec, env, wish, times, known_ones, overruled=overruled, faults=failures)
 
 
-_said: set[str] = set()
+_said: Bounded[str, None] = Bounded(256)
 
 
 def _say_once(text: str) -> None:
-    if text not in _said:
-        _said.add(text)
+    if _said.once(text):
         warnings.warn(text, AnyattnWarning, stacklevel=outside())

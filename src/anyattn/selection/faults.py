@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from anyattn.errors import AnyattnError, AnyattnWarning, KernelError
+from anyattn.process.bounded import Bounded
 from anyattn.scopes.defaults import _lock, forget
 from anyattn.types.decision import Decision
 from anyattn.types.names import BY_NAME
@@ -122,7 +123,7 @@ def say_passed_over(decision: Decision) -> None:
 
 
 def _say(name: str, spec: AttentionSpec | None, reason: Reason, decision: Decision) -> None:
-    if fault_is_said(name, spec):
+    if not reported_first_now(name, spec):
         return
     what = "can't be imported" if spec is None else f"failed for {spec}"
     text = f"The attention backend {name} {what} and is passed over until anyattn.reset(): {reason.got}"
@@ -139,13 +140,13 @@ def outside() -> int:
     return level
 
 
-_faults: dict[tuple[str, Any], Any] = {}
+_faults: Bounded[tuple[str, Any], Any] = Bounded(1024)
 
 
 _load_errors: dict[str, Exception] = {}
 
 
-_said_faults: set[tuple[str, Any]] = set()
+_said_faults: Bounded[tuple[str, Any], None] = Bounded(1024)
 
 
 def add_fault(backend: str, spec: Any, reason: Any, error: Exception | None = None) -> None:
@@ -178,12 +179,9 @@ def load_error(backend: str) -> Exception | None:
     return _load_errors.get(backend)
 
 
-def fault_is_said(backend: str, spec: Any) -> bool:
-    """Whether a person was told of a fault before; from now on they were."""
-    with _lock:
-        said = (backend, spec) in _said_faults
-        _said_faults.add((backend, spec))
-    return said
+def reported_first_now(backend: str, spec: Any) -> bool:
+    """Return whether the user hasn't been warned of a fault yet, and remember that they are now."""
+    return _said_faults.once((backend, spec))
 
 
 def forget_faults() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from anyattn.errors import InvalidCallError
+from anyattn.process.bounded import Bounded
 from anyattn.scopes import defaults
 from anyattn.selection import registry
 from anyattn.types.decision import Precision, Preference
@@ -14,7 +15,7 @@ Backends = str | list[str] | tuple[str, ...]
 """A name, an alias, `"auto"`, or a list in order of preference."""
 
 
-_preferences: dict[Any, Preference] = {}
+_preferences: Bounded[Any, Preference] = Bounded(1024)
 
 
 def scope_of_call(scope: defaults.Scope, backend: Any) -> defaults.Scope:
@@ -33,8 +34,6 @@ def scope_of_call(scope: defaults.Scope, backend: Any) -> defaults.Scope:
         found = defaults.changed(scope, context=wish, override=True)
         # Names of third parties can go again; those of the plan stay.
         if scope.recorder is None and all(name in BY_NAME or name == AUTO for name in wish.names):
-            if len(calls) > 1024:
-                calls.clear()
             calls[backend] = found
     return found
 
@@ -64,6 +63,6 @@ def make_preference(backend: Any, source: str, precision: Precision = "exact") -
             raise InvalidCallError("A list of attention backends must name at least one.")
         resolved = tuple(registry.resolve_name(name) for name in names)
         found = defaults.preference(resolved, is_list=is_list, source=source, precision=precision)
-        if len(_preferences) < 1024 and all(name in BY_NAME or name == AUTO for name in resolved):
+        if all(name in BY_NAME or name == AUTO for name in resolved):
             _preferences[key] = found
     return found

@@ -17,6 +17,7 @@ from anyattn.masks import block_masks
 from anyattn.masks.base import serial_of
 from anyattn.masks.block_masks import make_band_block_mask
 from anyattn.masks.functions import MaskFunction
+from anyattn.process.bounded import Bounded
 from anyattn.process.tracing import has_values, is_fake, is_plain
 from anyattn.types.spec import AttentionSpec, PatternSpec
 
@@ -108,7 +109,7 @@ def _function_block_mask(
     return function.kept(name, query.device, make)
 
 
-_patterns: dict[Any, Any] = {}
+_patterns: Bounded[Any, Any] = Bounded(64)
 
 
 def _pattern_block_mask(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_kv: int) -> Any:
@@ -150,8 +151,6 @@ def _keep(key: Any, made: Any, device: torch.device) -> None:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if capturing or not has_values(made.kv_num_blocks):
         return
-    if len(_patterns) >= 64:
-        _patterns.clear()
     _patterns[key] = made
 
 

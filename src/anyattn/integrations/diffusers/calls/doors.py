@@ -20,6 +20,7 @@ from anyattn.integrations.diffusers.calls import _in_force
 from anyattn.integrations.diffusers.calls.arguments import EXTRAS, WINDOW, to_call
 from anyattn.integrations.diffusers.versions import BACKEND_NAME
 from anyattn.pins.pins import live_scope
+from anyattn.process.bounded import Bounded
 from anyattn.scopes import _in_force as core
 from anyattn.scopes import defaults, lifetime
 
@@ -36,7 +37,7 @@ class Stock:
     registry: Any
 
 
-_said: set[tuple[str, str]] = set()
+_said: Bounded[tuple[str, str], None] = Bounded(256)
 _current = defaults.current.get
 _thread = defaults.thread
 _held = lifetime.held
@@ -242,9 +243,8 @@ def _wish() -> str:
 
 def _say_once(name: str) -> None:
     context = str(lifetime.settings().context)
-    if name == context or (name, context) in _said:
+    if name == context or not _said.once((name, context)):
         return
-    _said.add((name, context))
     warnings.warn(
         f"Inside attention_backend({context!r}) a layer of Diffusers asks for {name!r} by itself (in its "
         f"code, or by Diffusers' own set_attention_backend), which is more specific: it runs on {name!r}. "
