@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import types
@@ -363,6 +364,60 @@ def test_device_that_the_kernel_sets_is_put_back(monkeypatch: pytest.MonkeyPatch
         guarded("raises", query, None, None, None)  # type: ignore[arg-type]
     assert current == [3]
     assert all(get(name).declarations["cuda"].device_guard for name in ALL)  # type: ignore[union-attr]
+
+
+class _Stream:
+    """A CUDA stream that notes what waits for what."""
+
+    def __init__(self, name: str, seen: list[str]) -> None:
+        self.name, self.seen = name, seen
+
+    def wait_stream(self, other: _Stream) -> None:
+        self.seen.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.mark.parametrize("lse", [False, True])
+def test_kernel_on_the_default_stream_is_ordered_with_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, lse: bool
+) -> None:
+    seen: list[str] = []
+    default, side = _Stream("default", seen), _Stream("side", seen)
+    current = [side]
+
+    @contextlib.contextmanager
+    def use(stream: _Stream) -> Iterator[None]:
+        before, current[0] = current[0], stream
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    out, more = (
+        types.SimpleNamespace(record_stream=lambda stream, name=name: seen.append(f"{stream.name} uses {name}"))
+        for name in ("out", "lse")
+    )
+
+    def kernel(plan: Any, query: Any, *rest: Any) -> Any:
+        seen.append(f"launched on {current[0].name}")
+        return (out, more) if lse else out
+
+    query: Any = types.SimpleNamespace(device=torch.device("cuda", 0))
+    nothing: Any = None
+    run: Any = plans._on_default_stream(kernel)
+    assert run(nothing, query, None, None, None) == ((out, more) if lse else out)
+    wanted = ["default waits for side", "launched on default", "side waits for default", "side uses out"]
+    assert seen == [*wanted, "side uses lse"] if lse else seen == wanted
+    seen.clear()
+    current[0] = default
+    run(nothing, query, None, None, None)
+    assert seen == ["launched on default"]
+
+
+def test_every_kernel_that_names_no_stream_is_called_on_the_default_one() -> None:
+    for name in (*ALL, "sage_hub", "sage_blackwell_hub"):
+        assert get(name).declarations["cuda"].default_stream, name  # type: ignore[union-attr]
+    assert not get("flash3").declarations["cuda"].default_stream  # type: ignore[union-attr]
 
 
 def test_double_has_what_the_adapters_call() -> None:

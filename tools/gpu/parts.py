@@ -228,8 +228,13 @@ def _packed(
         worst = max(float(((one.double() - other).norm() / other.norm()).detach()) for one, other in pairs)
         if with_lse is not None:
             true = torch.cat([lse[0] for _, lse in each], -1)
-            far = (with_lse[1] - true).abs() >= (5e-2 if format_of(name) else 1e-2)
-            worst = float("inf") if bool((far | (true.isneginf() != with_lse[1].isneginf())).any()) else worst
+            if format_of(name):
+                allowed = tolerance.quantised_budget(true, over=(0, 1), is_lse=True)
+                far = tolerance.norm_excess(with_lse[1], true, allowed, over=(0, 1)) > 1
+            else:
+                apart = torch.where(true.isneginf() & (with_lse[1] == true), 0.0, (with_lse[1] - true).abs())
+                far = not bool((apart < 1e-2).all())
+            worst = float("inf") if far else worst
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the finding
         return _raised(error)
     outcome = "right" if worst < _allowed(name) else "WRONG"

@@ -18,7 +18,7 @@ import torch
 import anyattn
 from anyattn import masks, reference
 from anyattn.reference import tolerance
-from anyattn.testing.laws.quantised import SHARE, format_of, rounded
+from anyattn.testing.laws.quantised import SHARES, format_of, rounded
 from anyattn.testing.laws.unwritten import fill_free_memory
 
 Call = dict[str, Any]
@@ -245,6 +245,9 @@ TRAPS: dict[str, Callable[[str], Call]] = {
     **_bias_gradients(),
     "captured": lambda d: _tensors(d) | {"captured": True},
     "captured, value checks on": lambda d: _tensors(d) | {"captured": True, "checked": True},
+    "on another stream": lambda d: _tensors(d) | {"streamed": True},
+    "on another stream, causal": lambda d: _tensors(d, 4, 1000, 1000) | {"streamed": True, "is_causal": True},
+    "on another stream, long": lambda d: _tensors(d, 2, 4096, 4096) | {"streamed": True},
     "captured, mask": lambda d: _tensors(d) | {"captured": True, "attn_mask": torch.rand(192, 256, device=d) > 0.3},
     "log-sum-exp": lambda d: _tensors(d) | {"return_lse": True},
     "log-sum-exp of rows without a key": lambda d: _dead_rows(d) | {"return_lse": True},
@@ -282,13 +285,35 @@ def _captured(call: Call, backend: str, *, checked: bool) -> Any:
             anyattn.reset()
 
 
+def _streamed(call: Call, backend: str) -> Any:
+    """Make a call on a stream of its own, on which its inputs are still to be written, and its result is changed."""
+    names = ("query", "key", "value")
+    true = {name: call[name].clone() for name in names}
+    anyattn.attention(**call, backend=backend)  # compiled and decided before
+    for name in names:
+        call[name].fill_(float("nan"))
+    torch.cuda.synchronize()
+    busy = torch.randn(8192, 8192, device=call["query"].device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            busy = busy @ busy
+        for name in names:
+            call[name].copy_(true[name])
+        return anyattn.attention(**call, backend=backend).clone()
+
+
 def judge(call: Call, backend: str) -> dict[str, Any]:
     """Run one call and compare it with the reference, gradients included where inputs need them."""
     if "cu_seqlens_q" in call:
         return _judge_packed(call, backend)
-    captured, checked = call.pop("captured", False), call.pop("checked", False)
+    captured, checked, streamed = (call.pop(name, False) for name in ("captured", "checked", "streamed"))
     try:
-        if captured:
+        if streamed:
+            result = _streamed(call, backend)
+            torch.cuda.synchronize()
+        elif captured:
             result = _captured(call, backend, checked=checked)
         else:
             result = anyattn.attention(**call, backend=backend)
@@ -307,7 +332,7 @@ def judge(call: Call, backend: str) -> dict[str, Any]:
     if kind:
         # As in the laws: nothing is asked where the number format itself can't hold the values.
         least = _rounding_alone(inputs, mask, call.get("scale"), kind, (truth, true_lse), lse=lse is not None)
-        if least > SHARE:
+        if least > SHARES[kind]:
             return {"outcome": "too coarse", "rounding_over_budget": least}
         worst = _quantised_excess((out, lse), (truth, true_lse), lse=lse is not None)
         return {"outcome": "right" if worst <= 1 else "WRONG", "error_over_budget": worst}

@@ -65,6 +65,8 @@ class Capabilities:
         seqlen_kv_min: The fewest keys.
         varlen: Whether the kernel takes packed sequences as such; otherwise they are padded for it.
         device_guard: Whether the call must be made with its tensors' device as the current one.
+        default_stream: Whether the kernel is launched on CUDA's default stream whatever stream is current: the call is
+            then made there, and both streams wait for one another.
         compile: Whether it works under torch.compile(fullgraph=True).
         cuda_graph: Whether it can be captured in a CUDA graph.
     """
@@ -110,6 +112,7 @@ class Capabilities:
     seqlen_kv_min: int = 1
     varlen: bool = False
     device_guard: bool = False
+    default_stream: bool = False
     compile: bool = False
     cuda_graph: bool = False
 

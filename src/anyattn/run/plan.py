@@ -70,6 +70,8 @@ def make_plan(decision: Decision) -> tuple[Plan, Run]:
     run: Run = backend.run
     if caps is not None and caps.device_guard and spec.device_type == "cuda":
         run = _on_its_device(run)
+    if caps is not None and caps.default_stream and spec.device_type == "cuda":
+        run = _on_default_stream(run)
     if caps is not None and is_copied_for(caps, spec, lowering):
         run = _with_aligned(run)
     if caps is not None and caps.unit_stride and spec.device_type == "cpu":
@@ -88,6 +90,27 @@ def _on_its_device(run: Run) -> Run:
             return run(plan, query, key, value, parts)
 
     return guarded
+
+
+def _on_default_stream(run: Run) -> Run:
+    """Make the call on the default stream, after what is queued on the current one, which then waits for it."""
+
+    def ordered(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+        if torch.compiler.is_compiling():
+            return run(plan, query, key, value, parts)
+        current, default = torch.cuda.current_stream(query.device), torch.cuda.default_stream(query.device)
+        if current == default:
+            return run(plan, query, key, value, parts)
+        default.wait_stream(current)
+        with torch.cuda.stream(default):
+            result = run(plan, query, key, value, parts)
+        current.wait_stream(default)
+        for tensor in result if isinstance(result, tuple) else (result,):
+            # Its memory is the default stream's: it must not be handed out again while the current one reads it.
+            tensor.record_stream(current)
+        return result
+
+    return ordered
 
 
 def _with_aligned(run: Run) -> Run:

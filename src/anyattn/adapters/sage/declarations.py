@@ -26,6 +26,8 @@ FP8 = Capabilities(
     batch_max=65535,
     # The functions call torch.cuda.set_device themselves, and leave it at that.
     device_guard=True,
+    # No launch in csrc/ names a stream.
+    default_stream=True,
 )
 # Value is cast to fp16, whose largest number this is: greater bf16 values become infinite.
 FP16 = FP8.replace(arch_min=(8, 0), quantised="int8", value_max=65504.0)

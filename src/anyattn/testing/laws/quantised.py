@@ -2,7 +2,7 @@
 
 A kernel that declares `quantised` is judged by the 2-norm per batch entry and head (`tolerance.QUANTISED`), and
 not by a plain computation's error, which it leaves by design. Scores that are large lose all meaning in int8, whatever
-the kernel; so a law is asked only where a plain computation with inputs rounded alike keeps to `SHARE` of the budget.
+the kernel; so a law is asked only where a plain computation with inputs rounded alike keeps to a share of the budget.
 Contract doubles compute exactly, and are judged exactly, unless it is the adapter that quantises.
 """
 
@@ -25,8 +25,9 @@ FP8_MAX = 448.0
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The numbers of float4_e2m1; blocks of 16 share a step."""
 
-SHARE = 0.75
-"""The rest of the budget is for what a kernel rounds besides: the weights."""
+SHARES = {"int8": 0.75, "fp8": 0.6, "fp4": 0.6}
+"""How much of the budget rounding the inputs may take, by number format. The rest is for what a kernel rounds besides,
+the weights: those are in fp16 or fp8 next to int8 scores, and as coarse as the inputs otherwise."""
 
 
 def format_of(backend: str) -> str:
@@ -74,10 +75,10 @@ def norm_bounds(inputs: Inputs, *, gradients: bool = False) -> dict[str, Bound]:
 
 
 def holds(inputs: Inputs, kind: str) -> bool:
-    """Say whether a number format can hold a case's values: rounding them alone keeps to `SHARE` of the budget."""
+    """Say whether a number format can hold a case's values: rounding them keeps to its share of the budget."""
     out, lse = plain(inputs, kind)
     known = norm_bounds(inputs)
-    return known["out"].excess(out, slack=SHARE) <= 1 and known["lse"].excess(lse, slack=SHARE) <= 1
+    return all(known[name].excess(found, slack=SHARES[kind]) <= 1 for name, found in (("out", out), ("lse", lse)))
 
 
 def plain(inputs: Inputs, kind: str) -> tuple[Tensor, Tensor]:
