@@ -61,6 +61,25 @@ def test_forward_mode_gives_the_tangent(backend: Any, warm: bool) -> None:
     torch.testing.assert_close(jacobian, torch.func.jacrev(_plain)(*(x[:1, :2, :1, :4] for x in _X)))
 
 
+_SMALL = tuple(x[:1, :3, :1, :4].double() for x in _X)
+_FORWARD_OVER_REVERSE = {
+    "hessian": lambda f: torch.func.hessian(f)(_SMALL[0]),
+    "jacfwd of grad": lambda f: torch.func.jacfwd(torch.func.grad(f))(_SMALL[0]),
+    "jvp of grad": lambda f: torch.func.jvp(torch.func.grad(f), (_SMALL[0],), (_SMALL[1],))[1],
+    "jvp of vmap of grad": lambda f: torch.func.jvp(
+        torch.func.vmap(torch.func.grad(f)), (_SMALL[0][None],), (_SMALL[1][None],)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("way", _FORWARD_OVER_REVERSE)
+def test_forward_mode_over_reverse_mode_is_right(way: str) -> None:
+    _, key, value = _SMALL
+    run: Any = _FORWARD_OVER_REVERSE[way]
+    found = run(lambda query: anyattn.attention(query, key, value).square().sum())
+    torch.testing.assert_close(found, run(lambda query: _plain(query, key, value).square().sum()))
+
+
 @pytest.mark.parametrize("name", list(doubles.DOUBLES))
 def test_forward_mode_through_a_kernel_without_it_is_refused(name: str) -> None:
     dtype = torch.bfloat16

@@ -23,6 +23,7 @@ _level = torch._C._functorch.maybe_current_level
 _tracer = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _unwrapped = torch._C._functorch.get_unwrapped
+_level_of = torch._C._functorch.maybe_get_level
 # make_fx(pre_dispatch=True) keeps its mode here and brings a function mode, which is counted at less cost.
 _before_dispatch: Callable[[], int] = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)
 _set_tracer: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
@@ -130,7 +131,16 @@ def has_tangent(tensor: Tensor | None) -> bool:
     """Whether a tensor carries a derivative of forward mode, at any level."""
     if tensor is None or _forward_ad._current_level < 0:
         return False
-    return any(_is_dual(layer) for layer in layers(tensor))
+    levels = _levels_of_jvp()
+    return any(_is_dual(layer) or _level_of(layer) in levels for layer in layers(tensor))
+
+
+def _levels_of_jvp() -> frozenset[int]:
+    """Return the levels of torch.func.jvp that run: what one wraps has a tangent, unseen from a level inside of it."""
+    if _level() is None:
+        return frozenset()
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return frozenset(level.level() for level in stack if level.key().name == "Jvp")
 
 
 def _is_dual(tensor: Tensor) -> bool:
