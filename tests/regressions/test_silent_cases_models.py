@@ -17,6 +17,7 @@ attention_dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
 from diffusers_tiny import chosen, in_float64, make, output, stock  # noqa: E402
 
 from anyattn.integrations import diffusers as integration  # noqa: E402
+from anyattn.process.bounded import Bounded  # noqa: E402
 
 REGISTRY = attention_dispatch._AttentionBackendRegistry
 
@@ -110,7 +111,7 @@ def test_setting_and_resetting_one_model_changes_no_other(setter: str) -> None:
 
 # Its context manager does nothing at all around a model with a backend of its own, and doesn't say so.
 def test_block_around_a_model_with_its_own_backend_is_said_or_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anyattn.selection.decide._said", set())
+    monkeypatch.setattr("anyattn.selection.decide._said", Bounded(256))
     model, inputs = make("flux")
     anyattn.set_attention_backend(model, "native_math")
     with pytest.warns(anyattn.AnyattnWarning, match="pin"), anyattn.attention_backend("flex"):
@@ -144,7 +145,7 @@ def test_setter_that_would_change_nothing_raises() -> None:
 # Its switches for NPU and XLA attention turn it on where they are told False.
 @pytest.mark.parametrize("switch", ["set_use_npu_flash_attention", "set_use_xla_flash_attention"])
 def test_switching_another_devices_kernel_off_never_runs_it(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
-    monkeypatch.setattr("anyattn.integrations.diffusers.calls.doors._said", set())
+    monkeypatch.setattr("anyattn.integrations.diffusers.calls.doors._said", Bounded(256))
     expected = stock("flux")
     model, inputs = make("flux")
     anyattn.set_attention_backend(model, "native_math")

@@ -11,6 +11,7 @@ from anyattn.integrations import diffusers as integration
 from anyattn.integrations.diffusers.calls import doors
 from anyattn.integrations.diffusers.calls.arguments import to_call
 from anyattn.integrations.diffusers.calls.masks import translate
+from anyattn.process.bounded import Bounded
 
 attention_dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
 
@@ -19,7 +20,7 @@ B, SQ, SKV, H, D = 3, 5, 7, 2, 8
 
 @pytest.fixture(autouse=True)
 def _enabled(monkeypatch):
-    monkeypatch.setattr(doors, "_said", set())
+    monkeypatch.setattr(doors, "_said", Bounded(256))
     integration.enable()
     yield
     integration.disable()

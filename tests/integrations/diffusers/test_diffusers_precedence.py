@@ -11,6 +11,7 @@ import anyattn
 from anyattn.integrations import diffusers as integration
 from anyattn.integrations.diffusers.calls import doors
 from anyattn.pins import pins
+from anyattn.process.bounded import Bounded
 from anyattn.selection import decide
 
 attention_dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
@@ -20,8 +21,8 @@ REGISTRY = attention_dispatch._AttentionBackendRegistry
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
     # What is said once per process must be said to the test that waits for it.
-    monkeypatch.setattr(decide, "_said", set())
-    monkeypatch.setattr(doors, "_said", set())
+    monkeypatch.setattr(decide, "_said", Bounded(256))
+    monkeypatch.setattr(doors, "_said", Bounded(256))
     active = REGISTRY._active_backend
     yield
     integration.disable()
@@ -135,3 +136,13 @@ def test_pin_made_by_hand_comes_back():
     integration.enable()
     integration.reset_attention_backend(model)
     assert chosen("flux", model, inputs) == {"native_math"}
+
+
+def test_diffusers_setter_after_a_pin_says_that_it_waits():
+    model, inputs = make("flux")
+    integration.set_attention_backend(model, "native_math")
+    with pytest.warns(anyattn.AnyattnWarning, match="waits: anyattn pinned .* native_math"):
+        model.set_attention_backend("native")
+    assert chosen("flux", model, inputs) == {"native_math"}
+    integration.reset_attention_backend(model)
+    model.set_attention_backend("native")

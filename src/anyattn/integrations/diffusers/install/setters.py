@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
-from anyattn.errors import InvalidCallError
+from anyattn.errors import AnyattnWarning, InvalidCallError
 from anyattn.integrations.diffusers.calls import routes
 from anyattn.integrations.diffusers.install import coverage, patches
 from anyattn.integrations.diffusers.versions import BACKEND_NAME, load
+from anyattn.pins.covering import PIN
 
 
 class _Nothing:
@@ -43,9 +45,23 @@ def _setter(stock: Callable[..., None]) -> Callable[..., None]:
             return
         stock(self, backend)
         routes.remove(self)
+        _warn_of_pins(self, backend)
 
     set_attention_backend.__doc__ = f"{stock.__doc__ or ''}\n\n{set_attention_backend.__doc__}"
     return set_attention_backend
+
+
+def _warn_of_pins(module: nn.Module, backend: str) -> None:
+    """Warn if layers stay on the backend that anyattn pinned: a pin is more specific than Diffusers' setting."""
+    marks = [vars(part).get(PIN) for part in module.modules()]
+    pinned = sorted({str(mark.preference) for mark in marks if mark is not None and mark.active})
+    if pinned:
+        warnings.warn(
+            f"{type(module).__name__}.set_attention_backend({backend!r}) waits: anyattn pinned layers of it to "
+            f"{'; '.join(pinned)}, where they run until anyattn.reset_attention_backend(...).",
+            AnyattnWarning,
+            stacklevel=3,
+        )
 
 
 def _resetter(stock: Callable[..., None]) -> Callable[..., None]:
