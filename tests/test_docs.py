@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(anyattn.__file__).parent
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-MODULES = ("api", "choosing", "masks", "prepare", "recording")
-"""What a person calls: these have examples. Others may have some, and they are run too."""
+MODULES = ("api", "settings", "masks.objects", "masks.values", "scopes.recording")
+"""What a user calls: these have examples. Others may have some, and they are run too."""
 
 IN_GUIDES = ("masks.md",)
 
@@ -105,14 +105,47 @@ def test_pictures_of_the_guide_are_what_the_masks_allow() -> None:
             assert torch.equal(drawn, allowed_positions(mask, 1, 1, 3, 5)[0, 0]), source
 
 
+def test_line_for_diffusers_in_the_readme_runs() -> None:
+    with_extras("diffusers")
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        8, block_out_channels=(32,), down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",)
+    )
+    pipe = DDPMPipeline(unet, DDPMScheduler())
+    (_, text), *_ = [block for block in blocks(ROOT / "README.md") if "pipe" in block[1]]
+    try:
+        exec(text, {"anyattn": anyattn, "pipe": pipe})
+        with anyattn.record() as calls:
+            unet(torch.randn(1, 3, 8, 8), 1)
+    finally:
+        anyattn.reset_attention_backend(pipe)
+    assert calls
+
+
 def test_first_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     path = ROOT / "README.md"
-    line, text = blocks(path)[0]
+    line, text = next(block for block in blocks(path) if "torch.randn" in block[1])
     shared: dict[str, Any] = {}
     exec(compile("\n" * line + text, str(path), "exec"), shared)
     assert shared["out"].shape == (2, 512, 8, 64)
     assert shared["lse"].shape == (2, 8, 512)
     assert "native" in capsys.readouterr().out
+
+
+def test_hub_page_lists_the_hub_backends_with_their_pins() -> None:
+    from anyattn.selection import registry
+    from anyattn.sources.hub import FromHub
+
+    page = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE))
+    found = {name: registry.get(name) for name in registry.BUILTIN}
+    hub = {name: backend for name, backend in found.items() if isinstance(backend, FromHub)}
+    assert set(listed) == set(hub) == {name for name, backend in found.items() if backend and backend.downloads}
+    for name, backend in hub.items():
+        kernel = backend.hub
+        pinned = f"commit `{kernel.revision}`" if kernel.revision else f"version {kernel.version}"
+        assert listed[name] == f"`{kernel.repo}` | {pinned}", name
 
 
 def test_backends_page_is_what_the_declarations_say() -> None:

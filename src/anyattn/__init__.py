@@ -1,4 +1,4 @@
-"""One call for attention in PyTorch, over every attention kernel a person can install."""
+"""One call for attention in PyTorch, over every attention kernel you can install."""
 
 from typing import TYPE_CHECKING
 
