@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from anyattn.errors import InvalidCallError
 from anyattn.masks import scalars
-from anyattn.process.bounded import Bounded
 from anyattn.process.tracing import has_values
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -117,7 +116,7 @@ class MaskFunction:
         self.captured = captured
         self.broadcasts = broadcasts
         self._state: Any = None
-        self._kept: Bounded[Any, Any] = Bounded(_MOST_KEPT)
+        self._kept: dict[Any, Any] = {}
         # Made where first needed: torch.compile traces no locks, and a function may be made while it traces.
         self._lock: Any = None
 
@@ -152,6 +151,8 @@ class MaskFunction:
             found = make()
         with self._lock:
             if state == self._state:
+                if len(self._kept) >= _MOST_KEPT:
+                    self._kept.pop(next(iter(self._kept)))
                 self._kept[key] = found
         return found
 
