@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from anyattn import integrations as integrations
 from anyattn import masks
 from anyattn.api import attention, scaled_dot_product_attention
 from anyattn.errors import (
