@@ -248,16 +248,16 @@ def test_declared_unit_stride_is_kept_on_a_cpu() -> None:
 
 
 def test_decision_made_while_the_default_changed_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyattn.selection import decide
+    from anyattn.run import table
 
-    plain = decide.make_entry
+    plain = table.make_entry
 
     def slow(*args: Any) -> Any:
         entry = plain(*args)
         anyattn.set_default_backend("native_math")
         return entry
 
-    monkeypatch.setattr(decide, "make_entry", slow)
+    monkeypatch.setattr(table, "make_entry", slow)
     chosen()
     monkeypatch.undo()
     assert chosen() == "native_math"

@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from anyattn.backend.protocol import MaskedRunner, Output, Parts, Plan, Runner
+from anyattn.backend.protocol import MaskedRunner, Output, Parts, Runner
 from anyattn.call.arguments import autocast_dtype, describe
 from anyattn.call.facts import Options
 from anyattn.call.keys import place_key, short_name
-from anyattn.environment import detect
 from anyattn.errors import BackendUnavailableError
 from anyattn.lowering.dense import is_copied_for
 from anyattn.masks.objects import Mask
@@ -21,7 +20,8 @@ from anyattn.process import tracing
 from anyattn.run.checks import can_check, check_inputs, check_output
 from anyattn.run.plan import execute, make_plan, raise_kernel_error
 from anyattn.scopes import defaults
-from anyattn.selection import faults, registry
+from anyattn.selection import faults
+from anyattn.selection.choice import Choice, choice_of
 from anyattn.selection.decide import decide
 from anyattn.selection.faults import passes_over, say_passed_over
 from anyattn.types.decision import Decision
@@ -63,19 +63,19 @@ class Entry:
     @property
     def gives_gradients(self) -> bool:
         """Whether the backend chosen has a backward on the call's device."""
-        backend = registry.get(self.decision.chosen or "")
-        caps = None if backend is None else backend.capabilities(self.decision.spec, detect())
+        caps = choice_of(self.decision).caps
         return caps is not None and caps.backward
 
 
 def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
     """Turn a decision into something that can be called."""
     plan, run = make_plan(decision)
+    choice = choice_of(decision)
 
     def call_masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
         return execute(run, plan, query, key, value, _kept(plan.spec, parts_of(as_mask(attn_mask), sinks)))
 
-    bound, bound_masked = _shortcuts(plan)
+    bound, bound_masked = _shortcuts(choice)
     nothing = Parts()
     call = bound if bound is not None else lambda query, key, value: run(plan, query, key, value, nothing)
     masked = call_masked
@@ -85,34 +85,22 @@ def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
         def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
             return bound_to(query, key, value, attn_mask)
 
-    in_graphs = _goes_into_graphs(plan)
+    in_graphs = decision.spec.is_empty or (choice.caps is not None and choice.caps.cuda_graph)
     # The short table doesn't ask whether a graph is being captured.
     short = in_graphs and (bound is not None or bound_masked is not None)
     if cast is not None:
         call, masked = _autocast(call, masked, cast, plan.spec.device_type)
         short = False
     if defaults.checks_enabled():
-        call, masked = _checked(masked, plan)
+        call, masked = _checked(masked, choice)
         short = False
     return Entry(call, masked, decision, short, bound_masked, in_graphs)
 
 
-def _goes_into_graphs(plan: Plan) -> bool:
-    """Whether a plan may be captured in a CUDA graph."""
-    if plan.lowering.entry == "empty":
-        return True
-    backend = registry.get(plan.backend)
-    caps = None if backend is None else backend.capabilities(plan.spec, detect())
-    return caps is not None and caps.cuda_graph
-
-
-def _shortcuts(plan: Plan) -> tuple[Runner | None, MaskedRunner | None]:
+def _shortcuts(choice: Choice) -> tuple[Runner | None, MaskedRunner | None]:
     """Ask the backend for shorter ways, where they are its own: a subclass with another `run` doesn't inherit them."""
-    backend = registry.get(plan.backend)
-    if backend is None or plan.lowering.entry == "empty":
-        return None, None
-    caps = backend.capabilities(plan.spec, detect())
-    if caps is not None and is_copied_for(caps, plan.spec, plan.lowering):
+    backend, caps, plan = choice.backend, choice.caps, choice.plan
+    if plan.lowering.entry == "empty" or (caps is not None and is_copied_for(caps, plan.spec, plan.lowering)):
         return None, None
     kind = type(backend)
 
@@ -150,11 +138,10 @@ def _autocast(call: Any, call_masked: Any, dtype: torch.dtype, device_type: str)
     return cast_call, cast_call_masked
 
 
-def _checked(call_masked: Any, plan: Plan) -> tuple[Any, Any]:
+def _checked(call_masked: Any, choice: Choice) -> tuple[Any, Any]:
     """Add the value checks: inputs at every call, the output against the reference at the first."""
     first = [True]
-    backend = registry.get(plan.backend)
-    caps = None if backend is None else backend.capabilities(plan.spec, detect())
+    plan, caps = choice.plan, choice.caps
     value_max = None if caps is None else caps.value_max
     quantised = caps is not None and not caps.exact and bool(caps.quantised)
 
