@@ -129,7 +129,10 @@ def execute(run: Run, plan: Plan, query: Tensor, key: Tensor, value: Tensor, par
 def raise_kernel_error(error: Exception, decision: Decision) -> NoReturn:
     """Wrap what a kernel raised; out-of-memory and our own errors pass through."""
     if isinstance(error, AnyattnError) or is_out_of_memory(error):
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # or it would hold itself, and the call's tensors, by way of its traceback
     name = decision.chosen or ""
     cure = "Choose another backend, and run `anyattn doctor` to look into this one."
     if defaults.follow(detect().overrides):

@@ -18,12 +18,12 @@ from anyattn.masks.objects import Mask
 from anyattn.masks.values import as_mask, autocast_mask, parts_of
 from anyattn.process import tracing
 from anyattn.run.checks import can_check, check_inputs, check_output
-from anyattn.run.plan import execute, make_plan, raise_kernel_error
+from anyattn.run.plan import execute, make_plan
 from anyattn.scopes import defaults
 from anyattn.selection import faults
 from anyattn.selection.choice import Choice, choice_of
 from anyattn.selection.decide import decide
-from anyattn.selection.faults import passes_over, say_passed_over
+from anyattn.selection.faults import say_passed_over
 from anyattn.types.decision import Decision
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
@@ -59,6 +59,12 @@ class Entry:
         self.short = short
         self.short_masked = short_masked
         self.in_graphs = in_graphs
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
+        """Run the call, whatever it has beside query, key and value."""
+        if attn_mask is None and sinks is None:
+            return self.call(query, key, value)
+        return self.call_masked(query, key, value, attn_mask, sinks)
 
     @property
     def gives_gradients(self) -> bool:
@@ -286,21 +292,3 @@ def _only_plainly(run: Any) -> MaskedRunner:
         return run(query, key, value, attn_mask)  # type: ignore[no-any-return]
 
     return plainly
-
-
-def explain_failure(
-    error: Exception, scope: defaults.Scope, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, options: Options
-) -> None:
-    """Say why a call from the short table failed: it was wrong, or the kernel raised. Returns if the next may try.
-
-    What failed under a tracer or transform, or for a tensor subclass, is decided anew and noted for that call alone.
-
-    Raises:
-        AnyattnError: Unless a list or `auto` chose the backend, which then is passed over.
-    """
-    if not tracing.is_usual(query, key, value, attn_mask):
-        return
-    spec = describe(query, key, value, attn_mask, None, options)
-    decision = decide(spec, scope)
-    if not passes_over(error, decision):
-        raise_kernel_error(error, decision)

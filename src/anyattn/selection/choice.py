@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from anyattn.backend.capabilities import Capabilities
 from anyattn.backend.protocol import Backend, Plan
 from anyattn.selection import registry
-from anyattn.types.decision import Candidate, Decision
+from anyattn.types.decision import Candidate, Decision, carried
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def choice_of(decision: Decision) -> Choice:
     Raises:
         TypeError: If nothing was chosen, or the decision is a copy, which can be looked at and not run.
     """
-    choice = getattr(decision, "choice", None)
+    choice = carried(decision)
     if not isinstance(choice, Choice):
         raise TypeError(f"There is nothing to run: {decision}" if decision.chosen is None else "A copy can't be run.")
     return choice

@@ -10,7 +10,7 @@ from anyattn.environment import Environment
 from anyattn.lowering.dense import ALIGNED, is_copied_for
 from anyattn.selection.choice import Choice
 from anyattn.selection.registry import not_built
-from anyattn.types.decision import Candidate, Decision, Preference
+from anyattn.types.decision import Candidate, Decision, Preference, carry
 from anyattn.types.names import AUTO, BY_NAME
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
@@ -122,8 +122,7 @@ def resolve(
         else:
             conversions, origin = _conversions(choice, spec), choice.backend.origin(env)
     decision = Decision(spec, chosen or None, kernel, conversions, preference, basis, (), overruled, origin)
-    decision.carry(choice, judge)
-    return decision
+    return carry(decision, choice, judge)
 
 
 def _choice(

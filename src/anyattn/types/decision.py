@@ -48,30 +48,19 @@ class Candidate:
 
 
 class Carrier:
-    """What a decision holds besides its fields: copies and pickles don't have it.
+    """What a decision holds besides its fields: copies and pickles don't have it."""
 
-    Attributes:
-        choice: What runs the call, as selection made it (`anyattn.selection.choice`); None where nothing was chosen.
-        judge: Computes `candidates` when they are first looked at.
-    """
-
-    __slots__ = ("choice", "judge")
-    choice: object
-    judge: Callable[[], tuple[Candidate, ...]]
+    __slots__ = ("_choice", "_judge")
+    _choice: object
+    _judge: Callable[[], tuple[Candidate, ...]]
 
     def __getattr__(self, name: str) -> Any:
         # Reached only for a slot that isn't filled yet.
         if name != "candidates":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        found = self.judge()
+        found = self._judge()
         object.__setattr__(self, "candidates", found)
         return found
-
-    def carry(self, choice: object, judge: Callable[[], tuple[Candidate, ...]]) -> None:
-        """Hold the choice, and judge the candidates when somebody looks at them."""
-        object.__setattr__(self, "choice", choice)
-        object.__setattr__(self, "judge", judge)
-        object.__delattr__(self, "candidates")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,3 +142,16 @@ class Decision(Carrier):
                 lines.append(f"  {candidate.name}: {state}")
                 lines += [f"    {reason}" for reason in candidate.reasons]
         return "\n".join(lines)
+
+
+def carry(decision: Decision, choice: object, judge: Callable[[], tuple[Candidate, ...]]) -> Decision:
+    """Have a decision hold what runs it, and judge its candidates when they are first looked at."""
+    object.__setattr__(decision, "_choice", choice)
+    object.__setattr__(decision, "_judge", judge)
+    object.__delattr__(decision, "candidates")
+    return decision
+
+
+def carried(decision: Decision) -> object:
+    """Return what runs a decision; None where nothing was chosen, or where the decision is a copy."""
+    return getattr(decision, "_choice", None)
