@@ -163,7 +163,8 @@ def explain(
     scope = live_scope(_current())
     if backend is not None:
         scope = scope_of_call(scope, backend)
-    return decision_for(spec, scope, environment.detect() if env is None else env)
+    here = environment.detect()
+    return decision_for(spec, scope, here if env is None else env, here=env is None or env is here)
 
 
 def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> PlannedCall:

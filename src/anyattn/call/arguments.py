@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anyattn.call.describe import build_spec, check_tensors
-from anyattn.call.facts import Facts, MaskFacts, Options, facts_of, mask_facts, plain_options
+from anyattn.call.facts import Facts, MaskFacts, Options, all_plain, facts_of, mask_facts, plain_options
 from anyattn.errors import InvalidCallError
 from anyattn.masks.objects import Mask
 from anyattn.masks.values import NOTHING, as_mask, autocast_mask, known_of
@@ -59,8 +59,8 @@ def describe(
             same_lengths=_same_lengths(query, key, options.layout) if symbolic or records else None,
             compiled=symbolic or records or tracing.is_fake(query),
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            forward_ad=any(tracing.has_tangent(tensor) for tensor in tensors),
-            vmap=any(tracing.is_batched(tensor) for tensor in tensors),
+            forward_ad=tracing.has_tangent(*tensors),
+            vmap=tracing.is_batched(*tensors),
         )
 
     if known.all_true:
@@ -75,7 +75,7 @@ def _facts(tensor: Tensor, cast: torch.dtype | None, layout: Layout, *, records:
     which limits of kernels apply, aside.
     """
     facts = facts_of(tensor)
-    if records or any(type(size) is not int for size in facts.shape):
+    if records or not all_plain(facts.shape):
         axes = (0, 1) if layout == "BSHD" else (0, 2)
         large = len(facts.shape) == 4 and facts.shape[0] * facts.shape[3 - axes[1]] > _LARGE
         free = (axes[1],) if large else axes

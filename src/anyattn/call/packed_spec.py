@@ -65,8 +65,8 @@ def describe_packed(
         storage=storage,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         compiled=records or tracing.is_fake(query),
-        forward_ad=any(tracing.has_tangent(tensor) for tensor in tensors),
-        vmap=any(tracing.is_batched(tensor) for tensor in tensors),
+        forward_ad=tracing.has_tangent(*tensors),
+        vmap=tracing.is_batched(*tensors),
     )
     return spec.replace(packed=True)
 

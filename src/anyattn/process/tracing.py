@@ -119,18 +119,19 @@ def needs_gradient(tensor: Tensor) -> bool:
     return tensor.requires_grad or (_level() is not None and any(layer.requires_grad for layer in layers(tensor)))
 
 
-def is_batched(tensor: Tensor | None) -> bool:
-    """Whether torch.vmap hides a dimension of a tensor, at any level."""
-    if tensor is None or _level() is None:
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Whether torch.vmap hides a dimension of one of the tensors, at any level."""
+    if _level() is None:
         return False
-    return any(torch._C._functorch.is_batchedtensor(layer) for layer in layers(tensor))
+    found = (layer for tensor in tensors if tensor is not None for layer in layers(tensor))
+    return any(torch._C._functorch.is_batchedtensor(layer) for layer in found)
 
 
-def has_tangent(tensor: Tensor | None) -> bool:
-    """Whether a tensor carries a derivative of forward mode, at any level."""
-    if tensor is None or _forward_ad._current_level < 0:
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors carries a derivative of forward mode, at any level."""
+    if _forward_ad._current_level < 0:
         return False
-    return any(_is_dual(layer) for layer in layers(tensor))
+    return any(_is_dual(layer) for tensor in tensors if tensor is not None for layer in layers(tensor))
 
 
 def _is_dual(tensor: Tensor) -> bool:

@@ -255,7 +255,7 @@ def run_any(
         return call_under(scope, query, key, value, attn_mask, sinks, plain)
     if entry is None:
         options = plain_options(Options(*plain))
-        if any(given is not made and type(given) is not type(made) for given, made in zip(plain, options, strict=True)):
+        if list(map(type, plain)) != list(map(type, options)):
             return run_any(scope, query, key, value, attn_mask, sinks, tuple(options))
         entry = entry_for(scope, table_key, query, key, value, attn_mask, sinks, options)
     try:

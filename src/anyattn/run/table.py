@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -108,14 +109,19 @@ def _shortcuts(choice: Choice) -> tuple[Runner | None, MaskedRunner | None]:
     backend, caps, plan = choice.backend, choice.caps, choice.plan
     if plan.lowering.entry == "empty" or (caps is not None and is_copied_for(caps, plan.spec, plan.lowering)):
         return None, None
-    kind = type(backend)
+    owns, owns_masked = _owned(type(backend))
+    return backend.bind(plan) if owns else None, backend.bind_masked(plan) if owns_masked else None
+
+
+@functools.lru_cache(maxsize=256)
+def _owned(kind: type) -> tuple[bool, bool]:
+    """Whether `bind` and `bind_masked` of a class come from where its `run` does, or from a subclass of that."""
 
     def owner(name: str) -> type:
         return next(base for base in kind.__mro__ if name in vars(base))
 
-    bound = backend.bind(plan) if issubclass(owner("bind"), owner("run")) else None
-    masked = backend.bind_masked(plan) if issubclass(owner("bind_masked"), owner("run")) else None
-    return bound, masked
+    run = owner("run")
+    return issubclass(owner("bind"), run), issubclass(owner("bind_masked"), run)
 
 
 def _kept(spec: AttentionSpec, parts: Parts) -> Parts:

@@ -29,7 +29,7 @@ def decide(spec: AttentionSpec, scope: defaults.Scope, failed: Mapping[str, Reas
     """
     env = detect()
     defaults.follow(env.overrides)
-    decision = decision_for(spec, scope, env, failed)
+    decision = decision_for(spec, scope, env, failed, here=True)
     if decision.chosen is None:
         wish = decision.preference
         raise refusal(decision) from faults.load_error(wish.names[0]) if wish.mode == "require" else None
@@ -37,9 +37,17 @@ def decide(spec: AttentionSpec, scope: defaults.Scope, failed: Mapping[str, Reas
 
 
 def decision_for(
-    spec: AttentionSpec, scope: defaults.Scope, env: Environment, failed: Mapping[str, Reason] | None = None
+    spec: AttentionSpec,
+    scope: defaults.Scope,
+    env: Environment,
+    failed: Mapping[str, Reason] | None = None,
+    *,
+    here: bool,
 ) -> Decision:
-    """Choose as `decide` does, on any machine, and give the decision even where nothing was chosen."""
+    """Choose as `decide` does, on any machine, and give the decision even where nothing was chosen.
+
+    `here`: whether the machine is this one, so that what failed here counts.
+    """
     wish = registry.resolve_preference(scope.preference())
     overruled = scope.overruled()
     if overruled and not scope.settings.override:
@@ -47,7 +55,7 @@ def decision_for(
     # A third party's package is imported where it is asked for, by name or by auto, and nowhere else.
     known = Known([name for name in wish.names if name != AUTO], third_parties=AUTO in wish.names)
     # What failed here says nothing of a machine that is supposed.
-    failures = faults.faults(spec_of_fault(spec)) if env is detect() else NO_FAULTS
+    failures = faults.faults(spec_of_fault(spec)) if here else NO_FAULTS
     if failed:
         failures = {**failures, **failed}
     return resolve(spec, env, wish, known, overruled=overruled, faults=failures)
