@@ -109,16 +109,16 @@ def _shortcuts(choice: Choice) -> tuple[Runner | None, MaskedRunner | None]:
     backend, caps, plan = choice.backend, choice.caps, choice.plan
     if plan.lowering.entry == "empty" or (caps is not None and is_copied_for(caps, plan.spec, plan.lowering)):
         return None, None
-    owns, owns_masked = _owned(type(backend))
+    owns, owns_masked = _owned(type(backend).__mro__)
     return backend.bind(plan) if owns else None, backend.bind_masked(plan) if owns_masked else None
 
 
 @functools.lru_cache(maxsize=256)
-def _owned(kind: type) -> tuple[bool, bool]:
-    """Whether `bind` and `bind_masked` of a class come from where its `run` does, or from a subclass of that."""
+def _owned(order: tuple[type, ...]) -> tuple[bool, bool]:
+    """Whether `bind` and `bind_masked` come from the class that `run` does, or a subclass of it; `order` is the MRO."""
 
     def owner(name: str) -> type:
-        return next(base for base in kind.__mro__ if name in vars(base))
+        return next(base for base in order if name in vars(base))
 
     run = owner("run")
     return issubclass(owner("bind"), run), issubclass(owner("bind_masked"), run)
