@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import typing
 from pathlib import Path
+
+import pytest
 
 import anyattn
 from anyattn import masks
@@ -36,3 +39,20 @@ def test_every_public_name_has_a_docstring() -> None:
     for name in anyattn.__all__:
         if name != "__version__":
             assert inspect.getdoc(getattr(anyattn, name)), name
+
+
+@pytest.mark.parametrize("name", ["attention", "scaled_dot_product_attention", "attention_varlen"])
+def test_result_is_typed_by_return_lse_and_overloads_keep_every_parameter(name: str) -> None:
+    call = getattr(anyattn, name)
+    found = {}
+    plain = inspect.signature(call)
+    for overload in typing.get_overloads(call):
+        signature = inspect.signature(overload)
+        assert list(signature.parameters) == list(plain.parameters)
+        for parameter, own in zip(signature.parameters.values(), plain.parameters.values(), strict=True):
+            if own.name != "return_lse":
+                assert parameter.annotation == own.annotation
+                assert (parameter.default is parameter.empty) == (own.default is own.empty)
+        found[signature.parameters["return_lse"].annotation] = signature.return_annotation
+    pair = "tuple[Tensor, Tensor]"
+    assert found == {"Literal[False]": "Tensor", "Literal[True]": pair, "bool": f"Tensor | {pair}"}

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from anyattn.call.arguments import autocast_dtype, bias_is_aligned
-from anyattn.call.facts import Options, plain_options
+from anyattn.backend.protocol import Output
+from anyattn.call.facts import Options
 from anyattn.call.keys import place_key, tensor_name
-from anyattn.masks.objects import Mask
-from anyattn.masks.values import known_of, known_of_tensor
 from anyattn.pins.pins import live_scope
-from anyattn.process import tracing
-from anyattn.process.tracing import is_plain, is_usual
-from anyattn.run.plan import raise_kernel_error
-from anyattn.run.table import Entry, entry_for, explain_failure
+from anyattn.run.attempts import run_after, run_any, run_decided
 from anyattn.run.traced import traced_call
-from anyattn.run.transformed import call_under
 from anyattn.scopes import defaults, lifetime
-from anyattn.selection.faults import is_kernels, passes_over
+from anyattn.selection.faults import is_kernels
 from anyattn.selection.preferences import Backends, scope_of_call
 
 _current = defaults.current.get
@@ -31,6 +25,63 @@ _tracing = torch.compiler.is_dynamo_compiling
 _grad_enabled = torch.is_grad_enabled
 # True where any device's autocast is on; one call instead of one per device type.
 _autocast_on = torch._C._is_any_autocast_enabled
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    window: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: Backends | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    window: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: Backends | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    window: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: bool,
+    backend: Backends | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -48,7 +99,7 @@ def attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: Backends | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute scaled dot-product attention in the (batch, sequence, heads, head_dim) layout.
 
     Args:
@@ -104,7 +155,7 @@ def attention(
         scope = scope_of_call(scope, backend)
     if sinks is None:
         try:
-            call = scope.short[
+            call: Callable[..., Output] = scope.short[
                 attn_mask
                 if attn_mask is None
                 else tensor_name(attn_mask)
@@ -131,10 +182,67 @@ def attention(
             except Exception as error:
                 if not is_kernels(error):
                     raise
-                options = Options(dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
-                explain_failure(error, scope, query, key, value, attn_mask, options)
+                plain = (dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
+                return run_after(error, scope, query, key, value, attn_mask, plain)
     plain = (dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse, "BSHD")
-    return _general(scope, query, key, value, attn_mask, sinks, plain)
+    return run_any(scope, query, key, value, attn_mask, sinks, plain)
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    window: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: Backends | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    window: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: Backends | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    window: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: bool,
+    backend: Backends | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def scaled_dot_product_attention(
@@ -152,7 +260,7 @@ def scaled_dot_product_attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: Backends | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention in torch's own (batch, heads, sequence, head_dim) layout: a drop-in for SDPA.
 
     The arguments and errors are those of `attention`; only the layout of query, key, value and the output
@@ -181,143 +289,4 @@ def scaled_dot_product_attention(
         found = run_decided(scope, query, key, value, attn_mask, plain)
         if found is not None:
             return found
-    return _general(scope, query, key, value, attn_mask, sinks, plain)
-
-
-def run_decided(
-    scope: defaults.Scope, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, plain: tuple[Any, ...]
-) -> Any:
-    """Run a call in the (batch, heads, sequence, head_dim) layout that is in the short table; None where it isn't.
-
-    Args:
-        scope: The scope in force.
-        query: `(B, H, S_q, D)`; key and value likewise, as in `scaled_dot_product_attention`.
-        key: `(B, H_kv, S_kv, D)`.
-        value: `(B, H_kv, S_kv, D_v)`.
-        attn_mask: As there.
-        plain: The fields of `Options`, in their order.
-    """
-    try:
-        call = scope.short[
-            attn_mask
-            if attn_mask is None
-            else tensor_name(attn_mask)
-            if type(attn_mask) is Tensor
-            else attn_mask.short,
-            query.shape,
-            key.shape,
-            value.shape,
-            query.dtype,
-            query.is_cpu or place_key(query, key, value),
-            plain,
-        ]
-    except (KeyError, TypeError, AttributeError, RuntimeError):
-        return None  # not decided yet, or wrong: described elsewhere, with an error that says why
-    try:
-        return call(query, key, value) if attn_mask is None else call(query, key, value, attn_mask)
-    except Exception as error:
-        if not is_kernels(error):
-            raise
-        explain_failure(error, scope, query, key, value, attn_mask, Options(*plain))
-        return None
-
-
-def _general(
-    scope: defaults.Scope,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Any,
-    sinks: Tensor | None,
-    plain: tuple[Any, ...],
-) -> Any:
-    """Run any call: find it in the table by everything that its decision depends on, or decide it."""
-    mode = None if type(query) is Tensor else tracing.mode_left(query)
-    if mode is not None:
-        with mode:
-            return _general(scope, query, key, value, attn_mask, sinks, plain)
-    table_key: Any = None
-    if type(plain[4]) is list:
-        plain = (*plain[:4], tuple(plain[4]), *plain[5:])
-    try:
-        table_key = _table_key(query, key, value, attn_mask, sinks, plain)
-        entry = scope.table.get(table_key)
-        if entry is not None and not entry.in_graphs and tracing.is_captured(query):
-            table_key = entry = None
-    except (TypeError, AttributeError, RuntimeError):
-        # Not tensors, symbolic sizes, or an unhashable option: described anew, and refused where it is wrong.
-        table_key = entry = None
-    # SDPA itself, without a mask, is what it is under every tracer and transform; all else is decided anew there.
-    if (entry is None or not entry.short or attn_mask is not None) and not is_plain():
-        return call_under(scope, query, key, value, attn_mask, sinks, plain)
-    if entry is None:
-        options = plain_options(Options(*plain))
-        if any(given is not made and type(given) is not type(made) for given, made in zip(plain, options, strict=True)):
-            return _general(scope, query, key, value, attn_mask, sinks, tuple(options))
-        entry = entry_for(scope, table_key, query, key, value, attn_mask, sinks, options)
-    try:
-        if attn_mask is None and sinks is None:
-            result = entry.call(query, key, value)
-        else:
-            result = entry.call_masked(query, key, value, attn_mask, sinks)
-    except Exception as error:
-        kernels = is_kernels(error)
-        if kernels and not is_usual(query, key, value, attn_mask, sinks):
-            return call_under(scope, query, key, value, attn_mask, sinks, plain)
-        if not (kernels and passes_over(error, entry.decision)):
-            _record(scope, entry)
-            if kernels:
-                raise_kernel_error(error, entry.decision)
-            raise
-    else:
-        _record(scope, entry)
-        return result
-    return _general(scope, query, key, value, attn_mask, sinks, plain)
-
-
-def _record(scope: defaults.Scope, entry: Entry) -> None:
-    if scope.recorder is not None:
-        scope.recorder(entry.decision)
-
-
-def _table_key(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, plain: tuple[Any, ...]
-) -> tuple[Any, ...]:
-    """Give what the decision of a call depends on."""
-    grads: Any = None
-    if _grad_enabled():
-        grads = (query.requires_grad, key.requires_grad, value.requires_grad)
-    return (
-        query.shape,
-        key.shape,
-        value.shape,
-        query.dtype,
-        key.dtype,
-        value.dtype,
-        query.device,
-        key.device,
-        value.device,
-        grads,
-        plain,
-        None if attn_mask is None else _mask_key(attn_mask, key, plain, grads is not None),
-        None if sinks is None else (sinks.shape, sinks.dtype, sinks.device, grads is not None and sinks.requires_grad),
-        query.is_cpu or place_key(query, key, value),
-        autocast_dtype(query.device.type) if _autocast_on() else None,
-        None if type(query) is Tensor else (type(query), type(key), type(value)),
-    )
-
-
-def _mask_key(attn_mask: Any, key: Tensor, plain: tuple[Any, ...], grad: bool) -> Any:
-    if type(attn_mask) is Tensor or type(attn_mask) is Parameter:
-        known = known_of_tensor(attn_mask)
-        aligned = attn_mask.is_cpu or bias_is_aligned(attn_mask)
-        return (attn_mask.shape, attn_mask.dtype, attn_mask.device, grad and attn_mask.requires_grad, known, aligned)
-    if isinstance(attn_mask, Mask):
-        dense = attn_mask.dense
-        if dense is None and attn_mask.key is None:
-            return attn_mask.signature
-        known = known_of(attn_mask, key.shape[1 if plain[7] == "BSHD" else 2])
-        if dense is None:
-            return (attn_mask.signature, known)
-        return (attn_mask.signature, known, grad and dense.requires_grad, dense.is_cpu or bias_is_aligned(dense))
-    raise TypeError("a mask of another type is looked at anew at every call")
+    return run_any(scope, query, key, value, attn_mask, sinks, plain)

@@ -11,7 +11,7 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from anyattn import environment
-from anyattn.backend.protocol import Output, Runner
+from anyattn.backend.protocol import Output
 from anyattn.call.arguments import describe
 from anyattn.call.facts import Options
 from anyattn.errors import InvalidCallError
@@ -19,12 +19,13 @@ from anyattn.masks.objects import Mask
 from anyattn.masks.values import as_mask
 from anyattn.pins.pins import live_scope
 from anyattn.process.tracing import has_tangent, is_usual, needs_gradient
+from anyattn.run.attempts import first_that_runs
 from anyattn.run.plan import raise_kernel_error
 from anyattn.run.table import Entry, make_entry, make_first
 from anyattn.scopes import defaults
 from anyattn.selection import faults, registry
 from anyattn.selection.decide import decision_for
-from anyattn.selection.faults import is_kernels, passes_over
+from anyattn.selection.faults import is_kernels
 from anyattn.selection.preferences import Backends, scope_of_call
 from anyattn.types.decision import Decision
 from anyattn.types.names import BY_NAME
@@ -162,10 +163,11 @@ def explain(
     scope = live_scope(_current())
     if backend is not None:
         scope = scope_of_call(scope, backend)
-    return decision_for(spec, scope, environment.detect() if env is None else env)
+    here = environment.detect()
+    return decision_for(spec, scope, here if env is None else env, here=env is None or env is here)
 
 
-def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
+def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> PlannedCall:
     """Make the choice for a spec once, and give a callable that has it made.
 
     Args:
@@ -173,9 +175,8 @@ def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
         backend: As for `attention`.
 
     Returns:
-        `run(query, key, value)` for a spec without mask and sinks, else
-        `run(query, key, value, attn_mask=None, sinks=None)`. It compares shapes and dtype with the spec's, and leaves
-        all else to the caller: strides, devices and gradients must be as described.
+        `run(query, key, value, attn_mask=None, sinks=None)`, with the choice as `run.decision`. It compares shapes and
+        dtype with the spec's, and leaves all else to the caller: strides, devices and gradients must be as described.
 
     Raises:
         UnsupportedCallError: If nothing admits the call.
@@ -183,38 +184,80 @@ def plan(spec: AttentionSpec, *, backend: Backends | None = None) -> Any:
     scope = live_scope(_current())
     if backend is not None:
         scope = scope_of_call(scope, backend)
-    made = _Made(_of_any_values(spec), scope)
-    order = (0, 1, 2, 3) if spec.layout == "BSHD" else (0, 2, 1, 3)
-    full = (
-        (spec.batch, spec.seqlen_q, spec.num_heads, spec.head_dim),
-        (spec.batch, spec.seqlen_kv, spec.num_kv_heads, spec.head_dim),
-        (spec.batch, spec.seqlen_kv, spec.num_kv_heads, spec.head_dim_v),
-    )
-    shapes = tuple(tuple(shape[axis] for axis in order) for shape in full)
-    dtype = spec.dtype
-    if spec.mask.key or spec.mask.dense or spec.mask.block or spec.sinks:
-        return _masked_plan(made, shapes, dtype)
-    call: Runner = made.entry.call
-    forward_only = made.forward_only
+    return PlannedCall(_of_any_values(spec), scope)
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Output:
-        nonlocal call, forward_only
-        if (query.shape, key.shape, value.shape) != shapes or query.dtype is not dtype:
-            raise _off_plan(shapes, dtype, query, key, value)
-        if forward_only:
-            _refuse_gradients(made.entry.decision, query, key, value)
+
+class PlannedCall:
+    """A call with the choice made, for inputs of the plan's shapes and dtype.
+
+    Attributes:
+        decision: What was chosen and why; another one where a list or `auto` chose and the kernel failed.
+    """
+
+    __slots__ = ("_call", "_dtype", "_entry", "_forward_only", "_masked", "_scope", "_shapes", "_spec", "decision")
+
+    def __init__(self, spec: AttentionSpec, scope: defaults.Scope) -> None:
+        order = (0, 1, 2, 3) if spec.layout == "BSHD" else (0, 2, 1, 3)
+        full = (
+            (spec.batch, spec.seqlen_q, spec.num_heads, spec.head_dim),
+            (spec.batch, spec.seqlen_kv, spec.num_kv_heads, spec.head_dim),
+            (spec.batch, spec.seqlen_kv, spec.num_kv_heads, spec.head_dim_v),
+        )
+        self._shapes = tuple(tuple(shape[axis] for axis in order) for shape in full)
+        self._dtype = spec.dtype
+        self._spec = spec
+        self._scope = scope
+        self._masked = bool(spec.mask.key or spec.mask.dense or spec.mask.block or spec.sinks)
+        self._decide({})
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, sinks: Tensor | None = None
+    ) -> Output:
+        """Run the call; `attn_mask` and `sinks` are of the plan's kind.
+
+        Raises:
+            AnyattnError: As for `attention`, and for inputs that the plan isn't for.
+        """
+        if (query.shape, key.shape, value.shape) != self._shapes or query.dtype is not self._dtype:
+            raise _off_plan(self._shapes, self._dtype, query, key, value)
+        if self._masked or attn_mask is not None or sinks is not None:
+            _check_planned_mask(self._spec, as_mask(attn_mask) or Mask(), sinks)
+        if self._forward_only:
+            _refuse_gradients(self.decision, query, key, value)
         try:
-            return call(query, key, value)
+            if self._masked:
+                return self._entry.call_masked(query, key, value, attn_mask, sinks)
+            return self._call(query, key, value)
         except Exception as error:
             if not is_kernels(error):
                 raise
-            made.after(error, query, key, value)
-        call, forward_only = made.entry.call, made.forward_only
-        run.decision = made.entry.decision  # type: ignore[attr-defined]
-        return run(query, key, value)
+            return self._after(error, query, key, value, attn_mask, sinks)
 
-    run.decision = made.entry.decision  # type: ignore[attr-defined]
-    return run
+    def _decide(self, failed: dict[str, Reason]) -> Entry:
+        entry = make_first(self._spec, self._scope, make_entry, failed)
+        self._entry, self._call, self.decision = entry, entry.call, entry.decision
+        self._forward_only = not self._spec.needs_grad and not entry.gives_gradients
+        return entry
+
+    def _after(
+        self, error: Exception, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None
+    ) -> Output:
+        """Choose again after a kernel's error, and run that."""
+        if not is_usual(query, key, value, attn_mask, sinks):
+            # What fails under a tracer or transform says nothing of plain calls.
+            raise_kernel_error(error, self.decision)
+
+        def run(entry: Entry) -> Output:
+            if self._forward_only:
+                _refuse_gradients(entry.decision, query, key, value)
+            if self._masked:
+                return entry.call_masked(query, key, value, attn_mask, sinks)
+            return entry.call(query, key, value)
+
+        try:
+            return first_that_runs(self._decide, run, usual=True, after=(error, self.decision))
+        finally:
+            del error  # or it would hold itself, and the call's tensors, by way of its traceback
 
 
 def _of_any_values(spec: AttentionSpec) -> AttentionSpec:
@@ -225,30 +268,6 @@ def _of_any_values(spec: AttentionSpec) -> AttentionSpec:
     return spec.replace(mask=dataclasses.replace(mask, prefix=mask.key == "lengths", dead_rows=True))
 
 
-class _Made:
-    """The choice that a plan holds; where a list or `auto` made it and the kernel fails, the next backend's."""
-
-    def __init__(self, spec: AttentionSpec, scope: defaults.Scope) -> None:
-        self.spec = spec
-        self.scope = scope
-        self.entry: Entry = make_first(spec, scope, make_entry)
-
-    @property
-    def forward_only(self) -> bool:
-        return not self.spec.needs_grad and not self.entry.gives_gradients
-
-    def after(self, error: Exception, *inputs: Any) -> None:
-        """Choose again after a kernel's error.
-
-        Raises:
-            AnyattnError: Where the backend was required, or nothing else admits the call.
-        """
-        # What fails under a tracer or transform says nothing of plain calls.
-        if not is_usual(*inputs) or not passes_over(error, self.entry.decision):
-            raise_kernel_error(error, self.entry.decision)
-        self.entry = make_first(self.spec, self.scope, make_entry)
-
-
 def _refuse_gradients(decision: Decision, query: Tensor, key: Tensor, value: Tensor) -> None:
     wanted = torch.is_grad_enabled() and any(needs_gradient(tensor) for tensor in (query, key, value))
     if wanted or any(has_tangent(tensor) for tensor in (query, key, value)):
@@ -256,28 +275,6 @@ def _refuse_gradients(decision: Decision, query: Tensor, key: Tensor, value: Ten
             f"The plan is for a call without gradients, and {decision.chosen} gives none. Plan again with inputs that "
             "require them, or run it under torch.no_grad()."
         )
-
-
-def _masked_plan(made: _Made, shapes: Any, dtype: torch.dtype) -> Any:
-    spec = made.spec
-
-    def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, sinks: Tensor | None = None) -> Output:
-        if (query.shape, key.shape, value.shape) != shapes or query.dtype is not dtype:
-            raise _off_plan(shapes, dtype, query, key, value)
-        _check_planned_mask(spec, as_mask(attn_mask) or Mask(), sinks)
-        if made.forward_only:
-            _refuse_gradients(made.entry.decision, query, key, value)
-        try:
-            return made.entry.call_masked(query, key, value, attn_mask, sinks)
-        except Exception as error:
-            if not is_kernels(error):
-                raise
-            made.after(error, query, key, value, attn_mask, sinks)
-        run.decision = made.entry.decision  # type: ignore[attr-defined]
-        return run(query, key, value, attn_mask, sinks)
-
-    run.decision = made.entry.decision  # type: ignore[attr-defined]
-    return run
 
 
 def _check_planned_mask(spec: AttentionSpec, mask: Mask, sinks: Tensor | None) -> None:

@@ -10,42 +10,114 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from anyattn.backend.capabilities import Capabilities
 from anyattn.backend.protocol import Output, Parts, Plan, Run
 from anyattn.call.arguments import autocast_dtype
 from anyattn.call.facts import Lengths, Options
 from anyattn.call.packed_spec import describe_packed
-from anyattn.environment import detect
 from anyattn.errors import InvalidCallError
-from anyattn.lowering.host_lengths import check_starts
 from anyattn.masks import scalars
 from anyattn.masks.objects import Mask
 from anyattn.pins.pins import live_scope
 from anyattn.process import tracing
-from anyattn.process.tracing import has_values, is_plain
-from anyattn.run.checks import can_check, check_magnitude, check_output
+from anyattn.process.tracing import is_plain
+from anyattn.run.attempts import first_that_runs
+from anyattn.run.checks import can_check, check_magnitude, check_output, check_packed, check_packed_finite
 from anyattn.run.packed import run_packed
-from anyattn.run.plan import make_plan, raise_kernel_error
+from anyattn.run.plan import make_plan
 from anyattn.run.table import make_first
 from anyattn.run.traced_varlen import traced_varlen_call
-from anyattn.run.transformed import first_that_runs
 from anyattn.scopes import defaults
-from anyattn.selection import registry
-from anyattn.selection.faults import is_kernels, passes_over
+from anyattn.selection.choice import choice_of
 from anyattn.selection.preferences import Backends, scope_of_call
 from anyattn.types.decision import Decision
 from anyattn.types.reasons import Reason
-from anyattn.types.spec import AttentionSpec
 
 _current = defaults.current.get
 _tracing = torch.compiler.is_dynamo_compiling
 _exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_dynamo_compiling)
-_Planned = tuple[Plan, Run, Decision, list[bool]]
+
+
+class _Planned(NamedTuple):
+    """A decided packed call; `compared` is empty until its results were compared with the reference."""
+
+    plan: Plan
+    run: Run
+    decision: Decision
+    compared: list[bool]
+
+
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    attn_mask: Mask | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    window: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: Backends | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    attn_mask: Mask | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    window: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: Backends | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    attn_mask: Mask | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    window: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: bool,
+    backend: Backends | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def attention_varlen(
@@ -67,7 +139,7 @@ def attention_varlen(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: Backends | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention over packed sequences, each of which sees itself alone.
 
     Args:
@@ -150,60 +222,41 @@ def _attend(
         with mode:
             return _attend(query, key, value, lengths, attn_mask, sinks, options, backend)
     lengths = (lengths[0], lengths[1], _most("max_seqlen_q", lengths[2]), _most("max_seqlen_k", lengths[3]))
-    _check(query, key, value, *lengths)
+    check_packed(query, key, value, *lengths)
     if sinks is not None and not isinstance(sinks, Tensor):
         raise InvalidCallError(f"sinks must be a tensor (num_heads,); {type(sinks).__name__} was given.")
     checked = defaults.checks_enabled() and can_check(query, key, value, sinks, *lengths[:2])
     if checked:
         ends = (int(lengths[0][-1]), int(lengths[1][-1]))
-        _check_finite(query[: ends[0]], key[: ends[1]], value[: ends[1]])
+        check_packed_finite(query[: ends[0]], key[: ends[1]], value[: ends[1]])
     scope = live_scope(_current())
     if backend is not None:
         scope = scope_of_call(scope, backend)
     cast = autocast_dtype(query.device.type)
     if cast is not None:
         query, key, value = (_cast(tensor, cast) for tensor in (query, key, value))
-    if type(query) is not Tensor or not is_plain():
-        under = scope
+    usual = type(query) is Tensor and is_plain()
+    ran: list[_Planned] = []
 
-        def decide(failed: dict[str, Reason]) -> _Planned:
-            return _planned(under, query, key, value, lengths, attn_mask, sinks, options, failed)
+    def decide(failed: dict[str, Reason]) -> _Planned:
+        return _planned(scope, query, key, value, lengths, attn_mask, sinks, options, failed)
 
-        def run_found(found: _Planned) -> Output:
-            with torch.autocast(query.device.type, enabled=False):
-                return run_packed(found[0], found[1], query, key, value, lengths, sinks)
-
-        return first_that_runs(scope, decide, run_found, lambda found: found[2])
-    while True:
-        plan, run, decision, compared = _planned(scope, query, key, value, lengths, attn_mask, sinks, options)
-        caps = _declared(plan) if checked else None
+    def run(found: _Planned) -> Output:
+        ran[:] = [found]
+        caps = choice_of(found.decision).caps if checked else None
         check_magnitude(value, None if caps is None else caps.value_max)
-        try:
-            with torch.autocast(query.device.type, enabled=False):
-                result = run_packed(plan, run, query, key, value, lengths, sinks)
-        except Exception as error:
-            kernels = is_kernels(error)
-            if kernels and passes_over(error, decision):
-                continue
-            _record(scope, decision)
-            if kernels:
-                raise_kernel_error(error, decision)
-            raise
-        _record(scope, decision)
-        if checked and not compared:
-            _check_result(plan, decision.spec, query, key, value, lengths, sinks, result)
-            compared.append(True)
-        return result
+        with torch.autocast(query.device.type, enabled=False):
+            return run_packed(found.plan, found.run, query, key, value, lengths, sinks)
 
-
-def _declared(plan: Plan) -> Capabilities | None:
-    backend = registry.get(plan.backend)
-    return None if backend is None else backend.capabilities(plan.spec, detect())
+    result = first_that_runs(decide, run, scope.recorder, usual=usual)
+    if checked and not ran[0].compared:
+        _check_result(ran[0], query, key, value, lengths, sinks, result)
+        ran[0].compared.append(True)
+    return result
 
 
 def _check_result(
-    plan: Plan,
-    spec: AttentionSpec,
+    found: _Planned,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -221,65 +274,20 @@ def _check_result(
     if not seen:
         return
     out, lse = result if isinstance(result, tuple) else (result, None)
-    caps = _declared(plan)
+    caps = choice_of(found.decision).caps
     quantised = caps is not None and not caps.exact and bool(caps.quantised)
     for rows, keys in dict.fromkeys((seen[0], seen[-1], max(seen, key=lambda pair: pair[0][1] - pair[0][0]))):
         q, k = slice(*rows), slice(*keys)
-        alone = spec.replace(packed=False, batch=1, seqlen_q=rows[1] - rows[0], seqlen_kv=keys[1] - keys[0])
-        found = out[None, q] if lse is None else (out[None, q], lse[None, :, q])
-        one = dataclasses.replace(plan, spec=alone)
-        check_output(one, query[None, q], key[None, k], value[None, k], Parts(sinks=sinks), found, quantised=quantised)
-
-
-def _record(scope: defaults.Scope, decision: Decision) -> None:
-    if scope.recorder is not None:
-        scope.recorder(decision)
+        alone = found.decision.spec.replace(
+            packed=False, batch=1, seqlen_q=rows[1] - rows[0], seqlen_kv=keys[1] - keys[0]
+        )
+        part = out[None, q] if lse is None else (out[None, q], lse[None, :, q])
+        one = dataclasses.replace(found.plan, spec=alone)
+        check_output(one, query[None, q], key[None, k], value[None, k], Parts(sinks=sinks), part, quantised=quantised)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-
-
-def _check_finite(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not bool(torch.isfinite(tensor).all()):
-            raise InvalidCallError(f"{name} holds NaN or infinity.")
-
-
-def _check(query: object, key: object, value: object, cu_q: object, cu_k: object, max_q: object, max_k: object) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
-            given = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise InvalidCallError(f"{name} must be a tensor (tokens, heads, head_dim); {given} was given.")
-    assert isinstance(query, Tensor)
-    assert isinstance(key, Tensor)
-    assert isinstance(value, Tensor)
-    if key.shape[0] != value.shape[0]:
-        raise InvalidCallError(f"key and value need as many tokens; given {key.shape[0]} and {value.shape[0]}.")
-    for name, starts, most in (("q", cu_q, max_q), ("k", cu_k, max_k)):
-        symbol = isinstance(most, torch.SymInt | Tensor)
-        if not symbol and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
-            raise InvalidCallError(f"max_seqlen_{name} must be an int >= 0; {most!r} was given.")
-        if not isinstance(starts, Tensor) or starts.dim() != 1 or starts.dtype != torch.int32 or not starts.shape[0]:
-            given = f"{starts.dtype} {tuple(starts.shape)}" if isinstance(starts, Tensor) else type(starts).__name__
-            raise InvalidCallError(
-                f"cu_seqlens_{name} must be an int32 tensor (batch + 1,) that begins with 0; {given} was given."
-            )
-        if starts.device != query.device:
-            raise InvalidCallError(
-                f"cu_seqlens_{name} is on {starts.device}, query on {query.device}; move it there once."
-            )
-    assert isinstance(cu_q, Tensor)
-    assert isinstance(cu_k, Tensor)
-    if cu_q.shape != cu_k.shape:
-        raise InvalidCallError(
-            f"cu_seqlens_q and cu_seqlens_k need one length, batch + 1; given {len(cu_q)} and {len(cu_k)}."
-        )
-    if (query.is_cpu and has_values(cu_q, cu_k)) or (defaults.checks_enabled() and can_check(cu_q, cu_k)):
-        assert isinstance(max_q, int)
-        assert isinstance(max_k, int)
-        check_starts("q", cu_q.tolist(), max_q, query.shape[0])
-        check_starts("k", cu_k.tolist(), max_k, key.shape[0])
 
 
 def _most(name: str, given: Any) -> Any:
@@ -300,7 +308,7 @@ def _planned(
     options: Options,
     failed: dict[str, Reason] | None = None,
 ) -> _Planned:
-    """Find the call in the scope's table, or decide it; the list is empty until its results were compared."""
+    """Find the call in the scope's table, or decide it."""
     base = scope if scope.recorder is None else defaults.scope_for(scope.settings)
     spec = describe_packed(query, key, value, lengths, attn_mask, sinks, options)
     if tracing.is_captured(query):
@@ -311,7 +319,7 @@ def _planned(
         generation = defaults.generation()
 
         def make(decision: Decision) -> _Planned:
-            return (*make_plan(decision), decision, [])
+            return _Planned(*make_plan(decision), decision, [])
 
         found = make_first(spec, base, make, failed)
         if not failed and generation == defaults.generation():

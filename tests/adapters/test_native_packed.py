@@ -92,7 +92,7 @@ def test_entry_is_for_what_it_can_say(changes: dict[str, Any], version: str, tak
     backend = registry.get("native")
     assert backend is not None
     wish = Preference(("native",), "require", "backend=")
-    decision = resolve(spec_of(**changes), env, wish, None, [("native", backend)])
+    decision = resolve(spec_of(**changes), env, wish, {"native": backend})
     assert decision.chosen == "native", decision
     assert (decision.kernel == packed.ENTRY) == taken
     assert ("unpacked" in {note.code for note in decision.conversions}) != taken

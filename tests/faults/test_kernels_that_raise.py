@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -205,6 +206,39 @@ def test_fault_keeps_no_tensor_alive() -> None:
         del query
         gc.collect()
         assert gone() is None
+
+
+@pytest.mark.parametrize("way", ["call", "plan"])
+def test_error_that_passes_through_keeps_no_tensor_alive(way: str) -> None:
+    query = torch.randn(1, 6, 2, 8)
+    gc.collect()
+    gc.disable()
+    try:
+        with doubled_error(lambda: torch.OutOfMemoryError("CUDA out of memory")):
+            call = anyattn.plan(anyattn.explain(query, query, query).spec) if way == "plan" else anyattn.attention
+            for _ in range(2):
+                with pytest.raises(torch.OutOfMemoryError):
+                    call(query, query, query)
+        seen = weakref.ref(query)
+        del query
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+@contextlib.contextmanager
+def doubled_error(make: Callable[[], Exception]) -> Iterator[None]:
+    """Have native raise a new error at each call."""
+
+    class Raising(NativeMath):
+        name = "native"
+
+        @staticmethod
+        def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+            raise make()
+
+    with registry.substituted(Raising()):
+        yield
 
 
 def test_list_whose_last_kernel_fails_says_every_reason() -> None:

@@ -150,8 +150,8 @@ def test_only_what_declares_it_is_captured(name: str) -> None:
 
 def test_auto_passes_over_what_cannot_be_captured() -> None:
     wish = Preference(("xformers", "native"), "prefer", "test")
-    assert resolve(SPEC, H100, wish, None, known(names())).chosen == "xformers"
-    assert resolve(SPEC.replace(captured=True), H100, wish, None, known(names())).chosen == "native"
+    assert resolve(SPEC, H100, wish, dict(known(names()))).chosen == "xformers"
+    assert resolve(SPEC.replace(captured=True), H100, wish, dict(known(names()))).chosen == "native"
 
 
 def test_value_checks_are_left_out_of_a_graph_and_that_is_said_once(
@@ -186,7 +186,7 @@ def test_storage_that_is_not_aligned_is_copied_for_a_backend_that_declares_nothi
     spec = AttentionSpec(
         1, 6, 6, 2, 2, 8, 8, torch.float32, "cuda", 8**-0.5, storage=Storage(aligned=aligned, unit_stride=True)
     )
-    decision = resolve(spec, preset("h100"), Preference(("terse",), "require", "test"), None, [("terse", terse)])
+    decision = resolve(spec, preset("h100"), Preference(("terse",), "require", "test"), {"terse": terse})
     assert [conversion.code for conversion in decision.conversions] == ([] if aligned else ["copy"])
     plan, run = make_plan(decision)
     found = run(plan, *inputs, Parts())
@@ -200,7 +200,7 @@ def test_one_copy_at_most_is_made_of_storage_that_is_not_aligned(name: str) -> N
     backend = registry.get(name)
     assert backend is not None
     spec = SPEC.replace(storage=Storage(aligned=False))
-    decision = resolve(spec, H100, Preference((name,), "require", "test"), None, [(name, backend)])
+    decision = resolve(spec, H100, Preference((name,), "require", "test"), {name: backend})
     if decision.chosen is None:
         assert any(reason.code == "not_installed" for reason in decision.reasons(name))
     assert [conversion.code for conversion in decision.conversions].count("copy") <= 1
@@ -220,7 +220,7 @@ def test_dropping_everything_is_refused_where_it_is_not_declared(name: str) -> N
 def test_native_drops_everything_on_every_device() -> None:
     inputs = tensors()
     assert not bool(anyattn.attention(*inputs, dropout_p=1.0).any())
-    decision = resolve(SPEC.replace(dropout_p=1.0), H100, Preference(("native",), "require", "t"), None, known(names()))
+    decision = resolve(SPEC.replace(dropout_p=1.0), H100, Preference(("native",), "require", "t"), dict(known(names())))
     assert decision.kernel == "math"
     for name in ("native_flash", "native_efficient", "native_cudnn"):
         assert [reason.code for reason in decision.reasons(name)].count("dropout") == 1

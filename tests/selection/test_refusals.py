@@ -96,7 +96,7 @@ def test_list_is_spelled_as_the_wish_was(source: str, said: str) -> None:
     mask = MaskSpec(dense=DenseSpec("boolean", torch.bool, (1, 24, 256, 256)), dead_rows=True)
     spec = AttentionSpec(1, 256, 256, 24, 24, 128, 128, torch.bfloat16, "cuda", 0.1, mask=mask)
     env = preset("h100", packages={"flash-attn-4": "4.0.0b36"})
-    decision = resolve(spec, env, Preference(("flash4",), "require", source), None, known(names()))
+    decision = resolve(spec, env, Preference(("flash4",), "require", source), dict(known(names())))
     text = str(refusal(decision))
     assert "mask" in text
     assert text.endswith(said)

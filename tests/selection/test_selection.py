@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from typing import Any
+import gc
+import pickle
+import weakref
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import anyattn
 from anyattn.backend.known_bad import table
+from anyattn.backend.protocol import Backend, Lowering
 from anyattn.environment import Environment, preset
-from anyattn.selection.registry import known, names
+from anyattn.selection.choice import choice_of
+from anyattn.selection.faults import add_fault
+from anyattn.selection.registry import get, known, names, substituted
 from anyattn.selection.resolve import resolve
-from anyattn.types.decision import Preference
+from anyattn.types.decision import Candidate, Preference
 from anyattn.types.names import ALIASES, BY_NAME, KNOWN
+from anyattn.types.reasons import Reason
 from anyattn.types.spec import UNKNOWN, AttentionSpec, BlockSpec, DenseSpec, MaskSpec, PatternSpec, Storage
 
 H100 = preset("h100", torch_version="2.11.0")
@@ -39,9 +47,9 @@ def spec(**changes: Any) -> AttentionSpec:
     return AttentionSpec(**fields)
 
 
-def decide(call: AttentionSpec, wish: str = "native", env: Environment = H100, timings: Any = None) -> anyattn.Decision:
+def decide(call: AttentionSpec, wish: str = "native", env: Environment = H100) -> anyattn.Decision:
     mode: Any = "prefer" if wish == "auto" else "require"
-    return resolve(call, env, Preference((wish,), mode, "test"), timings, known(names()))
+    return resolve(call, env, Preference((wish,), mode, "test"), dict(known(names())))
 
 
 BOOLEAN = MaskSpec(dense=DenseSpec("boolean", torch.bool, (2, 1, 1024, 1024)), dead_rows=True)
@@ -208,12 +216,8 @@ def test_a_huge_mask_is_never_made_behind_the_callers_back() -> None:
     assert decide(call, "auto").chosen == "flex"
 
 
-def test_auto_goes_by_measurements_where_there_are_any() -> None:
+def test_autos_choice_names_the_fixed_order() -> None:
     assert decide(spec(), "auto").basis == "fixed order"
-    decision = decide(spec(), "auto", timings={"flex": 1e-3, "native": 2e-3, "native_efficient": 3e-3})
-    assert (decision.chosen, decision.basis) == ("flex", "measured")
-    capped = decide(spec(scale=0.0), "auto", timings={"native_cudnn": 1e-3, "native": 2e-3})
-    assert capped.chosen == "native"
 
 
 def test_decision_lists_every_known_backend_with_reasons() -> None:
@@ -228,6 +232,103 @@ def test_resolve_is_pure_and_hashable() -> None:
     assert one == other
     assert hash(one) == hash(other)
     assert hash(H100) == hash(preset("h100", torch_version="2.11.0"))
+
+
+class Judged(Backend):
+    """Counts what it is asked."""
+
+    name = "judged"
+    declarations: ClassVar[Any] = {"cuda": get("native").declarations["cuda"]}
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def reasons(self, spec: AttentionSpec, env: Environment) -> tuple[Reason, ...]:
+        self.asked.append("reasons")
+        return super().reasons(spec, env)
+
+    def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
+        self.asked.append("lower")
+        return Lowering(f"torch {env.torch}")
+
+
+def test_only_the_wanted_backends_are_judged_until_somebody_looks() -> None:
+    wanted, beside = Judged(), Judged()
+    both = {"judged": wanted, "beside": beside}
+    decision = resolve(spec(), H100, Preference(("judged",), "require", "test"), both)
+    assert decision.chosen == "judged"
+    assert (wanted.asked, beside.asked) == (["reasons", "lower"], [])
+    assert decision.reasons("beside") == ()
+    assert str(decision)
+    assert (wanted.asked, beside.asked) == (["reasons", "lower"], ["reasons"])
+
+
+def test_list_is_judged_up_to_the_first_that_admits() -> None:
+    first, second = Judged(), Judged()
+    wish = Preference(("first", "second"), "prefer", "test")
+    fault = Reason("fault", "a kernel", "none")
+    decision = resolve(spec(), H100, wish, {"first": first, "second": second}, faults={"first": fault})
+    assert decision.chosen == "second"
+    assert [candidate.name for candidate in choice_of(decision).refused] == ["first"]
+    assert decision.candidates == (Candidate("first", (fault,)), Candidate("second"))
+    other = resolve(spec(), H100, wish, {"first": first, "second": second})
+    second.asked.clear()
+    assert other.chosen == "first"
+    assert second.asked == []
+    assert other.candidates == (Candidate("first"), Candidate("second"))
+
+
+def test_late_look_sees_the_faults_and_stand_ins_of_the_choice() -> None:
+    q = torch.randn(1, 4, 1, 8)
+    anyattn.reset()
+    before = anyattn.explain(q, q, q)
+    add_fault("flex", None, Reason("broken_import", "an importable kernel", "nothing"))
+    try:
+        assert "broken_import" in {reason.code for reason in anyattn.explain(q, q, q).reasons("flex")}
+        assert "broken_import" not in {reason.code for reason in before.reasons("flex")}
+    finally:
+        anyattn.reset()
+    wrong = Judged()
+    wrong.name = "flex"  # type: ignore[misc]
+    with substituted(wrong):
+        inside = anyattn.explain(q, q, q)
+    inside.reasons("flex")
+    assert wrong.asked == ["reasons"]
+
+
+def test_what_explain_says_is_what_the_plan_runs() -> None:
+    decision = decide(spec(scale=0.0))
+    plan = choice_of(decision).plan
+    assert (plan.backend, plan.lowering.entry) == (decision.chosen, decision.kernel) == ("native", "efficient")
+    assert plan.lowering.conversions == decision.conversions
+
+
+def test_copies_of_decisions_are_equal_and_carry_nothing_to_run() -> None:
+    decision = decide(spec())
+    for copied in (copy.copy(decision), copy.deepcopy(decision), pickle.loads(pickle.dumps(decision))):
+        assert copied == decision
+        assert hash(copied) == hash(decision)
+        assert copied.to_dict() == decision.to_dict()
+        with pytest.raises(TypeError, match="copy"):
+            choice_of(copied)
+    assert dataclasses.replace(decision, origin="x").origin == "x"
+    assert "choice" not in repr(decision)
+    with pytest.raises(AttributeError):
+        decision.nothing  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(TypeError, match="nothing to run"):
+        choice_of(decide(spec(dtype=torch.int8)))
+
+
+def test_recorded_decision_keeps_no_tensor_alive() -> None:
+    query, mask = torch.randn(2, 4, 1, 8), torch.ones(2, 4, dtype=torch.bool)
+    mask[:, 2:] = False
+    with anyattn.record() as calls:
+        anyattn.attention(query, query, query, anyattn.masks.KeyPadding(mask), backend=["flex", "native"])
+    seen = [weakref.ref(tensor) for tensor in (query, mask)]
+    del query, mask
+    gc.collect()
+    assert [reference() for reference in seen] == [None, None]
+    assert calls[0].candidates
 
 
 def test_every_alias_of_diffusers_enumeration_is_known() -> None:

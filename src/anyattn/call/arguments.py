@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn.call.describe import build_spec, check_tensors
-from anyattn.call.facts import Facts, MaskFacts, Options, facts_of, mask_facts, plain_options
+from anyattn.call.describe import check_tensors
+from anyattn.call.facts import Facts, MaskFacts, Options, all_plain, facts_of, mask_facts, plain_options
+from anyattn.call.readers import of_tensors
+from anyattn.call.storage import bias_aligned, starts_on_16, storage_facts
 from anyattn.errors import InvalidCallError
 from anyattn.masks.objects import Mask
 from anyattn.masks.values import NOTHING, as_mask, autocast_mask, known_of
@@ -40,27 +42,26 @@ def describe(
     if cast is not None and mask is not None:
         mask = autocast_mask(mask, cast)
     records = tracing.records()
-    facts = tuple(_facts(tensor, cast, options.layout, records=records) for tensor in (query, key, value))
-    symbolic = any(UNKNOWN in fact.shape for fact in facts)
+    facts = (
+        _facts(query, cast, options.layout, records=records),
+        _facts(key, cast, options.layout, records=records),
+        _facts(value, cast, options.layout, records=records),
+    )
+    symbolic = UNKNOWN in facts[0].shape or UNKNOWN in facts[1].shape or UNKNOWN in facts[2].shape
     sink_facts = None if sinks is None else facts_of(sinks)
     tensors = (query, key, value, sinks, *(() if mask is None else (mask.key, mask.dense)))
     storage = _storage(query, key, value, options.layout, mask)
 
     def build(seen: MaskFacts) -> AttentionSpec:
-        return build_spec(
-            facts[0],
-            facts[1],
-            facts[2],
+        return of_tensors(
+            facts,
             seen,
             options,
             sink_facts,
-            grad=torch.is_grad_enabled(),
+            tensors,
             storage=storage,
             same_lengths=_same_lengths(query, key, options.layout) if symbolic or records else None,
             compiled=symbolic or records or tracing.is_fake(query),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            forward_ad=any(tracing.has_tangent(tensor) for tensor in tensors),
-            vmap=any(tracing.is_batched(tensor) for tensor in tensors),
         )
 
     if known.all_true:
@@ -75,7 +76,7 @@ def _facts(tensor: Tensor, cast: torch.dtype | None, layout: Layout, *, records:
     which limits of kernels apply, aside.
     """
     facts = facts_of(tensor)
-    if records or any(type(size) is not int for size in facts.shape):
+    if records or not all_plain(facts.shape):
         axes = (0, 1) if layout == "BSHD" else (0, 2)
         large = len(facts.shape) == 4 and facts.shape[0] * facts.shape[3 - axes[1]] > _LARGE
         free = (axes[1],) if large else axes
@@ -128,34 +129,15 @@ def _storage(query: Tensor, key: Tensor, value: Tensor, layout: Layout, mask: Ma
     # On a CPU nothing depends on it, and leaving it out keeps the hot path short.
     if query.is_cpu:
         return Storage()
-    tensors = (query, key, value)
     heads = 2 if layout == "BSHD" else 1
-    seen = [tensor.transpose(1, 2) if layout == "BSHD" else tensor for tensor in tensors if tensor.dim() == 4]
-    return Storage(
-        aligned=all(is_aligned(tensor, padded=True) for tensor in tensors if tensor.dim()),
-        unit_stride=all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in tensors if tensor.dim()),
-        expanded_kv=tracing.records()
-        or any(t.dim() == 4 and t.shape[heads] > 1 and t.stride(heads) == 0 for t in (key, value)),
-        bhsd_contiguous=all(tensor.is_contiguous() for tensor in seen),
-        mask_aligned=mask is None or mask.dense is None or bias_is_aligned(mask.dense),
-    )
+    dense = None if mask is None else mask.dense
+    aligned, unit, expanded, masked = storage_facts(query, key, value, heads, dense, starts_on_16)
+    tensors = [tensor for tensor in (query, key, value) if tensor.dim() == 4]
+    seen = [tensor.transpose(1, 2) if layout == "BSHD" else tensor for tensor in tensors]
+    contiguous = all(tensor.is_contiguous() for tensor in seen)
+    return Storage(aligned, unit, expanded or tracing.records(), contiguous, masked)
 
 
 def bias_is_aligned(dense: Tensor) -> bool:
     """Whether a dense mask is boolean (and will be copied), or its rows lie where kernels may read them."""
-    return dense.dtype == torch.bool or (dense.stride(-1) == 1 and is_aligned(dense))
-
-
-def is_aligned(tensor: Tensor, *, padded: bool = False) -> bool:
-    """Whether a tensor, and each of its rows, starts at a multiple of 16 bytes."""
-    size = tensor.element_size()
-    try:
-        start = tensor.data_ptr()
-    except RuntimeError:  # traced or transformed tensors have no storage of their own
-        start = int(tensor.storage_offset()) * size
-    rows: list[Any] = [
-        stride for stride, length in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if length > 1
-    ]
-    if padded and tensor.shape[-1] * size % 16:
-        rows = []  # the kernel's wrapper pads head_dim, which copies
-    return start % 16 == 0 and all(stride * size % 16 == 0 for stride in rows)
+    return bias_aligned(dense, starts_on_16)

@@ -120,20 +120,23 @@ def _sizes(query: Facts, key: Facts, value: Facts, options: Options) -> tuple[in
     s, h = (1, 2) if options.layout == "BSHD" else (2, 1)
     batch, seqlen_q, heads, dim = query.shape[0], query.shape[s], query.shape[h], query.shape[3]
     seqlen_kv, kv_heads, dim_v = key.shape[s], key.shape[h], value.shape[3]
-    given = f"query {shape_text(query)}, key {shape_text(key)}, value {shape_text(value)} ({options.layout})"
+
+    def given() -> str:
+        return f"query {shape_text(query)}, key {shape_text(key)}, value {shape_text(value)} ({options.layout})"
+
     if not (agree(batch, key.shape[0]) and agree(batch, value.shape[0])):
         raise InvalidCallError(
-            f"query, key and value need the same batch size; given {given}. A batch of 1 isn't broadcast: "
+            f"query, key and value need the same batch size; given {given()}. A batch of 1 isn't broadcast: "
             "expand key and value yourself."
         )
     if not agree(seqlen_kv, value.shape[s]):
-        raise InvalidCallError(f"key and value need the same length; given {given}.")
+        raise InvalidCallError(f"key and value need the same length; given {given()}.")
     if not agree(kv_heads, value.shape[h]):
-        raise InvalidCallError(f"key and value need the same number of heads; given {given}.")
+        raise InvalidCallError(f"key and value need the same number of heads; given {given()}.")
     if dim != key.shape[3]:
-        raise InvalidCallError(f"query and key need the same head_dim; given {given}.")
+        raise InvalidCallError(f"query and key need the same head_dim; given {given()}.")
     if 0 in (heads, kv_heads, dim, dim_v):
-        raise InvalidCallError(f"heads and head_dim must not be 0; given {given}.")
+        raise InvalidCallError(f"heads and head_dim must not be 0; given {given()}.")
     if heads != kv_heads:
         _check_gqa(heads, kv_heads, options)
     return (batch, seqlen_q, seqlen_kv, heads, kv_heads, dim, dim_v)

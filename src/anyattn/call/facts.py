@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,6 +86,14 @@ def facts_of(tensor: Tensor) -> Facts:
     return Facts(static_shape(tensor), tensor.dtype, tensor.device, needs_gradient(tensor))
 
 
+_INTS = frozenset((int,))
+
+
+def all_plain(shape: tuple[Any, ...]) -> bool:
+    """Whether every size is a plain int, and none a symbol."""
+    return _INTS.issuperset(map(type, shape))
+
+
 def agree(first: int, second: int) -> bool:
     """Whether two sizes may be the same: one that isn't known agrees with every other."""
     return first == second or UNKNOWN in (first, second)
@@ -111,7 +119,7 @@ def mask_facts(mask: Mask | None, known: Known) -> MaskFacts:
 
 def _plain(facts: Facts | None) -> Facts | None:
     """Write symbolic sizes as UNKNOWN."""
-    if facts is None or all(type(size) is int for size in facts.shape):
+    if facts is None or all_plain(facts.shape):
         return facts
     return facts._replace(shape=tuple(size if type(size) is int else UNKNOWN for size in facts.shape))
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from anyattn.call.arguments import _autocast_on, _deterministic, _grad_enabled, autocast_dtype
+from anyattn.call.arguments import _autocast_on, _deterministic, _grad_enabled, autocast_dtype, bias_is_aligned
 from anyattn.masks.objects import Mask
-from anyattn.masks.values import _not_all_true
+from anyattn.masks.values import _not_all_true, known_of, known_of_tensor
 from anyattn.process.bounded import Bounded
 from anyattn.types.spec import MaskSpec
 
@@ -78,3 +79,46 @@ def place_key(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
         _autocast_on() and autocast_dtype(query.device.type),
         _deterministic(),
     )
+
+
+def table_key(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, plain: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Give what the decision of a call depends on."""
+    grads: Any = None
+    if _grad_enabled():
+        grads = (query.requires_grad, key.requires_grad, value.requires_grad)
+    return (
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        key.dtype,
+        value.dtype,
+        query.device,
+        key.device,
+        value.device,
+        grads,
+        plain,
+        None if attn_mask is None else _mask_key(attn_mask, key, plain, grads is not None),
+        None if sinks is None else (sinks.shape, sinks.dtype, sinks.device, grads is not None and sinks.requires_grad),
+        query.is_cpu or place_key(query, key, value),
+        autocast_dtype(query.device.type) if _autocast_on() else None,
+        None if type(query) is Tensor else (type(query), type(key), type(value)),
+    )
+
+
+def _mask_key(attn_mask: Any, key: Tensor, plain: tuple[Any, ...], grad: bool) -> Any:
+    if type(attn_mask) is Tensor or type(attn_mask) is Parameter:
+        known = known_of_tensor(attn_mask)
+        aligned = attn_mask.is_cpu or bias_is_aligned(attn_mask)
+        return (attn_mask.shape, attn_mask.dtype, attn_mask.device, grad and attn_mask.requires_grad, known, aligned)
+    if isinstance(attn_mask, Mask):
+        dense = attn_mask.dense
+        if dense is None and attn_mask.key is None:
+            return attn_mask.signature
+        known = known_of(attn_mask, key.shape[1 if plain[7] == "BSHD" else 2])
+        if dense is None:
+            return (attn_mask.signature, known)
+        return (attn_mask.signature, known, grad and dense.requires_grad, dense.is_cpu or bias_is_aligned(dense))
+    raise TypeError("a mask of another type is looked at anew at every call")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from anyattn.call.arguments import is_aligned
-from anyattn.call.describe import build_spec
 from anyattn.call.facts import Facts, Lengths, MaskFacts, Options, facts_of, plain_options
+from anyattn.call.readers import of_tensors
+from anyattn.call.storage import rows_aligned, starts_on_16
 from anyattn.errors import InvalidCallError
 from anyattn.masks.objects import Mask
 from anyattn.process import tracing
@@ -42,7 +41,11 @@ def describe_packed(
         pattern = attn_mask.pattern
     records = tracing.records()
     batch = tracing.static_shape(cu_q)[0] - 1
-    facts = [_packed_facts(tensor, batch, most) for tensor, most in ((query, max_q), (key, max_k), (value, max_k))]
+    facts = (
+        _packed_facts(query, batch, max_q),
+        _packed_facts(key, batch, max_k),
+        _packed_facts(value, batch, max_k),
+    )
     seen = None if sinks is None else facts_of(sinks)
     # One tensor for both may stand for two inputs of a graph that is recorded.
     same = not records and cu_q is cu_k and max_q == max_k
@@ -50,23 +53,18 @@ def describe_packed(
     storage = Storage()
     if not query.is_cpu:
         storage = Storage(
-            aligned=all(is_aligned(tensor) for tensor in (query, key, value)),
+            aligned=all(rows_aligned(tensor) and starts_on_16(tensor) for tensor in (query, key, value)),
             unit_stride=all(tensor.stride(-1) == 1 for tensor in (query, key, value)),
         )
-    spec = build_spec(
-        facts[0],
-        facts[1],
-        facts[2],
+    spec = of_tensors(
+        facts,
         MaskFacts(pattern),
         options,
         seen,
-        grad=torch.is_grad_enabled(),
-        same_lengths=same,
+        tensors,
         storage=storage,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        same_lengths=same,
         compiled=records or tracing.is_fake(query),
-        forward_ad=any(tracing.has_tangent(tensor) for tensor in tensors),
-        vmap=any(tracing.is_batched(tensor) for tensor in tensors),
     )
     return spec.replace(packed=True)
 

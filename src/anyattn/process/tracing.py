@@ -120,19 +120,21 @@ def needs_gradient(tensor: Tensor) -> bool:
     return tensor.requires_grad or (_level() is not None and any(layer.requires_grad for layer in layers(tensor)))
 
 
-def is_batched(tensor: Tensor | None) -> bool:
-    """Whether torch.vmap hides a dimension of a tensor, at any level."""
-    if tensor is None or _level() is None:
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Whether torch.vmap hides a dimension of one of the tensors, at any level."""
+    if _level() is None:
         return False
-    return any(torch._C._functorch.is_batchedtensor(layer) for layer in layers(tensor))
+    found = (layer for tensor in tensors if tensor is not None for layer in layers(tensor))
+    return any(torch._C._functorch.is_batchedtensor(layer) for layer in found)
 
 
-def has_tangent(tensor: Tensor | None) -> bool:
-    """Whether a tensor carries a derivative of forward mode, at any level."""
-    if tensor is None or _forward_ad._current_level < 0:
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors carries a derivative of forward mode, at any level."""
+    if _forward_ad._current_level < 0:
         return False
     levels = _levels_of_jvp()
-    return any(_is_dual(layer) or _level_of(layer) in levels for layer in layers(tensor))
+    found = (layer for tensor in tensors if tensor is not None for layer in layers(tensor))
+    return any(_is_dual(layer) or _level_of(layer) in levels for layer in found)
 
 
 def _levels_of_jvp() -> frozenset[int]:

@@ -11,10 +11,12 @@ from anyattn import reference
 from anyattn.backend.protocol import Output, Parts, Plan
 from anyattn.errors import AnyattnWarning, InvalidCallError, KernelError
 from anyattn.lowering.dense import key_mask
+from anyattn.lowering.host_lengths import check_starts
 from anyattn.masks.objects import Mask
 from anyattn.masks.values import live_rows
 from anyattn.process.tracing import has_values
 from anyattn.reference import tolerance
+from anyattn.scopes import defaults
 from anyattn.selection.faults import outside
 from anyattn.types.spec import AttentionSpec
 
@@ -181,3 +183,57 @@ def _rows_of_mask(spec: AttentionSpec, parts: Parts, rows: Tensor, device: torch
     dense = parts.dense if parts.dense.shape[2] == 1 else parts.dense[:, :, rows]
     joined = allowed & dense if dense.dtype == torch.bool else torch.where(allowed, dense, float("-inf"))
     return Mask(key=parts.key, dense=joined)
+
+
+def check_packed_finite(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse values of packed tensors that aren't finite.
+
+    Raises:
+        InvalidCallError: If there is one.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidCallError(f"{name} holds NaN or infinity.")
+
+
+def check_packed(
+    query: object, key: object, value: object, cu_q: object, cu_k: object, max_q: object, max_k: object
+) -> None:
+    """Refuse what isn't a packed call, as far as that is known without waiting for a device.
+
+    Raises:
+        InvalidCallError: If it is wrong for any backend.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+            given = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InvalidCallError(f"{name} must be a tensor (tokens, heads, head_dim); {given} was given.")
+    assert isinstance(query, Tensor)
+    assert isinstance(key, Tensor)
+    assert isinstance(value, Tensor)
+    if key.shape[0] != value.shape[0]:
+        raise InvalidCallError(f"key and value need as many tokens; given {key.shape[0]} and {value.shape[0]}.")
+    for name, starts, most in (("q", cu_q, max_q), ("k", cu_k, max_k)):
+        symbol = isinstance(most, torch.SymInt | Tensor)
+        if not symbol and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
+            raise InvalidCallError(f"max_seqlen_{name} must be an int >= 0; {most!r} was given.")
+        if not isinstance(starts, Tensor) or starts.dim() != 1 or starts.dtype != torch.int32 or not starts.shape[0]:
+            given = f"{starts.dtype} {tuple(starts.shape)}" if isinstance(starts, Tensor) else type(starts).__name__
+            raise InvalidCallError(
+                f"cu_seqlens_{name} must be an int32 tensor (batch + 1,) that begins with 0; {given} was given."
+            )
+        if starts.device != query.device:
+            raise InvalidCallError(
+                f"cu_seqlens_{name} is on {starts.device}, query on {query.device}; move it there once."
+            )
+    assert isinstance(cu_q, Tensor)
+    assert isinstance(cu_k, Tensor)
+    if cu_q.shape != cu_k.shape:
+        raise InvalidCallError(
+            f"cu_seqlens_q and cu_seqlens_k need one length, batch + 1; given {len(cu_q)} and {len(cu_k)}."
+        )
+    if (query.is_cpu and has_values(cu_q, cu_k)) or (defaults.checks_enabled() and can_check(cu_q, cu_k)):
+        assert isinstance(max_q, int)
+        assert isinstance(max_k, int)
+        check_starts("q", cu_q.tolist(), max_q, query.shape[0])
+        check_starts("k", cu_k.tolist(), max_k, key.shape[0])

@@ -7,8 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from anyattn.backend.capabilities import as_run
-from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan, Run
+from anyattn.backend.protocol import Backend, Output, Parts, Plan, Run
 from anyattn.environment import detect
 from anyattn.errors import AnyattnError, BackendUnavailableError, KernelError
 from anyattn.lowering.dense import is_copied_for
@@ -16,7 +15,8 @@ from anyattn.lowering.lse import apply_sinks, empty_attention
 from anyattn.lowering.storage import realigned
 from anyattn.process.tracing import is_plain
 from anyattn.scopes import defaults
-from anyattn.selection import faults, registry
+from anyattn.selection import faults
+from anyattn.selection.choice import choice_of
 from anyattn.selection.faults import broken_import, is_out_of_memory, loses_device
 from anyattn.selection.refusals import listed
 from anyattn.types.decision import Decision
@@ -56,28 +56,25 @@ def _note(name: str, reason: Reason, error: Exception) -> None:
 
 
 def make_plan(decision: Decision) -> tuple[Plan, Run]:
-    """Turn a decision into what runs it; loads the kernel."""
-    assert decision.chosen is not None
-    backend = registry.get(decision.chosen)
-    assert backend is not None
+    """Return the plan that a decision carries, and what runs it; loads the kernel."""
+    choice = choice_of(decision)
+    plan, caps = choice.plan, choice.caps
     if decision.spec.is_empty:
-        return Plan(backend.name, decision.spec, Lowering("empty")), run_empty
-    load(backend)
-    caps = backend.capabilities(decision.spec, detect())
-    spec = as_run(caps, decision.spec)
-    lowering = backend.lower(spec, detect())
-    rescale = decision.spec.sinks and caps is not None and not caps.sinks
-    run: Run = backend.run
-    if caps is not None and caps.device_guard and spec.device_type == "cuda":
+        return plan, run_empty
+    load(choice.backend)
+    run: Run = choice.backend.run
+    if caps is None:
+        return plan, run
+    if caps.device_guard and plan.spec.device_type == "cuda":
         run = _on_its_device(run)
-    if caps is not None and caps.default_stream and spec.device_type == "cuda":
+    if caps.default_stream and plan.spec.device_type == "cuda":
         run = _on_default_stream(run)
-    if caps is not None and is_copied_for(caps, spec, lowering):
+    if is_copied_for(caps, plan.spec, plan.lowering):
         run = _with_aligned(run)
-    if caps is not None and caps.unit_stride and spec.device_type == "cpu":
+    if caps.unit_stride and plan.spec.device_type == "cpu":
         # Strides aren't part of what a CPU call is decided by, so that they are seen to at each call.
         run = _with_unit_stride(run)
-    return Plan(backend.name, spec, lowering, rescale), run
+    return plan, run
 
 
 def _on_its_device(run: Run) -> Run:
@@ -155,7 +152,10 @@ def execute(run: Run, plan: Plan, query: Tensor, key: Tensor, value: Tensor, par
 def raise_kernel_error(error: Exception, decision: Decision) -> NoReturn:
     """Wrap what a kernel raised; out-of-memory and our own errors pass through."""
     if isinstance(error, AnyattnError) or is_out_of_memory(error):
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # or it would hold itself, and the call's tensors, by way of its traceback
     name = decision.chosen or ""
     cure = "Choose another backend, and run `anyattn doctor` to look into this one."
     if defaults.follow(detect().overrides):

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from anyattn.backend.protocol import MaskedRunner, Output, Parts, Plan, Runner
+from anyattn.backend.protocol import MaskedRunner, Output, Parts, Runner
 from anyattn.call.arguments import autocast_dtype, describe
 from anyattn.call.facts import Options
 from anyattn.call.keys import place_key, short_name
-from anyattn.environment import detect
 from anyattn.errors import BackendUnavailableError
 from anyattn.lowering.dense import is_copied_for
 from anyattn.masks.objects import Mask
 from anyattn.masks.values import as_mask, autocast_mask, parts_of
 from anyattn.process import tracing
 from anyattn.run.checks import can_check, check_inputs, check_output
-from anyattn.run.plan import execute, make_plan, raise_kernel_error
+from anyattn.run.plan import execute, make_plan
 from anyattn.scopes import defaults
-from anyattn.selection import faults, registry
+from anyattn.selection import faults
+from anyattn.selection.choice import Choice, choice_of
 from anyattn.selection.decide import decide
-from anyattn.selection.faults import passes_over, say_passed_over
+from anyattn.selection.faults import say_passed_over
 from anyattn.types.decision import Decision
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
@@ -60,22 +61,28 @@ class Entry:
         self.short_masked = short_masked
         self.in_graphs = in_graphs
 
+    def run(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
+        """Run the call, whatever it has beside query, key and value."""
+        if attn_mask is None and sinks is None:
+            return self.call(query, key, value)
+        return self.call_masked(query, key, value, attn_mask, sinks)
+
     @property
     def gives_gradients(self) -> bool:
         """Whether the backend chosen has a backward on the call's device."""
-        backend = registry.get(self.decision.chosen or "")
-        caps = None if backend is None else backend.capabilities(self.decision.spec, detect())
+        caps = choice_of(self.decision).caps
         return caps is not None and caps.backward
 
 
 def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
     """Turn a decision into something that can be called."""
     plan, run = make_plan(decision)
+    choice = choice_of(decision)
 
     def call_masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
         return execute(run, plan, query, key, value, _kept(plan.spec, parts_of(as_mask(attn_mask), sinks)))
 
-    bound, bound_masked = _shortcuts(plan)
+    bound, bound_masked = _shortcuts(choice)
     nothing = Parts()
     call = bound if bound is not None else lambda query, key, value: run(plan, query, key, value, nothing)
     masked = call_masked
@@ -85,43 +92,36 @@ def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
         def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
             return bound_to(query, key, value, attn_mask)
 
-    in_graphs = _goes_into_graphs(plan)
+    in_graphs = decision.spec.is_empty or (choice.caps is not None and choice.caps.cuda_graph)
     # The short table doesn't ask whether a graph is being captured.
     short = in_graphs and (bound is not None or bound_masked is not None)
     if cast is not None:
         call, masked = _autocast(call, masked, cast, plan.spec.device_type)
         short = False
     if defaults.checks_enabled():
-        call, masked = _checked(masked, plan)
+        call, masked = _checked(masked, choice)
         short = False
     return Entry(call, masked, decision, short, bound_masked, in_graphs)
 
 
-def _goes_into_graphs(plan: Plan) -> bool:
-    """Whether a plan may be captured in a CUDA graph."""
-    if plan.lowering.entry == "empty":
-        return True
-    backend = registry.get(plan.backend)
-    caps = None if backend is None else backend.capabilities(plan.spec, detect())
-    return caps is not None and caps.cuda_graph
-
-
-def _shortcuts(plan: Plan) -> tuple[Runner | None, MaskedRunner | None]:
+def _shortcuts(choice: Choice) -> tuple[Runner | None, MaskedRunner | None]:
     """Ask the backend for shorter ways, where they are its own: a subclass with another `run` doesn't inherit them."""
-    backend = registry.get(plan.backend)
-    if backend is None or plan.lowering.entry == "empty":
+    backend, caps, plan = choice.backend, choice.caps, choice.plan
+    if plan.lowering.entry == "empty" or (caps is not None and is_copied_for(caps, plan.spec, plan.lowering)):
         return None, None
-    caps = backend.capabilities(plan.spec, detect())
-    if caps is not None and is_copied_for(caps, plan.spec, plan.lowering):
-        return None, None
-    kind = type(backend)
+    owns, owns_masked = _owned(type(backend).__mro__)
+    return backend.bind(plan) if owns else None, backend.bind_masked(plan) if owns_masked else None
+
+
+@functools.lru_cache(maxsize=256)
+def _owned(order: tuple[type, ...]) -> tuple[bool, bool]:
+    """Whether `bind` and `bind_masked` come from the class that `run` does, or a subclass of it; `order` is the MRO."""
 
     def owner(name: str) -> type:
-        return next(base for base in kind.__mro__ if name in vars(base))
+        return next(base for base in order if name in vars(base))
 
-    bound = backend.bind(plan) if issubclass(owner("bind"), owner("run")) else None
-    masked = backend.bind_masked(plan) if issubclass(owner("bind_masked"), owner("run")) else None
-    return bound, masked
+    run = owner("run")
+    return issubclass(owner("bind"), run), issubclass(owner("bind_masked"), run)
 
 
 def _kept(spec: AttentionSpec, parts: Parts) -> Parts:
@@ -150,11 +150,10 @@ def _autocast(call: Any, call_masked: Any, dtype: torch.dtype, device_type: str)
     return cast_call, cast_call_masked
 
 
-def _checked(call_masked: Any, plan: Plan) -> tuple[Any, Any]:
+def _checked(call_masked: Any, choice: Choice) -> tuple[Any, Any]:
     """Add the value checks: inputs at every call, the output against the reference at the first."""
     first = [True]
-    backend = registry.get(plan.backend)
-    caps = None if backend is None else backend.capabilities(plan.spec, detect())
+    plan, caps = choice.plan, choice.caps
     value_max = None if caps is None else caps.value_max
     quantised = caps is not None and not caps.exact and bool(caps.quantised)
 
@@ -299,21 +298,3 @@ def _only_plainly(run: Any) -> MaskedRunner:
         return run(query, key, value, attn_mask)  # type: ignore[no-any-return]
 
     return plainly
-
-
-def explain_failure(
-    error: Exception, scope: defaults.Scope, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, options: Options
-) -> None:
-    """Say why a call from the short table failed: it was wrong, or the kernel raised. Returns if the next may try.
-
-    What failed under a tracer or transform, or for a tensor subclass, is decided anew and noted for that call alone.
-
-    Raises:
-        AnyattnError: Unless a list or `auto` chose the backend, which then is passed over.
-    """
-    if not tracing.is_usual(query, key, value, attn_mask):
-        return
-    spec = describe(query, key, value, attn_mask, None, options)
-    decision = decide(spec, scope)
-    if not passes_over(error, decision):
-        raise_kernel_error(error, decision)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from anyattn.backend.declared_reasons import MAX_LOWERED_MASK_BYTES
 from anyattn.backend.protocol import Output, Plan, Run
-from anyattn.call.describe import build_spec
-from anyattn.call.facts import Facts, MaskFacts, Options, function_facts, mask_facts, plain_options
+from anyattn.call.facts import Facts, MaskFacts, Options, function_facts, mask_facts
+from anyattn.call.readers import of_constants
+from anyattn.call.storage import storage_facts
 from anyattn.environment import detect
 from anyattn.errors import BackendUnavailableError, InvalidCallError
 from anyattn.lowering.storage import starts_aligned
@@ -25,7 +26,6 @@ from anyattn.masks.functions import MaskFunction
 from anyattn.masks.objects import Mask
 from anyattn.masks.scalars import TENSOR
 from anyattn.masks.values import NOTHING, MadeFor, as_mask, autocast_mask, parts_of
-from anyattn.process.tracing import transforms
 from anyattn.run import _runs
 from anyattn.run.plan import execute, make_plan
 from anyattn.run.table import make_first
@@ -150,7 +150,7 @@ def _traced(
         _traced_facts(sinks),
         _static_options(options),
         (torch.is_grad_enabled(), same, agree, fits, torch.are_deterministic_algorithms_enabled()),
-        _traced_storage(query, key, value, axis, None if mask is None else mask.dense),
+        storage_facts(query, key, value, 3 - axis, None if mask is None else mask.dense, starts_aligned),
         block,
     )
     run: Run = getattr(_runs, plan.backend if plan.lowering.entry != "empty" else "empty")
@@ -240,34 +240,6 @@ def _batches_agree(query: Tensor, key: Tensor, value: Tensor, axis: int) -> bool
     return query.shape[0] == key.shape[0] == value.shape[0] and key.shape[axis] == value.shape[axis]
 
 
-def _traced_storage(
-    query: Tensor, key: Tensor, value: Tensor, axis: int, dense: Tensor | None
-) -> tuple[bool, bool, bool, bool]:
-    if query.device.type == "cpu":
-        return (True, True, False, True)
-    aligned, unit, expanded = True, True, False
-    for tensor in (query, key, value):
-        padded = tensor.shape[-1] * tensor.element_size() % 16 != 0  # the kernel's wrapper pads head_dim, which copies
-        if not padded and not (_rows_aligned(tensor) and starts_aligned(tensor)):
-            aligned = False
-        if tensor.stride(-1) != 1:
-            unit = False
-        if tensor is not query and tensor.shape[3 - axis] > 1 and tensor.stride(3 - axis) == 0:
-            expanded = True
-    masked = dense is None or dense.dtype == torch.bool or dense.stride(-1) == 1
-    if masked and dense is not None and dense.dtype != torch.bool:
-        masked = _rows_aligned(dense) and starts_aligned(dense)
-    return (aligned, unit, expanded, True if masked else False)  # noqa: SIM210
-
-
-def _rows_aligned(tensor: Tensor) -> bool:
-    size = tensor.element_size()
-    for dim in range(tensor.dim() - 1):  # noqa: SIM110 - traced: a plain loop
-        if tensor.shape[dim] > 1 and tensor.stride(dim) * size % 16:
-            return False
-    return True
-
-
 def _choose(
     token: str,
     entered: tuple[defaults.Entered, ...],
@@ -280,16 +252,10 @@ def _choose(
     storage: tuple[bool, bool, bool, bool],
     block: tuple[Any, ...],
 ) -> Plan:
-    options = plain_options(Options(*options_plain))
     scope = defaults.scope_of_token(token, entered)
     if backend is not None:
         scope = scope_of_call(scope, backend)
     grad, same, agree, fits, deterministic = flags
-    query, key, value = (Facts(*fact) for fact in facts)
-    # Of tensors inside torch.func's transforms compiled code says nothing: what runs around the call counts.
-    levels = transforms()
-    if "Grad" in levels:
-        query, key, value = (fact._replace(requires_grad=True) for fact in (query, key, value))
     if not agree:
         raise InvalidCallError("query, key and value need the same batch size, and key and value the same length.")
     if not fits:
@@ -298,20 +264,14 @@ def _choose(
         )
     facts_of_block = _block_facts(block)
     parts = [None if fact is None else Facts(*fact) for fact in mask_plain[1:3]]
-    spec = build_spec(
-        query,
-        key,
-        value,
+    spec = of_constants(
+        (Facts(*facts[0]), Facts(*facts[1]), Facts(*facts[2])),
         MaskFacts(mask_plain[0], parts[0], parts[1], facts_of_block.block, facts_of_block.seqlens or mask_plain[3]),
-        options,
+        Options(*options_plain),
         None if sinks is None else Facts(*sinks),
-        grad=grad,
+        (grad, deterministic),
         storage=Storage(storage[0], storage[1], storage[2], False, storage[3]),
         same_lengths=same,
-        deterministic=deterministic,
-        compiled=True,
-        forward_ad="Jvp" in levels,
-        vmap="Vmap" in levels,
     )
     plan, run = make_first(spec, scope, make_plan)
     setattr(_runs, "empty" if spec.is_empty else plan.backend, run)

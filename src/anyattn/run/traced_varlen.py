@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from anyattn.backend.protocol import Output, Plan, Run
-from anyattn.call.describe import build_spec
-from anyattn.call.facts import Facts, MaskFacts, Options, plain_options
+from anyattn.call.facts import Facts, MaskFacts, Options
+from anyattn.call.readers import of_constants
 from anyattn.errors import InvalidCallError
 from anyattn.masks.objects import Mask
-from anyattn.process.tracing import transforms
 from anyattn.run import _runs
 from anyattn.run.plan import make_plan
 from anyattn.run.table import make_first
@@ -84,23 +83,15 @@ def _choose_packed(
     if backend is not None:
         scope = scope_of_call(scope, backend)
     _check_starts(lengths, tensors[0][3])
-    facts = [Facts((UNKNOWN, UNKNOWN, heads, dim), dtype, device, grad) for heads, dim, dtype, device, grad in tensors]
-    levels = transforms()
-    if "Grad" in levels:
-        facts = [fact._replace(requires_grad=True) for fact in facts]
-    spec = build_spec(
-        facts[0],
-        facts[1],
-        facts[2],
+    query, key, value = (
+        Facts((UNKNOWN, UNKNOWN, heads, dim), dtype, device, grad) for heads, dim, dtype, device, grad in tensors
+    )
+    spec = of_constants(
+        (query, key, value),
         MaskFacts(pattern),
-        plain_options(Options(*options_plain)),
+        Options(*options_plain),
         None if sinks is None else Facts(*sinks),
-        grad=flags[0],
-        same_lengths=False,
-        deterministic=flags[1],
-        compiled=True,
-        forward_ad="Jvp" in levels,
-        vmap="Vmap" in levels,
+        flags,
     ).replace(packed=True)
     plan, run = make_first(spec, scope, make_plan)
     setattr(_runs, plan.backend, run)

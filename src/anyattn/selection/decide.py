@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from anyattn.environment import Environment, detect
 from anyattn.errors import AnyattnWarning
 from anyattn.process.bounded import Bounded
 from anyattn.scopes import defaults
 from anyattn.selection import faults, registry
+from anyattn.selection.choice import Known
 from anyattn.selection.faults import outside, spec_of_fault
 from anyattn.selection.refusals import refusal
-from anyattn.selection.resolve import NO_FAULTS, Timings, resolve
+from anyattn.selection.resolve import NO_FAULTS, resolve
 from anyattn.types.decision import Decision
 from anyattn.types.names import AUTO
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
-
-timings_for: Callable[[AttentionSpec, Environment], Timings | None] = lambda spec, env: None  # noqa: E731
-"""Where measured times for a call come from; the tuner sets it."""
 
 
 def decide(spec: AttentionSpec, scope: defaults.Scope, failed: Mapping[str, Reason] | None = None) -> Decision:
@@ -32,7 +30,7 @@ def decide(spec: AttentionSpec, scope: defaults.Scope, failed: Mapping[str, Reas
     """
     env = detect()
     defaults.follow(env.overrides)
-    decision = decision_for(spec, scope, env, failed)
+    decision = decision_for(spec, scope, env, failed, here=True)
     if decision.chosen is None:
         wish = decision.preference
         raise refusal(decision) from faults.load_error(wish.names[0]) if wish.mode == "require" else None
@@ -40,23 +38,28 @@ def decide(spec: AttentionSpec, scope: defaults.Scope, failed: Mapping[str, Reas
 
 
 def decision_for(
-    spec: AttentionSpec, scope: defaults.Scope, env: Environment, failed: Mapping[str, Reason] | None = None
+    spec: AttentionSpec,
+    scope: defaults.Scope,
+    env: Environment,
+    failed: Mapping[str, Reason] | None = None,
+    *,
+    here: bool,
 ) -> Decision:
-    """Choose as `decide` does, on any machine, and give the decision even where nothing was chosen."""
+    """Choose as `decide` does, on any machine, and give the decision even where nothing was chosen.
+
+    `here`: whether the machine is this one, so that what failed here counts.
+    """
     wish = registry.resolve_preference(scope.preference())
     overruled = scope.overruled()
     if overruled and not scope.settings.override:
         _say_once(f"Overruled: {overruled}. Write override=True to have the block beat pins, or change the pin.")
-    times = timings_for(spec, env) if AUTO in wish.names else None
     # A third party's package is imported where it is asked for, by name or by auto, and nowhere else.
-    known = registry.names() if AUTO in wish.names else registry.built_in_names()
-    names = dict.fromkeys((*known, *wish.names))
-    known_ones = registry.known(n for n in names if n != AUTO)
+    known = Known([name for name in wish.names if name != AUTO], third_parties=AUTO in wish.names)
     # What failed here says nothing of a machine that is supposed.
-    failures = faults.faults(spec_of_fault(spec)) if env is detect() else NO_FAULTS
+    failures = faults.faults(spec_of_fault(spec)) if here else NO_FAULTS
     if failed:
         failures = {**failures, **failed}
-    return resolve(spec, env, wish, times, known_ones, overruled=overruled, faults=failures)
+    return resolve(spec, env, wish, known, overruled=overruled, faults=failures)
 
 
 _said: Bounded[str, None] = Bounded(256)

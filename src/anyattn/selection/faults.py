@@ -13,6 +13,7 @@ import torch
 from anyattn.errors import AnyattnError, AnyattnWarning, KernelError
 from anyattn.process.bounded import Bounded
 from anyattn.scopes.defaults import _lock, forget
+from anyattn.selection.choice import choice_of
 from anyattn.types.decision import Decision
 from anyattn.types.names import BY_NAME
 from anyattn.types.reasons import Reason
@@ -112,9 +113,7 @@ def say_passed_over(decision: Decision) -> None:
     """Say once of each backend that a list or `auto` would have chosen, and that failed, that it isn't used."""
     if decision.preference.mode == "require":
         return
-    for candidate in decision.candidates:
-        if candidate.name == decision.chosen:
-            return
+    for candidate in choice_of(decision).refused:
         for reason in candidate.reasons:
             if reason.code in ("fault", "broken_import"):
                 spec = spec_of_fault(decision.spec) if reason.code == "fault" else None

@@ -51,7 +51,7 @@ def _tried(decision: Decision) -> tuple[Candidate, ...]:
     names = set(wish.names)
     if AUTO in names:
         at_hand = [candidate.name for candidate in decision.candidates if not _downloads(candidate.name)]
-        names |= set(order(decision.spec.device_type, at_hand, None, decision.spec)[0])
+        names |= set(order(decision.spec.device_type, at_hand, decision.spec)[0])
     return tuple(candidate for candidate in decision.candidates if candidate.name in names and candidate.reasons)
 
 
@@ -83,7 +83,7 @@ def _what_would_run(decision: Decision) -> str:
 def _first_of(admit: Sequence[str], decision: Decision) -> str:
     """Give the backend that a list had best end with: an exact one that is at hand."""
     spec, env = decision.spec, detect()
-    for name in dict.fromkeys(("native", *order(spec.device_type, admit, None, spec)[0], *admit)):
+    for name in dict.fromkeys(("native", *order(spec.device_type, admit, spec)[0], *admit)):
         backend = registry.get(name) if name in admit else None
         caps = None if backend is None else backend.capabilities(spec, env)
         if backend is not None and caps is not None and caps.exact and not backend.downloads:

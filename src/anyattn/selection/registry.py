@@ -209,3 +209,8 @@ def resolve_preference(wish: Preference) -> Preference:
 def known(wanted: Iterable[str]) -> list[tuple[str, Backend | None]]:
     """Give the backends for some canonical names, None for those without an adapter."""
     return [(name, get(name)) for name in wanted]
+
+
+def given() -> dict[str, Backend]:
+    """Return the backends that `register` added or `substituted` put in place of others, as they are now."""
+    return {**_added, **_substitutes}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from anyattn.backend.capabilities import as_run
-from anyattn.backend.protocol import Backend
+from anyattn.backend.protocol import Backend, Lowering, Plan
 from anyattn.environment import Environment
 from anyattn.lowering.dense import ALIGNED, is_copied_for
+from anyattn.selection.choice import Choice
 from anyattn.selection.registry import not_built
-from anyattn.types.decision import Candidate, Decision, Preference
+from anyattn.types.decision import Candidate, Decision, Preference, carry
 from anyattn.types.names import AUTO, BY_NAME
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
@@ -52,86 +53,107 @@ _LOOSER = {"exact": (), "int8": ("int8",), "fp8": ("int8", "fp8"), "fp4": ("int8
 
 NO_FAULTS: Mapping[str, Reason] = {}
 
-Timings = Mapping[str, float]
-"""Seconds measured for this call (or its like) per backend name."""
 
-
-def order(
-    device_type: str, available: Sequence[str], timings: Timings | None, spec: AttentionSpec | None = None
-) -> tuple[tuple[str, ...], str]:
+def order(device_type: str, available: Sequence[str], spec: AttentionSpec | None = None) -> tuple[tuple[str, ...], str]:
     """Give the names that `auto` tries, in order, and what the order rests on."""
     fixed = AUTO_ORDER.get(device_type, _DEFAULT_ORDER)
     first = () if spec is None else rule(spec)
-    rest = tuple(name for name in available if name not in fixed and name not in BY_NAME)
-    names = tuple(dict.fromkeys((*first, *fixed, *rest)))
-    if timings:
-        measured = sorted((name for name in available if name in timings), key=lambda name: timings[name])
-        return (*measured, *(name for name in names if name not in timings)), "measured"
-    return names, "rule by size and mask" if first else "fixed order"
+    rest = (name for name in available if name not in fixed and name not in BY_NAME)
+    return tuple(dict.fromkeys((*first, *fixed, *rest))), "rule by size and mask" if first else "fixed order"
 
 
 def resolve(
     spec: AttentionSpec,
     env: Environment,
     preference: Preference,
-    timings: Timings | None,
-    candidates: Sequence[tuple[str, Backend | None]],
+    known: Mapping[str, Backend | None],
     *,
     overruled: str = "",
     faults: Mapping[str, Reason] = NO_FAULTS,
 ) -> Decision:
     """Choose a backend for a call.
 
+    Backends are judged in the order in which they are wanted, up to the one that admits the call. All others are judged
+    when the decision's candidates are looked at, with the same arguments.
+
     Args:
         spec: The call.
         env: The machine.
         preference: What was asked for, with canonical names.
-        timings: Measured seconds per backend, or None.
-        candidates: Every known backend with its name; None for one without an adapter.
+        known: Every known backend by name; None for one without an adapter.
         overruled: What to report as overruled.
         faults: Backends that failed before, with the reason: for this call, which lists and `auto` go past and a name
             that is required doesn't, or when they were loaded, which nothing gets past.
 
     Returns:
-        A decision that lists every candidate that was considered, with all the reasons against it. Where
-        nothing admits the call, `chosen` is None.
+        A decision that carries what runs the call, and that lists every candidate that was considered, with all the
+        reasons against it. Where nothing admits the call, `chosen` is None.
     """
-    backends = dict(candidates)
-    # What would be downloaded is taken where its own name was given, and never by `auto`, measured or not.
-    at_hand = [name for name, found in candidates if found and not found.downloads]
-    wanted, basis = _wanted(spec, preference, timings, at_hand)
+    wanted, basis = _wanted(spec, preference, known)
     limits = preference if preference.mode == "prefer" else None
     holding = faults
-    if limits is None:
+    if faults and limits is None:
         holding = {name: reason for name, reason in faults.items() if reason.code == "broken_import"}
-    judged = [_judge(name, backends.get(name), spec, env, limits, holding) for name in wanted]
-    chosen = next((candidate.name for candidate in judged if candidate.admits), None)
-    others = [
-        _judge(name, found, spec, env, None, faults)
-        for name, found in candidates
-        if name not in {c.name for c in judged}
-    ]
-    kernel = origin = ""
+    refused: list[Candidate] = []
+    choice: Choice | None = None
+    for name in wanted:
+        candidate = _judge(name, known.get(name), spec, env, limits, holding)
+        if candidate.admits:
+            choice = _choice(name, known[name], spec, env, tuple(refused))
+            break
+        refused.append(candidate)
+
+    def judge() -> tuple[Candidate, ...]:
+        judged = refused.copy()
+        if choice is not None:
+            judged.append(Candidate(choice.plan.backend))
+        left = [name for name in wanted if name not in {candidate.name for candidate in judged}]
+        judged += (_judge(name, known.get(name), spec, env, limits, holding) for name in left)
+        others = [name for name in known if name not in set(wanted)]
+        judged += (_judge(name, known[name], spec, env, None, faults) for name in others)
+        return tuple(judged)
+
+    chosen = kernel = origin = ""
     conversions: tuple[Conversion, ...] = ()
-    if chosen is not None:
-        backend = backends[chosen]
-        assert backend is not None
+    if choice is not None:
+        chosen, kernel = choice.plan.backend, choice.plan.lowering.entry
         if spec.is_empty:
             kernel = "none: there is nothing to attend to"
         else:
-            run_as = as_run(backend.capabilities(spec, env), spec)
-            caps, lowering = backend.capabilities(run_as, env), backend.lower(run_as, env)
-            kernel, conversions, origin = lowering.entry, lowering.conversions, backend.origin(env)
-            if caps is not None and is_copied_for(caps, run_as, lowering):
-                conversions = (*conversions, ALIGNED)
-            if run_as is not spec:
-                text = "packed sequences padded to the longest, with key lengths for a mask, and packed again"
-                conversions = (Conversion("unpacked", text), *conversions)
-    return Decision(spec, chosen, kernel, conversions, preference, basis, (*judged, *others), overruled, origin)
+            conversions, origin = _conversions(choice, spec), choice.backend.origin(env)
+    decision = Decision(spec, chosen or None, kernel, conversions, preference, basis, (), overruled, origin)
+    return carry(decision, choice, judge)
+
+
+def _choice(
+    name: str, backend: Backend | None, spec: AttentionSpec, env: Environment, refused: tuple[Candidate, ...]
+) -> Choice:
+    """Lower the call for the backend that admits it: what is shown, and what runs."""
+    assert backend is not None
+    caps = backend.capabilities(spec, env)
+    if spec.is_empty:
+        return Choice(backend, caps, Plan(name, spec, Lowering("empty")), refused)
+    run_as = as_run(caps, spec)
+    if run_as is not spec:
+        caps = backend.capabilities(run_as, env)
+    rescale = spec.sinks and caps is not None and not caps.sinks
+    return Choice(backend, caps, Plan(name, run_as, backend.lower(run_as, env), rescale), refused)
+
+
+def _conversions(choice: Choice, spec: AttentionSpec) -> tuple[Conversion, ...]:
+    """List what is done to the call, what is done outside of its backend included."""
+    plan = choice.plan
+    conversions = plan.lowering.conversions
+    if choice.caps is not None and is_copied_for(choice.caps, plan.spec, plan.lowering):
+        conversions = (*conversions, ALIGNED)
+    if plan.spec is not spec:
+        text = "packed sequences padded to the longest, with key lengths for a mask, and packed again"
+        conversions = (Conversion("unpacked", text), *conversions)
+    return conversions
 
 
 def _wanted(
-    spec: AttentionSpec, preference: Preference, timings: Timings | None, available: Sequence[str]
+    spec: AttentionSpec, preference: Preference, known: Mapping[str, Backend | None]
 ) -> tuple[tuple[str, ...], str]:
     if preference.mode == "require":
         return preference.names, "required"
@@ -139,7 +161,10 @@ def _wanted(
     basis = "preferred"
     for name in preference.names:
         if name == AUTO:
-            automatic, basis = order(spec.device_type, available, timings, spec)
+            # What would be downloaded is taken where its own name was given, and never by `auto`.
+            others = [other for other in known if other not in BY_NAME]
+            at_hand = [other for other in others if (found := known[other]) and not found.downloads]
+            automatic, basis = order(spec.device_type, at_hand, spec)
             names.extend(automatic)
         else:
             names.append(name)
@@ -156,7 +181,7 @@ def _judge(
 ) -> Candidate:
     if backend is None:
         return Candidate(name, (not_built(name),))
-    caps = backend.capabilities(spec, env)
+    caps = backend.capabilities(spec, env) if spec.packed or limits is not None else None
     reasons = backend.reasons(as_run(caps, spec), env)
     if limits is not None and caps is not None and not caps.exact and caps.quantised not in _LOOSER[limits.precision]:
         hint = f"allow it with precision={caps.quantised or 'int8'!r}, or ask for {name} alone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,9 +47,28 @@ class Candidate:
         return not self.reasons
 
 
+class Carrier:
+    """What a decision holds besides its fields: copies and pickles don't have it."""
+
+    __slots__ = ("_choice", "_judge")
+    _choice: object
+    _judge: Callable[[], tuple[Candidate, ...]]
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for a slot that isn't filled yet.
+        if name != "candidates":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        found = self._judge()
+        object.__setattr__(self, "candidates", found)
+        return found
+
+
 @dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(Carrier):
     """The choice for one call.
+
+    The backends that weren't needed for the choice are judged when `candidates` is first read, for the machine and the
+    faults that the choice was made with.
 
     Attributes:
         spec: The call.
@@ -56,8 +76,7 @@ class Decision:
         kernel: Which entry of the backend's kernel.
         conversions: What is done to the call so that the kernel can take it, all of it exact.
         preference: What was asked for, and where.
-        basis: What the choice rests on: `"required"`, `"preferred"`, `"fixed order"`,
-            `"rule by size and mask"`, `"measured"`.
+        basis: What the choice rests on: `"required"`, `"preferred"`, `"fixed order"`, `"rule by size and mask"`.
         candidates: Every backend that was considered, in order, with every reason against it.
         overruled: A wish that a more specific one overruled, in words.
         origin: Where the chosen kernel's code comes from; empty where it is part of torch.
@@ -123,3 +142,16 @@ class Decision:
                 lines.append(f"  {candidate.name}: {state}")
                 lines += [f"    {reason}" for reason in candidate.reasons]
         return "\n".join(lines)
+
+
+def carry(decision: Decision, choice: object, judge: Callable[[], tuple[Candidate, ...]]) -> Decision:
+    """Have a decision hold what runs it, and judge its candidates when they are first looked at."""
+    object.__setattr__(decision, "_choice", choice)
+    object.__setattr__(decision, "_judge", judge)
+    object.__delattr__(decision, "candidates")
+    return decision
+
+
+def carried(decision: Decision) -> object:
+    """Return what runs a decision; None where nothing was chosen, or where the decision is a copy."""
+    return getattr(decision, "_choice", None)

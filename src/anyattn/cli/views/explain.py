@@ -18,7 +18,6 @@ _BASIS = {
     "preferred": "the first of those asked for that admits the call",
     "fixed order": "the first of the library's order that admits the call; nothing was measured",
     "rule by size and mask": "the first that admits the call of an order by size and mask; nothing was measured here",
-    "measured": "the fastest of those measured",
 }
 
 

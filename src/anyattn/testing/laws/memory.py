@@ -140,7 +140,7 @@ class _Packed:
     def attend(self, backend: str) -> Tensor | tuple[Tensor, Tensor]:
         inputs, case = self.inputs, self.inputs.case
         mask = None if inputs.mask is None else Mask(pattern=inputs.mask.pattern)
-        return varlen.attention_varlen(  # type: ignore[no-any-return]
+        return varlen.attention_varlen(
             self.query,
             self.key,
             self.value,

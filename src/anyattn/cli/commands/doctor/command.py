@@ -319,7 +319,7 @@ def _untried(report: DefaultReport, backends: Sequence[BackendReport], env: Envi
     usable = {row.name for row in backends if not row.reasons and not row.double}
     wanted: list[str] = []
     for name in report.names:
-        wanted += order(report.device, sorted(usable), None)[0] if name == AUTO else (name,)
+        wanted += order(report.device, sorted(usable))[0] if name == AUTO else (name,)
     chosen = next((name for name in wanted if name in usable), "")
     if chosen:
         return replace(report, works=True, chosen=chosen)

@@ -258,7 +258,7 @@ def _try(backend: Backend, exact: bool, kind: str, step: str, env: Environment, 
         try:
             spec = describe(call.query, call.key, call.value, call.mask, None, call.options)
             wish = Preference((backend.name,), "require", "doctor")
-            decision = resolve(spec, env, wish, None, [(backend.name, backend)])
+            decision = resolve(spec, env, wish, {backend.name: backend})
             if decision.chosen is None:
                 refused = refused or decision.candidates[0].reasons
                 continue

@@ -21,6 +21,7 @@ from anyattn.integrations.diffusers.calls.arguments import EXTRAS, WINDOW, to_ca
 from anyattn.integrations.diffusers.versions import BACKEND_NAME
 from anyattn.pins.pins import live_scope
 from anyattn.process.bounded import Bounded
+from anyattn.run import attempts
 from anyattn.scopes import _in_force as core
 from anyattn.scopes import defaults, lifetime
 
@@ -117,7 +118,7 @@ def scaled_dot_product_attention(
             if scope.asked:
                 # What was decided for these very shapes needs none of the changes below.
                 plain = (dropout_p, is_causal, scale, enable_gqa, None, None, False, "BHSD")
-                found = api.run_decided(scope, query, key, value, attn_mask, plain)
+                found = attempts.run_decided(scope, query, key, value, attn_mask, plain)
                 if found is not None:
                     return found
             elif Stock.registry._active_backend != BACKEND_NAME:

@@ -1,0 +1,65 @@
+"""What a decision carries: the backend that runs the call, lowered once, and the backends that were known then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.protocol import Backend, Plan
+from anyattn.selection import registry
+from anyattn.types.decision import Candidate, Decision, carried
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend that was chosen for a call, and how the call reaches it; it holds no tensor.
+
+    Attributes:
+        backend: The backend.
+        caps: Its declaration for the call as it is run, if it has one.
+        plan: The call as it is run, and its lowering.
+        refused: The backends that were wanted more, with what is against them.
+    """
+
+    backend: Backend
+    caps: Capabilities | None
+    plan: Plan
+    refused: tuple[Candidate, ...] = ()
+
+
+def choice_of(decision: Decision) -> Choice:
+    """Return what runs a decision.
+
+    Raises:
+        TypeError: If nothing was chosen, or the decision is a copy, which can be looked at and not run.
+    """
+    choice = carried(decision)
+    if not isinstance(choice, Choice):
+        raise TypeError(f"There is nothing to run: {decision}" if decision.chosen is None else "A copy can't be run.")
+    return choice
+
+
+class Known(Mapping[str, "Backend | None"]):
+    """The backends known at one moment, each looked up when it is asked for."""
+
+    def __init__(self, wanted: Sequence[str], *, third_parties: bool) -> None:
+        """Remember what stands in for a name now.
+
+        Args:
+            wanted: Names to know besides the library's own.
+            third_parties: Whether to know all backends of other packages; they are imported when looked up.
+        """
+        self._wanted = tuple(wanted)
+        self._third_parties = registry.third_parties() if third_parties else ()
+        self._given = registry.given()
+
+    def __getitem__(self, name: str) -> Backend | None:
+        found = self._given.get(name)
+        return registry.get(name) if found is None else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*registry.built_in_names(), *self._third_parties, *self._wanted)))
+
+    def __len__(self) -> int:
+        return len(tuple(iter(self)))
