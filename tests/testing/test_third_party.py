@@ -14,7 +14,7 @@ from anyattn.environment import detect, preset
 
 MODULE = """
 from anyattn.adapters.native import NativeMath
-from anyattn.kernel_source import Package
+from anyattn.sources.packages import Package
 
 
 class Mine(NativeMath):

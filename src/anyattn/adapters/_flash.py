@@ -21,6 +21,12 @@ from anyattn.lowering.storage import realigned
 from anyattn.types.reasons import Conversion
 from anyattn.types.spec import AttentionSpec
 
+FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
+"""What every release of FlashAttention, and what is modelled on it, calls its two entries."""
+
+FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
+"""What FlashAttention of every generation, and what is modelled on it, calls its two entries."""
+
 
 class KernelCall(NamedTuple):
     """What a kernel is called with, beside the plan.

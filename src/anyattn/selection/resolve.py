@@ -8,20 +8,10 @@ from anyattn.backend.capabilities import as_run
 from anyattn.backend.protocol import Backend
 from anyattn.environment import Environment
 from anyattn.lowering.dense import ALIGNED, is_copied_for
-from anyattn.selection.registry import not_built
 from anyattn.types.decision import Candidate, Decision, Preference
-from anyattn.types.names import AUTO, BY_NAME
+from anyattn.types.names import AUTO
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
-
-AUTO_ORDER: Mapping[str, tuple[str, ...]] = {
-    "cuda": ("native", "flash4", "flash3", "flash2", "native_efficient", "aiter", "xformers", "flex", "native_math"),
-    "cpu": ("native", "flex", "native_math"),
-    "npu": ("npu", "native", "native_math"),
-    "xla": ("xla", "native_math"),
-}
-"""What `auto` tries, per type of device, where nothing was measured and no rule applies. torch's own pick is first:
-on an H100 it is the fastest for short calls, which are bound by the Python in front of a kernel."""
 
 _LONG = 1 << 35
 _VERY_LONG = 1 << 40
@@ -47,7 +37,6 @@ def rule(spec: AttentionSpec) -> tuple[str, ...]:
     return (*quantised, "flash3", "flash4") if work >= _LONG else ()
 
 
-_DEFAULT_ORDER = ("native", "native_math", "flex")
 _LOOSER = {"exact": (), "int8": ("int8",), "fp8": ("int8", "fp8"), "fp4": ("int8", "fp8", "fp4")}
 
 NO_FAULTS: Mapping[str, Reason] = {}
@@ -57,15 +46,20 @@ Timings = Mapping[str, float]
 
 
 def order(
-    device_type: str, available: Sequence[str], timings: Timings | None, spec: AttentionSpec | None = None
+    device_type: str, available: Sequence[Backend], timings: Timings | None, spec: AttentionSpec | None = None
 ) -> tuple[tuple[str, ...], str]:
-    """Give the names that `auto` tries, in order, and what the order rests on."""
-    fixed = AUTO_ORDER.get(device_type, _DEFAULT_ORDER)
-    first = () if spec is None else rule(spec)
-    rest = tuple(name for name in available if name not in fixed and name not in BY_NAME)
-    names = tuple(dict.fromkeys((*first, *fixed, *rest)))
+    """Return the names that `auto` tries, in order, and what the order rests on.
+
+    Where nothing was measured and no rule applies that is the order of their `auto_rank`. torch's own pick is first: on
+    an H100 it is the fastest for short calls, which are bound by the Python in front of a kernel.
+    """
+    serving = [backend for backend in available if device_type in backend.declarations] or available
+    ranked = [backend.name for backend in sorted(serving, key=lambda backend: backend.auto_rank)]
+    at_hand = [backend.name for backend in available]
+    first = () if spec is None else tuple(name for name in rule(spec) if name in at_hand)
+    names = tuple(dict.fromkeys((*first, *ranked)))
     if timings:
-        measured = sorted((name for name in available if name in timings), key=lambda name: timings[name])
+        measured = sorted((name for name in at_hand if name in timings), key=lambda name: timings[name])
         return (*measured, *(name for name in names if name not in timings)), "measured"
     return names, "rule by size and mask" if first else "fixed order"
 
@@ -75,7 +69,7 @@ def resolve(
     env: Environment,
     preference: Preference,
     timings: Timings | None,
-    candidates: Sequence[tuple[str, Backend | None]],
+    candidates: Sequence[tuple[str, Backend]],
     *,
     overruled: str = "",
     faults: Mapping[str, Reason] = NO_FAULTS,
@@ -87,7 +81,7 @@ def resolve(
         env: The machine.
         preference: What was asked for, with canonical names.
         timings: Measured seconds per backend, or None.
-        candidates: Every known backend with its name; None for one without an adapter.
+        candidates: Every known backend with its name.
         overruled: What to report as overruled.
         faults: Backends that failed before, with the reason: for this call, which lists and `auto` go past and a name
             that is required doesn't, or when they were loaded, which nothing gets past.
@@ -98,13 +92,13 @@ def resolve(
     """
     backends = dict(candidates)
     # What would be downloaded is taken where its own name was given, and never by `auto`, measured or not.
-    at_hand = [name for name, found in candidates if found and not found.downloads]
+    at_hand = [found for _, found in candidates if not found.downloads]
     wanted, basis = _wanted(spec, preference, timings, at_hand)
     limits = preference if preference.mode == "prefer" else None
     holding = faults
     if limits is None:
         holding = {name: reason for name, reason in faults.items() if reason.code == "broken_import"}
-    judged = [_judge(name, backends.get(name), spec, env, limits, holding) for name in wanted]
+    judged = [_judge(name, backends[name], spec, env, limits, holding) for name in wanted]
     chosen = next((candidate.name for candidate in judged if candidate.admits), None)
     others = [
         _judge(name, found, spec, env, None, faults)
@@ -115,7 +109,6 @@ def resolve(
     conversions: tuple[Conversion, ...] = ()
     if chosen is not None:
         backend = backends[chosen]
-        assert backend is not None
         if spec.is_empty:
             kernel = "none: there is nothing to attend to"
         else:
@@ -131,7 +124,7 @@ def resolve(
 
 
 def _wanted(
-    spec: AttentionSpec, preference: Preference, timings: Timings | None, available: Sequence[str]
+    spec: AttentionSpec, preference: Preference, timings: Timings | None, available: Sequence[Backend]
 ) -> tuple[tuple[str, ...], str]:
     if preference.mode == "require":
         return preference.names, "required"
@@ -148,14 +141,12 @@ def _wanted(
 
 def _judge(
     name: str,
-    backend: Backend | None,
+    backend: Backend,
     spec: AttentionSpec,
     env: Environment,
     limits: Preference | None,
     faults: Mapping[str, Reason],
 ) -> Candidate:
-    if backend is None:
-        return Candidate(name, (not_built(name),))
     caps = backend.capabilities(spec, env)
     reasons = backend.reasons(as_run(caps, spec), env)
     if limits is not None and caps is not None and not caps.exact and caps.quantised not in _LOOSER[limits.precision]:

@@ -23,25 +23,14 @@ from anyattn.adapters import _flash
 from anyattn.adapters._flash import KernelCall
 from anyattn.adapters.flash4 import kernels
 from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.from_hub import FromHub
 from anyattn.backend.head_dims import HeadDims
 from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Arch, Environment
-from anyattn.sources import hub_kernels
-from anyattn.sources.hub import FromHub
-from anyattn.sources.packages import FUNCTIONS, Package, package_reasons
-from anyattn.types.names import BY_NAME
+from anyattn.sources.hub import DIFFUSERS, HubKernel
+from anyattn.sources.packages import Package
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
-
-PACKAGES = (
-    Package(
-        "flash-attn-4",
-        "flash_attn.cute",
-        ("flash_attn_func", "flash_attn_varlen_func"),
-        install=BY_NAME["flash4"].install,
-        note="flash-attn 2.8.0 to 2.8.3.post1 bring an old flash_attn.cute that shadows it",
-    ),
-)
 
 _CUDA = Capabilities(
     dtypes=frozenset((torch.float16, torch.bfloat16)),
@@ -83,15 +72,18 @@ class Flash4(Backend):
 
     name = "flash4"
     family = "flash4"
+    aliases: ClassVar[tuple[str, ...]] = ("flash_attn_4", "_flash_4")
+    auto_rank = 20
+    packages: ClassVar[tuple[Package, ...]] = (
+        Package(
+            "flash-attn-4",
+            "flash_attn.cute",
+            _flash.FUNCTIONS,
+            install="pip install --pre {requirement}",
+            note="flash-attn 2.8.0 to 2.8.3.post1 bring an old flash_attn.cute that shadows it",
+        ),
+    )
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
-    packages: ClassVar[tuple[Package, ...]] = PACKAGES
-
-    def availability(self, env: Environment) -> Iterator[Reason]:
-        yield from super().availability(env)
-        yield from package_reasons(self.packages, env)
-
-    def origin(self, env: Environment) -> str:
-        return f"flash-attn-4 {env.packages.get('flash-attn-4', '')}".strip()
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         if spec.needs_grad and spec.is_gqa and spec.head_dim != spec.head_dim_v:
@@ -111,9 +103,6 @@ class Flash4(Backend):
         note = Conversion("compiles_first", "the first call of a kind compiles its kernel, which takes seconds")
         return dataclasses.replace(lowering, conversions=(*lowering.conversions, note))
 
-    def load(self) -> None:
-        FUNCTIONS[self.name] = self.packages[0].load()
-
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         def kernel(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
@@ -132,4 +121,15 @@ class Flash4Hub(FromHub, Flash4):
     """The same from the Hub, an earlier beta; everything goes by keyword, so that its other order doesn't matter."""
 
     name = "flash4_hub"
-    hub = hub_kernels.FLASH4
+    aliases = ("flash_4_hub",)
+    # A beta of FlashAttention-4 before beta9 (`torch-ext/flash_attn4/__init__.py` says which): the fourth positional
+    # argument is softmax_scale, and there are no qv, gather_kv_indices, min_seqlen_k and aux_scalars, so that
+    # everything goes by keyword and those aren't passed. It always gives a tuple. Importing it replaces
+    # `cutlass.cute.compile` for the whole process. It needs the Python package nvidia-cutlass-dsl.
+    hub = HubKernel(
+        "kernels-community/flash-attn4",
+        _flash.FUNCTIONS,
+        version=0,
+        source=DIFFUSERS,
+        note="4.0.0.beta8 at most: the fourth argument is softmax_scale, not qv",
+    )

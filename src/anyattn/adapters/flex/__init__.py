@@ -66,6 +66,8 @@ class Flex(Backend):
 
     name = "flex"
     family = "flex"
+    aliases = ("flex_attn",)
+    auto_rank = 80
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cpu": _CPU, "cuda": _CUDA}
     run = staticmethod(kernels.run)
 

@@ -48,6 +48,7 @@ class NativeFlash(_Kernel):
     """SDPA's flash kernel alone."""
 
     name = "native_flash"
+    aliases = ("_native_flash",)
     entries = {"cpu": "flash_cpu", "cuda": "flash"}
     declarations = FLASH
     avoids = frozenset(
@@ -76,6 +77,8 @@ class NativeEfficient(_Kernel):
     """SDPA's memory-efficient kernel alone."""
 
     name = "native_efficient"
+    aliases = ("_native_efficient",)
+    auto_rank = 50
     entries = {"cuda": "efficient"}
     declarations = EFFICIENT
     avoids = frozenset(("efficient-expanded-kv", "dropout-of-everything"))
@@ -85,10 +88,15 @@ class NativeCudnn(_Kernel):
     """SDPA's cuDNN kernel alone."""
 
     name = "native_cudnn"
+    aliases = ("_native_cudnn",)
     entries = {"cuda": "cudnn"}
     declarations = CUDNN
     # What is wrong there is SDPA's way of making the mask additive, which the op isn't reached through.
     avoids = frozenset(("cudnn-dead-rows", "dropout-of-everything"))
+
+    @property
+    def needs(self) -> str:
+        return f"{super().needs}, with cuDNN"
 
     def origin(self, env: Environment) -> str:
         return replaced.origin(env, ("native_cudnn",))
@@ -120,6 +128,8 @@ class NativeMath(_Kernel):
     """SDPA's plain computation: every feature, memory for all the scores."""
 
     name = "native_math"
+    aliases = ("_native_math",)
+    auto_rank = 90
     entries = {"cpu": "math", "cuda": "math", "mps": "math", "xpu": "math"}
     declarations = MATH
 
@@ -132,6 +142,7 @@ class Native(Backend):
     """torch's own pick among the SDPA kernels, kept away from those that are wrong for the call."""
 
     name = "native"
+    auto_rank = 10
     family = "native"
     declarations = NATIVE
     run = staticmethod(kernels.run)

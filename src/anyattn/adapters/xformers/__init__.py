@@ -27,8 +27,7 @@ from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Arch, Environment
 from anyattn.lowering import host_lengths
 from anyattn.lowering.dense import mask_conversions
-from anyattn.sources.packages import FUNCTIONS, Package, package_reasons
-from anyattn.types.names import BY_NAME
+from anyattn.sources.packages import FUNCTIONS, Package
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import UNKNOWN, AttentionSpec, MaskSpec
 
@@ -44,9 +43,7 @@ _BIASES = (
     "BlockDiagonalMask",
 )
 
-PACKAGE = Package(
-    "xformers", "xformers.ops.fmha", _CALLS, ">=0.0.29", BY_NAME["xformers"].install, found_by="xformers.ops"
-)
+PACKAGE = Package("xformers", "xformers.ops.fmha", _CALLS, ">=0.0.29", found_by="xformers.ops")
 MSLK = Package("", "mslk.attention.fmha", _CALLS)
 """Where xformers 0.0.36 keeps attention."""
 
@@ -82,11 +79,12 @@ class XFormers(Backend):
 
     name = "xformers"
     family = "xformers"
+    auto_rank = 70
+    packages = (PACKAGE,)
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
 
     def availability(self, env: Environment) -> Iterator[Reason]:
         yield from super().availability(env)
-        yield from package_reasons((PACKAGE,), env)
         version = env.version("xformers")
         if version is None:
             return
@@ -96,9 +94,6 @@ class XFormers(Backend):
         if only_flash4 and Version("0.0.31.dev0") <= version < Version("0.0.36.dev0"):
             got = f"flash-attn-4 {env.packages['flash-attn-4']} alone, whose namespace flash_attn xformers trips over"
             yield Reason("broken_import", "flash-attn-4 beside flash-attn", got, "install flash-attn >= 2.7.1 too")
-
-    def origin(self, env: Environment) -> str:
-        return f"xformers {env.packages['xformers']}" if "xformers" in env.packages else ""
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = self.declarations.get(spec.device_type)
