@@ -44,28 +44,7 @@ AITER = Package("aiter", _MODULE, _flash.FUNCTIONS, ">=0.1.5", AMD_AITER.command
 UNNAMED = Package("", _MODULE, _flash.FUNCTIONS, install=AMD_AITER.command, found_by=_MODULE)
 """A build without metadata."""
 
-_ROCM = Capabilities(
-    dtypes=frozenset((torch.float16, torch.bfloat16)),
-    rocm=True,
-    head_dim_max=256,
-    head_dim_v=True,
-    causal=frozenset(("lower_right",)),
-    window=frozenset(("lower_right",)),
-    realigns=True,
-    key_mask=True,
-    dead_rows=True,
-    gqa=True,
-    dropout=True,
-    lse=True,
-    backward=True,
-    deterministic=True,
-    exact=True,
-    unit_stride=False,
-    # Its grids are laid out as flash-attn's are.
-    batch_max=65535,
-    varlen=True,
-    device_guard=True,
-)
+_ROCM = _flash.DECLARED.replace(rocm=True, head_dim_v=True, window_any_right=True, dropout=True)
 
 
 def package_on(env: Environment) -> Package:

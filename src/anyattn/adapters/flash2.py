@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-import torch
 from packaging.version import Version
 from torch import Tensor
 
 from anyattn.adapters import _flash
 from anyattn.adapters._flash import KernelCall
-from anyattn.backend.capabilities import Capabilities, kernel_pattern
+from anyattn.backend.capabilities import Capabilities
 from anyattn.backend.from_hub import FromHub
-from anyattn.backend.patterns import KernelPattern
 from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
 from anyattn.sources.hub import HubKernel
@@ -25,30 +23,7 @@ from anyattn.sources.packages import FUNCTIONS, Package
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
 
-_CUDA = Capabilities(
-    dtypes=frozenset((torch.float16, torch.bfloat16)),
-    arch_min=(8, 0),
-    head_dim_max=256,
-    causal=frozenset(("lower_right",)),
-    window=frozenset(("lower_right",)),
-    realigns=True,
-    key_mask=True,
-    dead_rows=True,
-    gqa=True,
-    dropout=True,
-    softcap=True,
-    lse=True,
-    backward=True,
-    deterministic=True,
-    exact=True,
-    unit_stride=False,
-    # Launch grids hold batch and heads in their y and z (flash_fwd_launch_template.h).
-    batch_max=65535,
-    varlen=True,
-    device_guard=True,
-    compile=True,
-    cuda_graph=True,
-)
+_CUDA = _flash.DECLARED.replace(arch_min=(8, 0), dropout=True, softcap=True, compile=True, cuda_graph=True)
 
 
 class Flash2(Backend):
@@ -86,7 +61,6 @@ class Flash2(Backend):
             device = env.device(spec.device_type, spec.device_index)
             if device is not None and device.arch is not None and device.arch[0] > 9:
                 yield Reason("arch", "sm80 to sm90 with flash-attn below 2.7", f"sm{device.arch[0]}{device.arch[1]}")
-        yield from _right_window(spec, kernel_pattern(self.declarations[spec.device_type], spec))
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
@@ -124,15 +98,6 @@ class Flash2Hub(FromHub, Flash2):
             link = "https://github.com/huggingface/kernels-community/issues/1085"
             hint = "use flash2, or a torch for another CUDA"
             yield Reason("backward", "a CUDA other than 12.8 for gradients with GQA", f"torch {env.torch}", hint, link)
-
-
-def _right_window(spec: AttentionSpec, pattern: KernelPattern | None) -> Iterator[Reason]:
-    """Refuse a window whose right side the kernel gets wrong."""
-    if pattern is not None and _flash.misreads_right_side(spec, pattern):
-        side = "an unbounded right side" if pattern.right == -1 else f"{pattern.right} on the right"
-        got = f"{side} with {_flash.keys_left(spec, pattern)} keys, in lower-right alignment"
-        need = "a right side below seqlen_kv where there are more queries than keys"
-        yield Reason("mask", need, got, "flex takes every mask")
 
 
 def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:

@@ -40,27 +40,13 @@ from anyattn.sources.packages import FUNCTIONS, Package
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
 
-_CUDA = Capabilities(
-    dtypes=frozenset((torch.float16, torch.bfloat16)),
+_CUDA = _flash.DECLARED.replace(
     arch_min=(9, 0),
     arch_max=(9, 0),
     head_dim_max=512,
     head_dim_v=True,
-    causal=frozenset(("lower_right",)),
-    window=frozenset(("lower_right",)),
-    realigns=True,
-    key_mask=True,
-    dead_rows=True,
-    gqa=True,
+    window_any_right=True,
     softcap=True,
-    lse=True,
-    backward=True,
-    deterministic=True,
-    exact=True,
-    unit_stride=False,
-    batch_max=65535,
-    varlen=True,
-    device_guard=True,
     compile=True,
     cuda_graph=True,
 )

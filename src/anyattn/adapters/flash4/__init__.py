@@ -16,7 +16,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from anyattn.adapters import _flash
@@ -32,35 +31,20 @@ from anyattn.sources.packages import Package
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
 
-_CUDA = Capabilities(
-    dtypes=frozenset((torch.float16, torch.bfloat16)),
+_CUDA = _flash.DECLARED.replace(
     arch_min=(9, 0),
     # sm120 and sm121 take another kernel, which betas up to b29 had wrong, or with illegal accesses (flash-attention
     # issues 2386, 2453 and pull request 2860); nobody ran a later one there, nor anything on sm110.
     arch_max=(10, 3),
-    head_dim_max=256,
     # `_validate_head_dims`.
     head_dims=(
         HeadDims(9, 256),
         HeadDims(10, 128, pairs=((192, 128),), plain_pairs=((256, 256),)),
     ),
     head_dim_v=True,
-    causal=frozenset(("lower_right",)),
-    window=frozenset(("lower_right",)),
-    realigns=True,
-    key_mask=True,
-    dead_rows=True,
-    gqa=True,
+    window_any_right=True,
     softcap=True,
     sinks=True,
-    lse=True,
-    backward=True,
-    deterministic=True,
-    exact=True,
-    unit_stride=False,
-    batch_max=65535,
-    varlen=True,
-    device_guard=True,
     # Through operators of ours: the package's own call is a function that torch.compile skips.
     compile=True,
     cuda_graph=True,
@@ -89,8 +73,6 @@ class Flash4(Backend):
         if spec.needs_grad and spec.is_gqa and spec.head_dim != spec.head_dim_v:
             got = f"{spec.head_dim} and {spec.head_dim_v} with {spec.num_heads} heads on {spec.num_kv_heads}"
             yield Reason("head_dim_v", "head_dim_v == head_dim for gradients of shared heads", got)
-        if "sinks" in spec.requires_grad:
-            yield Reason("backward", "sinks that need no gradient", "sinks that require one", "detach them")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"

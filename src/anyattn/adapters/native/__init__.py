@@ -107,13 +107,6 @@ class NativeCudnn(_Kernel):
             yield Reason("not_installed", "cuDNN", "a torch without it", "install a CUDA build of torch with cuDNN")
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        device = env.device(spec.device_type, spec.device_index)
-        wide = max(spec.head_dim, spec.head_dim_v)
-        hopper = device is not None and device.arch is not None and device.arch[0] in (9, 10)
-        if wide > 128 and (spec.needs_grad or not hopper):
-            # Forward to 256 was seen on an H100; torch's own rule for other chips, and for training, is 128.
-            need = "head_dim <= 128 with gradients" if hopper else "head_dim <= 128 outside sm90 and sm100"
-            yield Reason("head_dim", need, str(wide))
         if spec.deterministic:
             yield Reason("deterministic", "torch.use_deterministic_algorithms(False)", "True")
         if spec.dropout_p and (spec.dropout_p * 16) % 1:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from anyattn.adapters import _flash
 from anyattn.adapters.xformers import kernels
-from anyattn.backend.capabilities import Capabilities, kernel_pattern, needs_dense
+from anyattn.backend.capabilities import Capabilities, needs_dense
 from anyattn.backend.patterns import KernelPattern
 from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Arch, Environment
@@ -106,10 +106,8 @@ class XFormers(Backend):
         if asked.is_causal and asked.align == "upper_left" and known and spec.seqlen_q < spec.seqlen_kv:
             # Without the keys that no row sees it is a square, which flash takes.
             return caps.replace(causal=_LOWER_RIGHT)
-        found = kernel_pattern(caps, spec)
-        misread = found is not None and _flash.misreads_right_side(spec, found)
         # Windows are flash's alone; one that it doesn't take is given to CUTLASS as a dense mask.
-        return caps.replace(window=frozenset()) if misread or not _flash_takes(spec) else caps
+        return caps if _flash_takes(spec) else caps.replace(window=frozenset())
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         device = env.device(spec.device_type, spec.device_index)
