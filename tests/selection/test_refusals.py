@@ -9,16 +9,13 @@ import pytest
 import torch
 
 import anyattn
-from anyattn.adapters.flash3 import PACKAGES as FLASH3
 from anyattn.environment import preset
 from anyattn.errors import AnyattnError, BackendUnavailableError, UnsupportedCallError
 from anyattn.selection import registry
 from anyattn.selection.refusals import refusal
 from anyattn.selection.registry import known, names
 from anyattn.selection.resolve import resolve
-from anyattn.sources.packages import Package
 from anyattn.types.decision import Preference
-from anyattn.types.names import BY_NAME
 from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec
 
 
@@ -115,7 +112,7 @@ def test_device_that_is_there_and_not_the_tensors_is_named() -> None:
     assert [reason.code for reason in decision.reasons("native_cudnn")] == ["device_type"]
 
 
-PINNED = {name for name in registry.BUILTIN if name not in ("flash3", "flash3_fp8") and BY_NAME[name].install}
+PINNED = {name for name in registry.BUILTIN if name not in ("flash3", "flash3_fp8") and registry.get(name).install}
 
 
 @pytest.mark.parametrize("backend", sorted(PINNED))
@@ -123,10 +120,10 @@ def test_errors_and_doctor_name_one_command_to_install(backend: str) -> None:
     decision = anyattn.explain(*[torch.randn(1, 6, 2, 8)] * 3, env=preset("h100"), backend=backend)
     hints = [reason.hint for reason in decision.reasons(backend) if reason.code == "not_installed"]
     assert hints
-    assert all(hint.startswith(BY_NAME[backend].install) for hint in hints)
+    assert all(hint.startswith(registry.get(backend).install) for hint in hints)
 
 
 def test_flash3s_commands_are_all_in_what_doctor_says() -> None:
-    commands = {package.install for package in FLASH3 if isinstance(package, Package)}
-    assert commands
-    assert all(command in BY_NAME["flash3"].install for command in commands)
+    commands = {package.command for package in registry.get("flash3").packages}
+    assert len(commands) == 2
+    assert all(command in registry.get("flash3").install for command in commands)

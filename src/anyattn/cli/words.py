@@ -15,8 +15,9 @@ from anyattn import environment
 from anyattn.call.describe import build_spec
 from anyattn.call.facts import Facts, MaskFacts, Options
 from anyattn.cli.reports import UsageError
-from anyattn.environment import DISTRIBUTIONS, PRESET_NAMES, Environment
+from anyattn.environment import PRESET_NAMES, Environment
 from anyattn.masks.objects import Align, Pattern, join_patterns
+from anyattn.selection import registry
 from anyattn.types.spec import AttentionSpec
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "npu", "xla")
@@ -150,9 +151,7 @@ def machine_of(preset: str | None, packages: Sequence[str], torch_version: str |
             raise UsageError(f"--as {preset}: no such device. {_guess(preset, PRESET_NAMES)}")
         return environment.preset(preset, packages=supposed, torch_version=torch_version)
     here = environment.detect()
-    return dataclasses.replace(
-        here, packages={**here.packages, **supposed}, torch=here.torch if torch_found is None else torch_found
-    )
+    return dataclasses.replace(here.supposing(supposed), torch=here.torch if torch_found is None else torch_found)
 
 
 def device_type_of(wanted: str | None, machine: Environment) -> str:
@@ -218,8 +217,9 @@ def _package(text: str) -> tuple[str, str]:
     name = name.strip().lower().replace("_", "-")
     if not equals:
         raise UsageError(f"--with must be NAME=VERSION, such as flash-attn=2.8.3; {text!r} was given.")
-    if name not in DISTRIBUTIONS:
-        raise UsageError(f"--with {name}: no package that a choice depends on. {_guess(name, DISTRIBUTIONS)}")
+    if name not in registry.distributions():
+        known = registry.distributions()
+        raise UsageError(f"--with {name}: no package that a choice depends on. {_guess(name, known)}")
     return name, str(_version(f"--with {name}", version.lstrip("=").strip()))
 
 

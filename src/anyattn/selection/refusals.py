@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
+from anyattn.backend.protocol import Backend
 from anyattn.environment import detect
 from anyattn.errors import AnyattnError, BackendUnavailableError, UnsupportedCallError
 from anyattn.selection import registry
@@ -13,7 +14,7 @@ from anyattn.types.decision import Candidate, Decision, Preference
 from anyattn.types.names import AUTO
 from anyattn.types.reasons import Reason
 
-_UNAVAILABLE = frozenset(("not_built", "not_installed", "wrong_version", "broken_import", "setting", "no_device"))
+_UNAVAILABLE = frozenset(("not_installed", "wrong_version", "broken_import", "setting", "no_device"))
 
 _SPELLED = {
     "backend=": "backend={}",
@@ -50,7 +51,7 @@ def _tried(decision: Decision) -> tuple[Candidate, ...]:
     wish = decision.preference
     names = set(wish.names)
     if AUTO in names:
-        at_hand = [candidate.name for candidate in decision.candidates if not _downloads(candidate.name)]
+        at_hand = [found for name, found in _backends(decision) if not found.downloads]
         names |= set(order(decision.spec.device_type, at_hand, decision.spec)[0])
     return tuple(candidate for candidate in decision.candidates if candidate.name in names and candidate.reasons)
 
@@ -81,19 +82,19 @@ def _what_would_run(decision: Decision) -> str:
 
 
 def _first_of(admit: Sequence[str], decision: Decision) -> str:
-    """Give the backend that a list had best end with: an exact one that is at hand."""
+    """Return the backend that a list had best end with: an exact one that is at hand."""
     spec, env = decision.spec, detect()
-    for name in dict.fromkeys(("native", *order(spec.device_type, admit, spec)[0], *admit)):
-        backend = registry.get(name) if name in admit else None
+    backends = {name: found for name, found in _backends(decision) if name in admit}
+    for name in dict.fromkeys(("native", *order(spec.device_type, list(backends.values()), spec)[0], *admit)):
+        backend = backends.get(name)
         caps = None if backend is None else backend.capabilities(spec, env)
         if backend is not None and caps is not None and caps.exact and not backend.downloads:
             return name
     return ""
 
 
-def _downloads(name: str) -> bool:
-    backend = registry.get(name)
-    return backend is not None and backend.downloads
+def _backends(decision: Decision) -> list[tuple[str, Backend]]:
+    return registry.known(candidate.name for candidate in decision.candidates)
 
 
 def spelled(wish: Preference, names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import anyattn
 from anyattn.cli.words import CallWords, device_type_of, machine_of, spec_of
 from anyattn.environment import Environment
+from anyattn.selection import registry
 from anyattn.types.decision import Decision
 
 __all__ = ["Explanation", "explain"]
@@ -75,4 +76,4 @@ def explain(
     if wish == []:
         raise anyattn.UnknownBackendError("--backend names nothing; give a name, or several with commas.")
     decision = anyattn.explain(spec, backend=wish, env=machine)
-    return Explanation(machine, preset or "", decision)
+    return Explanation(machine.holding(registry.distributions(), registry.modules()), preset or "", decision)

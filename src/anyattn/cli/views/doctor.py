@@ -165,12 +165,6 @@ def _absent(rows: Iterable[BackendReport]) -> list[RenderableType]:
             ("backend", "why, and the cure"), [(_names(group), _unusable(group[0])) for group in groups], first=24
         )
         parts.append(section("Not usable here", facts(lines), *([broken] if groups else [])))
-    unbuilt = [row for row in rows if row.state == "not built"]
-    if unbuilt:
-        groups = grouped(unbuilt, lambda row: (row.wanted, row.found))
-        known = [(_names(group), group[0].found or "no", group[0].wanted) for group in groups]
-        headings = ("backend", "installed", "will need")
-        parts.append(section("Known, but not in this release of anyattn", table(headings, known, first=24)))
     return parts
 
 

@@ -30,14 +30,9 @@ def show(found: Explanation) -> RenderableType:
     if others:
         parts.append(section("Would run it" if decision.chosen is None else "Would run it too", ", ".join(others)))
     refusing = [candidate for candidate in decision.candidates if not candidate.admits]
-    built = [candidate for candidate in refusing if candidate.reasons[0].code != "not_built"]
-    if built:
-        groups = grouped(built, lambda candidate: candidate.reasons)
+    if refusing:
+        groups = grouped(refusing, lambda candidate: candidate.reasons)
         parts.append(section("Refuse it", *(_refusal(group) for group in groups)))
-    absent = [candidate.name for candidate in refusing if candidate.reasons[0].code == "not_built"]
-    if absent:
-        note = "what each will need: anyattn doctor"
-        parts.append(section("Not in this release of anyattn", ", ".join(absent), note=note))
     return Group(*parts)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from anyattn import __version__
-from anyattn.cli.commands.doctor.catalogue import KnownBadReport, Listed, cure, known_bad_here, listed
+from anyattn.cli.commands.doctor.catalogue import KnownBadReport, Listed, cure, known_bad_here, listed, machine
 from anyattn.cli.commands.doctor.probe import Job, Probe, run_all
 from anyattn.cli.commands.doctor.trial import Trial, main_device
 from anyattn.cli.commands.doctor.variables import CHECKING, CHOOSING, VariableReport, variables
@@ -18,7 +18,7 @@ from anyattn.scopes import defaults
 from anyattn.selection import registry
 from anyattn.selection.faults import broken_import
 from anyattn.selection.resolve import order
-from anyattn.types.names import AUTO, canonical
+from anyattn.types.names import AUTO
 from anyattn.types.reasons import Reason
 
 __all__ = ["STEP_TIMEOUT", "BackendReport", "DefaultReport", "DoctorReport", "doctor"]
@@ -26,7 +26,7 @@ __all__ = ["STEP_TIMEOUT", "BackendReport", "DefaultReport", "DoctorReport", "do
 STEP_TIMEOUT = 120.0
 """Seconds that one step of a trial may take; compiling a kernel for the first time is the slowest."""
 
-BackendState = Literal["works", "fails", "not tried", "unusable", "not built"]
+BackendState = Literal["works", "fails", "not tried", "unusable"]
 _BAD = frozenset(("wrong", "raised", "died", "hung"))
 
 
@@ -38,7 +38,7 @@ class BackendReport:
         name: Its name.
         family: The group that shares a kernel source.
         state: `"works"`: some step passed and none went wrong; `"fails"`: one did; `"not tried"`: usable as
-            far as is known; `"unusable"`: see `reasons`; `"not built"`: this release has no adapter for it.
+            far as is known; `"unusable"`: see `reasons`.
         installed: Whether its kernel's package is there.
         package: That package.
         found: Its version here; empty where it isn't there.
@@ -223,7 +223,7 @@ def doctor(
     probes = run_all(jobs, timeout=timeout, finished=finished)
     backends = tuple(_backend(row, probes.get(row.name), env) for row in rows)
     default = _default(found_variables, probes.get(""), backends, env, environ)
-    return DoctorReport(env, found_variables, default, backends, known_bad_here(env))
+    return DoctorReport(machine(env), found_variables, default, backends, known_bad_here(env))
 
 
 def _backend(row: Listed, probe: Probe | None, env: Environment) -> BackendReport:
@@ -232,7 +232,7 @@ def _backend(row: Listed, probe: Probe | None, env: Environment) -> BackendRepor
     if probe is not None:
         told = probe.described
         if probe.broke_import or (told is None and row.reasons is None):
-            reasons = (broken_import(row.name, probe.ended),)
+            reasons = (broken_import(row.name, probe.ended, row.install),)
         elif told is not None:
             family, exact = told["family"] or family, told["exact"]
             reasons = tuple(Reason(**reason) for reason in told["reasons"])
@@ -274,7 +274,7 @@ def _uninstall(row: Listed) -> str:
 
 def _state(reasons: Sequence[Reason], trials: Sequence[Trial]) -> BackendState:
     if reasons:
-        return "not built" if reasons[0].code == "not_built" else "unusable"
+        return "unusable"
     outcomes = {trial.outcome for trial in trials}
     if outcomes & _BAD:
         return "fails"
@@ -289,8 +289,7 @@ def _default(
     environ: Mapping[str, str],
 ) -> DefaultReport:
     wish = defaults.from_environment(environ)
-    extra = registry.third_parties()
-    names = tuple(canonical(name, extra) or name for name in wish.names)
+    names = tuple(registry.canonical(name) or name for name in wish.names)
     report = DefaultReport(names, wish.source, main_device(env), False, probe is not None)
     ours = (*CHOOSING, *CHECKING)
     wrong = [variable for variable in found if variable.state == "wrong" and variable.name in ours]
@@ -317,9 +316,10 @@ def _default(
 def _untried(report: DefaultReport, backends: Sequence[BackendReport], env: Environment) -> DefaultReport:
     """Say what can be said without running anything."""
     usable = {row.name for row in backends if not row.reasons and not row.double}
+    at_hand = [found for name, found in registry.known(registry.built_in_names()) if name in usable]
     wanted: list[str] = []
     for name in report.names:
-        wanted += order(report.device, sorted(usable))[0] if name == AUTO else (name,)
+        wanted += order(report.device, at_hand)[0] if name == AUTO else (name,)
     chosen = next((name for name in wanted if name in usable), "")
     if chosen:
         return replace(report, works=True, chosen=chosen)
