@@ -412,3 +412,12 @@ def test_lengths_that_would_be_read_past_the_end_never_reach_the_kernel(starts: 
     for _ in range(2):
         with pytest.raises(anyattn.InvalidCallError, match=message):
             host_lengths.attend(calls[0].spec, q, k, v, _starts((3, 4)), wrong, kernel, with_lse=False)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_meta_tensors_give_shapes(is_causal: bool) -> None:
+    q = torch.randn(6, 2, 8, device="meta")
+    starts = torch.tensor([0, 3, 6], device="meta", dtype=torch.int32)
+    found = anyattn.attention_varlen(q, q, q, starts, starts, 3, 3, is_causal=is_causal)
+    assert isinstance(found, torch.Tensor)
+    assert (found.shape, found.device.type) == (q.shape, "meta")

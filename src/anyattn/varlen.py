@@ -7,6 +7,7 @@ reading a length.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -198,6 +199,14 @@ def _outside(*arguments: Any) -> Output:
 # disabled when torch._dynamo, whose import takes over a second, is there at all.
 _outside._torchdynamo_disable = True  # type: ignore[attr-defined]
 
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context without autocast; devices that have none, such as meta, need nothing."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 _disabled: list[Any] = []
 
 
@@ -245,7 +254,7 @@ def _attend(
         ran[:] = [found]
         caps = choice_of(found.decision).caps if checked else None
         check_magnitude(value, None if caps is None else caps.value_max)
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query.device.type):
             return run_packed(found.plan, found.run, query, key, value, lengths, sinks)
 
     result = first_that_runs(decide, run, scope.recorder, usual=usual)
