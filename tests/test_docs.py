@@ -134,8 +134,8 @@ def test_first_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_hub_page_lists_the_hub_backends_with_their_pins() -> None:
+    from anyattn.backend.from_hub import FromHub
     from anyattn.selection import registry
-    from anyattn.sources.hub import FromHub
 
     page = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE))

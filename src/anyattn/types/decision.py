@@ -136,11 +136,15 @@ class Decision(Carrier):
         if self.overruled:
             lines.append(f"  overruled: {self.overruled}")
         lines += [f"  converted: {conversion}" for conversion in self.conversions]
+        alike: dict[tuple[Reason, ...], list[str]] = {}
         for candidate in self.candidates:
             if candidate.name != self.chosen:
-                state = "admits the call" if candidate.admits else "refuses"
-                lines.append(f"  {candidate.name}: {state}")
-                lines += [f"    {reason}" for reason in candidate.reasons]
+                alike.setdefault(candidate.reasons, []).append(candidate.name)
+        for reasons, names in alike.items():
+            one = len(names) == 1
+            state = ("refuses" if one else "refuse") if reasons else ("admits the call" if one else "admit the call")
+            lines.append(f"  {', '.join(names)}: {state}")
+            lines += [f"    {reason}" for reason in reasons]
         return "\n".join(lines)
 
 
