@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from anyattn.types.folding import folded
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
 
@@ -15,7 +16,7 @@ Precision = Literal["exact", "int8", "fp8", "fp4"]
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Which backends a person wants.
+    """Which backends a user wants.
 
     Attributes:
         names: Backend names in order; `"auto"` stands for the library's own order.
@@ -130,20 +131,19 @@ class Decision(Carrier):
             lines = [f"nothing runs {self.spec}"]
         else:
             lines = [f"{self.chosen} ({self.kernel}) runs {self.spec}"]
-        lines.append(f"  asked for: {self.preference} by {self.preference.source}; choice: {self.basis}")
+        source = "the default" if self.preference.source == "built-in" else f"by {self.preference.source}"
+        lines.append(f"  requested: {self.preference} ({source}); choice: {self.basis}")
         if self.origin:
             lines.append(f"  from: {self.origin}")
         if self.overruled:
             lines.append(f"  overruled: {self.overruled}")
         lines += [f"  converted: {conversion}" for conversion in self.conversions]
-        alike: dict[tuple[Reason, ...], list[str]] = {}
-        for candidate in self.candidates:
-            if candidate.name != self.chosen:
-                alike.setdefault(candidate.reasons, []).append(candidate.name)
-        for reasons, names in alike.items():
-            one = len(names) == 1
-            state = ("refuses" if one else "refuse") if reasons else ("admits the call" if one else "admit the call")
-            lines.append(f"  {', '.join(names)}: {state}")
+        others = [candidate for candidate in self.candidates if candidate.name != self.chosen]
+        admit = [candidate.name for candidate in others if candidate.admits]
+        if admit:
+            lines.append(f"  {', '.join(admit)}: {'admits' if len(admit) == 1 else 'admit'} the call")
+        for names, reasons in folded((candidate.name, candidate.reasons) for candidate in others):
+            lines.append(f"  {', '.join(names)}: {'refuses' if len(names) == 1 else 'refuse'}")
             lines += [f"    {reason}" for reason in reasons]
         return "\n".join(lines)
 
