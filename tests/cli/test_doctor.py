@@ -173,7 +173,7 @@ def test_cure_is_the_install_command_where_installing_cures():
 def test_cpu_build_of_torch_is_named_as_the_likely_cause():
     built_for_cpu = environment.preset("cpu", torch_version="2.13.0+cpu")
     no_gpu = (Reason("no_device", "a cuda device", "cpu"),)
-    assert "built for CPUs alone" in cure(no_gpu, "", built_for_cpu)
+    assert "built for CPUs only" in cure(no_gpu, "", built_for_cpu)
     assert cure(no_gpu, "", CPU) == ""
 
 
@@ -321,6 +321,26 @@ def test_report_of_any_machine_fits_the_terminal(name, width, capsys, monkeypatc
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width
     assert len(lines) < 105, "a report that is a wall isn't read"
+
+
+@pytest.mark.parametrize("name", environment.PRESET_NAMES)
+def test_every_fact_about_an_unusable_backend_is_shown_once(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    machine = environment.preset(name, torch_version="2.11.0+cpu" if name == "cpu" else "2.11.0")
+    backends = tuple(command._backend(row, None, machine) for row in listed(machine))
+    default = command.DefaultReport(("native",), "built-in", trial.main_device(machine), True, False)
+    render.report(command.DoctorReport(machine, (), default, backends, ()), show, False)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    unusable = [row for row in backends if row.reasons]
+    assert unusable
+    for row in unusable:
+        for reason in row.reasons:
+            if reason.code != "not_installed":
+                assert lines.count(f"needs {reason.need}, got {reason.got}") == 1
+        if row.install and any(reason.code == "not_installed" for reason in row.reasons):
+            assert sum(line.endswith(f" {row.install}") for line in lines) == 1
+        elif row.cure:
+            assert lines.count(f"cure: {row.cure}") == 1
 
 
 def test_double_is_never_shown_as_a_kernel_nor_tried(monkeypatch, capsys):

@@ -14,6 +14,8 @@ from anyattn.cli.commands.doctor.trial import STEPS, Trial
 from anyattn.cli.commands.doctor.variables import VariableReport
 from anyattn.cli.views.parts import BAD, GOOD, PALE, facts, grouped, section, table, under
 from anyattn.environment import Device, Environment
+from anyattn.types.folding import folded
+from anyattn.types.reasons import Reason
 
 _OUTPUT = 5
 _WORDS = {
@@ -153,27 +155,44 @@ def _output(row: BackendReport) -> list[RenderableType]:
 
 
 def _absent(rows: Iterable[BackendReport]) -> list[RenderableType]:
-    """Show the backends that can't be used, one entry for all that share reasons and cure."""
-    parts: list[RenderableType] = []
+    """Show why backends can't be used, each reason once, and then what installs the packages that are missing."""
     unusable = [row for row in rows if row.state == "unusable"]
-    if unusable:
-        # What is merely not installed needs no more than a line: the command that installs it.
-        absent = [row for row in unusable if row.cure and {reason.code for reason in row.reasons} == {"not_installed"}]
-        lines = [(_names(group), f"cure: {group[0].cure}") for group in grouped(absent, lambda row: row.cure)]
-        groups = grouped((row for row in unusable if row not in absent), lambda row: (row.reasons, row.cure, row.ended))
-        broken = table(
-            ("backend", "why, and the cure"), [(_names(group), _unusable(group[0])) for group in groups], first=24
-        )
-        parts.append(section("Not usable here", facts(lines), *([broken] if groups else [])))
+    missing = [row for row in unusable if row.install and _codes(row) & {"not_installed"}]
+    # What a process wrote before it ended belongs to its own backend.
+    broken = [row for row in unusable if row.output]
+    quiet = [row for row in unusable if row not in broken]
+    shared = folded((row.name, [one for one in row.reasons if not _installs(row, one)]) for row in quiet)
+    cures = {row.name: row.cure for row in quiet if row.cure and not (row in missing and row.cure == row.install)}
+    lines: list[RenderableType] = []
+    for names, reasons in shared:
+        # A backend's cure stands below its first reason.
+        said = dict.fromkeys(cures.pop(name) for name in names if name in cures)
+        lines.append(under(", ".join(names), *map(_needs, reasons), *map(_cure, said)))
+    for group in grouped(broken, lambda row: (row.reasons, row.cure, row.output)):
+        cure = [_cure(group[0].cure)] if group[0].cure else []
+        lines.append(under(_names(group), *map(_needs, group[0].reasons), *cure, *_output(group[0])))
+    parts = [section("Not usable here", *lines)] if lines else []
+    if missing:
+        commands = [(_names(group), group[0].install) for group in grouped(missing, lambda row: row.install)]
+        parts.append(section("Not installed", facts(commands), note="backends, and what installs their kernels"))
     return parts
 
 
-def _unusable(row: BackendReport) -> RenderableType:
-    # One paragraph for all reasons: two dozen backends with a line for each would be a wall.
-    lines: list[RenderableType] = [Text("; ".join(f"needs {reason.need}, got {reason.got}" for reason in row.reasons))]
-    if row.cure:
-        lines.append(Text.assemble(("cure: ", PALE), row.cure))
-    return Group(*lines, *_output(row))
+def _codes(row: BackendReport) -> set[str]:
+    return {reason.code for reason in row.reasons}
+
+
+def _installs(row: BackendReport, reason: Reason) -> bool:
+    """Whether the install command says all that a reason says: that a package is missing."""
+    return bool(row.install) and reason.code == "not_installed" and reason.got.startswith("no ")
+
+
+def _needs(reason: Reason) -> Text:
+    return Text(f"needs {reason.need}, got {reason.got}")
+
+
+def _cure(text: str) -> Text:
+    return Text.assemble(("cure: ", PALE), text)
 
 
 def _names(group: Sequence[BackendReport]) -> str:

@@ -99,7 +99,7 @@ def cure(reasons: Sequence[Reason], install: str, env: Environment) -> str:
     wants_cuda = any(reason.code == "no_device" and "cuda" in reason.need for reason in reasons)
     if wants_cuda and env.torch.local == "cpu":
         # The commonest cause of all: pip's CPU wheel on a machine with an NVIDIA GPU.
-        hints.append("this torch is built for CPUs alone; with an NVIDIA GPU, install the build for it (pytorch.org)")
+        hints.append("this torch is built for CPUs only; with an NVIDIA GPU, install the build for it (pytorch.org)")
     return "; ".join(dict.fromkeys(hints))
 
 
