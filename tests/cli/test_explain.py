@@ -243,11 +243,8 @@ def test_each_reason_is_shown_once_with_every_backend_that_has_it(name):
     for candidate in found["decision"]["candidates"]:
         for reason in candidate["reasons"]:
             if reason["code"] == "not_installed":
-                (line,) = (
-                    line
-                    for line in lines
-                    if re.search(rf"\b{candidate['name']}\b.*: .*{re.escape(reason['need'])}", line)
-                )
+                said = rf"\b{candidate['name']}\b.*: .*{re.escape(reason['need'])}"
+                assert len([line for line in lines if re.search(said, line)]) == 1, said
             elif reason["code"] != "known_bad":
                 said = f"{reason['code']}: needs {reason['need']}; got {reason['got']}"
                 assert sum(line == said or line.endswith(f": {said}") for line in lines) == 1, said

@@ -1,4 +1,4 @@
-"""What people read of the doctor's report: short where all is well, complete where it isn't."""
+"""The terminal view of the doctor's report: short if all is well, complete if it isn't."""
 
 from __future__ import annotations
 
@@ -29,20 +29,23 @@ _WORDS = {
 
 
 def show(found: DoctorReport) -> RenderableType:
-    """Make what people read: machine, variables, default, then the backends by how they fare."""
+    """Build the view: machine, variables, default, then the backends by state."""
     parts: list[RenderableType] = [Text(f"anyattn {__version__}", style="bold"), _machine(found.environment)]
     if found.variables:
         parts.append(section("Environment variables", *(_variable(row) for row in found.variables)))
-    parts.append(section("Default", _default(found.default), note="what a call gets that names no backend"))
+    parts.append(section("Default", _default(found.default), note="for calls that name no backend"))
     usable = [row for row in found.backends if not row.reasons]
     if usable:
-        parts.append(section("Usable here", _trials(usable), note="tried on tiny inputs, compared with the reference"))
+        tried = any(row.trials or row.ended for row in usable)
+        note = "tried on tiny inputs, compared with the reference" if tried else "not tried"
+        parts.append(section("Usable here", _trials(usable) if tried else _untried(usable), note=note))
     waiting = [row for row in usable if row.downloads and not row.trials]
     if waiting:
         said = (under(Text(row.name, style="bold"), row.origin) for row in waiting)
-        parts.append(section("From the Hub", *said, note="downloaded and tried where named: anyattn doctor NAME"))
+        parts.append(section("From the Hub", *said, note="downloaded and tried only if named: anyattn doctor NAME"))
     troubled = [row for row in usable if _complaints(row)]
-    named = [row for row in usable if row.origin and not row.downloads]
+    # The table has the package and its version.
+    named = [row for row in usable if row.origin not in ("", f"{row.package} {row.found}") and not row.downloads]
     if named:
         said = (under(Text(row.name, style="bold"), row.origin) for row in named)
         parts.append(section("Whose kernels", *said, note="packages, and what their builds leave out"))
@@ -54,7 +57,7 @@ def show(found: DoctorReport) -> RenderableType:
             section(
                 "Known to be wrong on a machine like this",
                 *map(_known_bad, found.known_bad),
-                note="seen to by every choice; links: --json",
+                note="avoided automatically; links: --json",
             )
         )
     return Group(*parts)
@@ -113,15 +116,22 @@ def _default(row: DefaultReport) -> RenderableType:
     return under(works, Text.assemble("in torch.compile: ", (word, style), detail))
 
 
+def _untried(rows: Sequence[BackendReport]) -> RenderableType:
+    return table(("backend", "package"), [(row.name, _package(row)) for row in rows])
+
+
+def _package(row: BackendReport) -> str:
+    return f"{'contract double of ' if row.double else ''}{row.package} {row.found}".strip()
+
+
 def _trials(rows: Sequence[BackendReport]) -> RenderableType:
     lines: list[Sequence[RenderableType]] = []
     for row in rows:
-        version = f"{'contract double of ' if row.double else ''}{row.package} {row.found}".strip()
         devices = tuple(dict.fromkeys(trial.device for trial in row.trials)) or ("",)
         for device in devices:
             tried = {trial.step: trial for trial in row.trials if trial.device == device}
             cells = [_cell(tried.get(step), row) for step in STEPS]
-            lines.append((row.name, device or "not tried", *cells, version))
+            lines.append((row.name, device or "not tried", *cells, _package(row)))
     return table(("backend", "device", *STEPS, "package"), lines)
 
 
@@ -167,7 +177,10 @@ def _absent(rows: Iterable[BackendReport]) -> list[RenderableType]:
     for names, reasons in shared:
         # A backend's cure stands below its first reason.
         said = dict.fromkeys(cures.pop(name) for name in names if name in cures)
-        lines.append(under(", ".join(names), *map(_needs, reasons), *map(_cure, said)))
+        if len(reasons) == 1 and not said:
+            lines.append(Text.assemble(f"{', '.join(names)}: ", _needs(reasons[0])))
+        else:
+            lines.append(under(", ".join(names), *map(_needs, reasons), *map(_cure, said)))
     for group in grouped(broken, lambda row: (row.reasons, row.cure, row.output)):
         cure = [_cure(group[0].cure)] if group[0].cure else []
         lines.append(under(_names(group), *map(_needs, group[0].reasons), *cure, *_output(group[0])))
@@ -202,6 +215,6 @@ def _names(group: Sequence[BackendReport]) -> str:
 def _known_bad(row: KnownBadReport) -> RenderableType:
     return Text.assemble(
         (f"{', '.join(row.backends)} on {row.device}", PALE),
-        f": {row.what}, for {row.when}",
+        f": {row.what}; when: {row.when}",
         (f"; instead: {row.instead}", PALE),
     )

@@ -47,8 +47,9 @@ def _facts(found: Explanation) -> RenderableType:
         ("  call", str(decision.spec)),
         ("  machine", _machine(found.machine, found.supposed, decision.spec.device_type)),
         ("  requested", f"{wish} ({_source(wish.source)})"),
-        ("  choice", _BASIS.get(decision.basis, decision.basis)),
     ]
+    if decision.chosen is not None:
+        rows.append(("  choice", _BASIS.get(decision.basis, decision.basis)))
     if decision.origin:
         rows.append(("  from", decision.origin))
     rows += [("  converted", str(conversion)) for conversion in decision.conversions]
@@ -119,7 +120,7 @@ def _refusal(names: Sequence[str], reasons: Sequence[Reason]) -> RenderableType:
 def _said(reason: Reason) -> Text:
     said = f"needs {reason.need}; got {reason.got}"
     if reason.code == "known_bad":  # such a reason says for which calls the kernel is wrong, and how
-        said = f"{reason.got}, for {reason.need}"
+        said = f"{reason.got}; when: {reason.need}"
     return Text.assemble((f"{reason.code}: ", PALE), said)
 
 
