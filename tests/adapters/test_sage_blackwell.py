@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ def test_it_is_a_kernel_of_its_own() -> None:
     assert decision.kernel == "sageattn3_blackwell"
     assert decision.origin.startswith("SageAttention/sage-blackwell at version 1")
     assert {row.name for row in anyattn.backends() if "sage" in row.name} >= {"sage_hub", NAME}
+
+
+def test_default_scale_is_the_kernels_own() -> None:
+    spec = _spec(head_dim=128, head_dim_v=128)
+    assert 1 / math.sqrt(128) != 128**-0.5
+    for scale in (1 / math.sqrt(128), 128**-0.5):
+        assert anyattn.explain(spec.replace(scale=scale), env=_machine(), backend=NAME).chosen == NAME
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ lengths differ, torch.compile and CUDA graphs: nobody saw what it does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
@@ -60,7 +61,8 @@ class SageBlackwellHub(FromHub):
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        if spec.scale != spec.head_dim**-0.5:
+        # The default is 1 / sqrt(D), which for D = 128 is another float than D ** -0.5.
+        if not math.isclose(spec.scale, spec.head_dim**-0.5):
             need = f"scale=None, which is head_dim ** -0.5 ({spec.head_dim**-0.5})"
             yield Reason("scale", need, str(spec.scale), "multiply query by what is missing")
         if spec.mask.pattern is not None and not spec.same_lengths:
