@@ -1,4 +1,4 @@
-"""What is known of each backend before anything is tried: its package, its reasons, and what would cure them."""
+"""What is known of each backend before anything is tried: its package, its reasons, and what would fix them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Listed:
         name: Its name.
         family: The group that shares a kernel source; `"third party"` for other packages' backends.
         package: The distribution its kernel comes in.
-        found: That distribution's version here; empty where it isn't installed.
+        found: That distribution's version here; empty if it isn't installed.
         wanted: What it needs, in words.
-        install: The command that installs that; empty where it comes with torch.
+        install: The command that installs that; empty if it comes with torch.
         exact: Whether it computes in the inputs' precision.
-        reasons: Why it isn't usable here; None where only importing it would tell (another package's).
+        reasons: Why it isn't usable here; None if only importing it would tell (another package's).
         double: Whether a contract double stands for its kernel in this process.
-        downloads: Whether its kernel may be downloaded, so that it is tried only where it is named.
+        downloads: Whether its kernel may be downloaded, so that it is tried only if it is named.
         origin: Where its kernel's code comes from.
     """
 
@@ -88,11 +88,11 @@ def _ours(backend: Backend, env: Environment) -> Listed:
 
 
 def cure(reasons: Sequence[Reason], install: str, env: Environment) -> str:
-    """Say what would make a backend usable: a command where one does; empty where nothing does."""
+    """Return what would make a backend usable: a command if there is one; empty if nothing helps."""
     codes = {reason.code for reason in reasons}
-    mends = [reason.hint for reason in reasons if reason.code in ("wrong_version", "broken_import") and reason.hint]
-    if mends:
-        return "; ".join(dict.fromkeys(mends))
+    fixes = [reason.hint for reason in reasons if reason.code in ("wrong_version", "broken_import") and reason.hint]
+    if fixes:
+        return "; ".join(dict.fromkeys(fixes))
     if "not_installed" in codes and install:
         return install
     hints = [reason.hint for reason in reasons if reason.hint]
@@ -126,12 +126,12 @@ class KnownBadReport:
     link: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {**dataclasses.asdict(self), "backends": list(self.backends)}
 
 
 def known_bad_here(env: Environment) -> tuple[KnownBadReport, ...]:
-    """Give the rows of the known-bad table that concern a machine, whatever the call."""
+    """Return the rows of the known-bad table that concern a machine, whatever the call."""
     found = []
     for row in table.TABLE:
         # The row's own test of versions and devices decides; only its condition on the call is left open.
