@@ -175,7 +175,7 @@ def _judge(
     caps = backend.capabilities(spec, env) if spec.packed or limits is not None else None
     reasons = backend.reasons(as_run(caps, spec), env)
     if limits is not None and caps is not None and not caps.exact and caps.quantised not in _LOOSER[limits.precision]:
-        hint = f"allow it with precision={caps.quantised or 'int8'!r}, or ask for {name} alone"
+        hint = f"allow it with precision={caps.quantised or 'int8'!r}, or require it by name"
         reasons = (*reasons, Reason("precision", "an exact kernel", f"one quantised to {caps.quantised}", hint))
     if name in faults:
         reasons = (*reasons, faults[name])

@@ -76,11 +76,11 @@ class Decision(Carrier):
         chosen: The backend that runs it, or None.
         kernel: Which entry of the backend's kernel.
         conversions: What is done to the call so that the kernel can take it, all of it exact.
-        preference: What was asked for, and where.
+        preference: What was requested, and by which setting.
         basis: What the choice rests on: `"required"`, `"preferred"`, `"fixed order"`, `"rule by size and mask"`.
         candidates: Every backend that was considered, in order, with every reason against it.
         overruled: A wish that a more specific one overruled, in words.
-        origin: Where the chosen kernel's code comes from; empty where it is part of torch.
+        origin: Where the chosen kernel's code comes from; empty if it is part of torch.
     """
 
     spec: AttentionSpec
@@ -94,7 +94,7 @@ class Decision(Carrier):
     origin: str = ""
 
     def reasons(self, name: str) -> tuple[Reason, ...]:
-        """Give the reasons against one candidate.
+        """Return the reasons against one candidate.
 
         Raises:
             KeyError: If it was not considered.
@@ -105,7 +105,7 @@ class Decision(Carrier):
         raise KeyError(name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {
             "spec": self.spec.to_dict(),
             "chosen": self.chosen,
@@ -157,5 +157,5 @@ def carry(decision: Decision, choice: object, judge: Callable[[], tuple[Candidat
 
 
 def carried(decision: Decision) -> object:
-    """Return what runs a decision; None where nothing was chosen, or where the decision is a copy."""
+    """Return what runs a decision; None if nothing was chosen, or if the decision is a copy."""
     return getattr(decision, "_choice", None)
