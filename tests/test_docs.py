@@ -134,8 +134,8 @@ def test_first_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_hub_page_lists_the_hub_backends_with_their_pins() -> None:
+    from anyattn.backend.from_hub import FromHub
     from anyattn.selection import registry
-    from anyattn.sources.hub import FromHub
 
     page = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE))
@@ -155,6 +155,53 @@ def test_backends_page_is_what_the_declarations_say() -> None:
     script = Path(__file__).parents[1] / "tools" / "docs" / "backends.py"
     done = subprocess.run([sys.executable, str(script), "--check"], check=False)
     assert done.returncode == 0, "write docs/backends.md anew with: python tools/docs/backends.py"
+
+
+def test_terminal_output_is_what_the_program_prints(tmp_path: Path) -> None:
+    with_extras("typer")
+    import shutil
+    import subprocess
+    import sys
+
+    script = shutil.copy(ROOT / "tools" / "docs" / "terminal.py", _folder(tmp_path / "tools" / "docs"))
+    page = Path(shutil.copy(ROOT / "docs" / "cli.md", _folder(tmp_path / "docs")))
+    check = [sys.executable, str(script), "--check"]
+    done = subprocess.run(check, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, (
+        f"write docs/cli.md anew with: python tools/docs/terminal.py\n{done.stdout}{done.stderr}"
+    )
+    page.write_text(
+        page.read_text(encoding="utf-8").replace("native runs this call", "flex runs this call", 1), "utf-8"
+    )
+    done = subprocess.run(check, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "-flex runs this call" in done.stdout
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def test_every_block_of_terminal_output_says_how_it_was_made() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    made = re.findall(r"^<!-- output.*? -->\n\n```text\n\$ anyattn ", text, re.MULTILINE)
+    assert len(made) == text.count("```text") == text.count("<!-- output") > 3
+
+
+@pytest.mark.parametrize("command", ["doctor", "explain", "verify", "demo"])
+def test_synopsis_of_a_command_has_its_options(command: str) -> None:
+    with_extras("typer")
+    import typer
+
+    from anyattn.cli.app import app
+
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    synopsis = re.search(rf"^```\nanyattn {command} (.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert synopsis is not None
+    made: Any = typer.main.get_command(app)
+    options = {name for param in made.commands[command].params for name in param.opts if name.startswith("--")}
+    assert set(re.findall(r"--[a-z-]+", synopsis[1])) == options
 
 
 def test_backend_in_the_contributing_guide_passes_the_laws() -> None:

@@ -254,3 +254,13 @@ def test_many_threads_decide_and_run_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_explanation_fits_one_screen_and_says_what_backends_share_once() -> None:
+    q = torch.randn(1, 8, 2, 16)
+    text = str(anyattn.explain(q, q, q))
+    assert len(text.splitlines()) <= 40, text
+    for candidate in anyattn.explain(q, q, q).candidates:
+        assert candidate.name in text
+    lines = [line for line in text.splitlines() if line.startswith("  ") and line.endswith("refuse")]
+    assert any("native_efficient, native_cudnn" in line for line in lines)

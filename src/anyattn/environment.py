@@ -9,7 +9,7 @@ import importlib
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -18,43 +18,9 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from anyattn.process import installed
-from anyattn.process.installed import Modules, Packages, module_exists
+from anyattn.process.installed import Modules, Packages
 
 Arch = tuple[int, int]
-
-DISTRIBUTIONS: tuple[str, ...] = (
-    "aiter",
-    "amd-aiter",
-    "diffusers",
-    "fa3-fwd",
-    "flash-attn",
-    "flash-attn-3",
-    "flash-attn-4",
-    "kernels",
-    "sageattention",
-    "tokenspeed-fa3",
-    "torch-npu",
-    "torch-xla",
-    "transformers",
-    "triton",
-    "xformers",
-)
-"""The distributions whose presence and version matter to a choice of anyattn's own backends. Others, which a third
-party's `Package` names, are looked up when they are asked for."""
-
-MODULES: tuple[str, ...] = (
-    "aiter.ops.mha",
-    "fa3_fwd_interface",
-    "flash_attn",
-    "flash_attn.cute",
-    "flash_attn.flash_attn_interface",
-    "flash_attn_3",
-    "flash_attn_interface",
-    "mslk",
-    "sageattention",
-    "xformers.ops",
-)
-"""The modules whose presence tells more than a distribution's name does; none is imported to find out."""
 
 BUILDS: tuple[str, ...] = ("fa3_fwd_config", "flash_attn_config")
 """The modules of plain Python that say what a build of FlashAttention-3 left out."""
@@ -89,13 +55,14 @@ class Environment:
     Attributes:
         torch: The version of torch.
         devices: The devices, cpu always among them.
-        packages: Version of each installed distribution that matters, by name as pip compares names.
+        packages: Version of each installed distribution, by name as pip compares names. Of this machine they are looked
+            up when they are asked for, and `holding` gives those that a report lists.
         cudnn: The version of cuDNN, such as `(9, 19, 0)`, or None.
         cpu: The widest instruction set that torch uses on the processor, such as `"AVX512"`.
         cxx: Whether a C++ compiler is at hand, which compiled CPU code needs.
         python: The version of Python.
         platform: The operating system and processor.
-        modules: Those of `MODULES` that could be imported, as far as files tell.
+        modules: The modules that could be imported, as far as files tell; looked up in the same way.
         variables: Those of `VARIABLES` that are set.
         builds: Per module of `BUILDS` that is there, each feature and whether the build left it out.
         overrides: torch's CUDA kernels that are replaced in this process (`"native_flash"`, `"native_cudnn"`,
@@ -138,6 +105,18 @@ class Environment:
             if device.type == device_type and index in (None, device.index):
                 return device
         return None
+
+    def holding(self, distributions: Iterable[str] = (), modules: Iterable[str] = ()) -> Environment:
+        """Return the same machine with these looked up, so that they are listed where they are there."""
+        packages = {**self.packages, **{name: self.packages[name] for name in distributions if name in self.packages}}
+        found = frozenset((*self.modules, *(name for name in modules if name in self.modules)))
+        return dataclasses.replace(self, packages=packages, modules=found)
+
+    def supposing(self, packages: Mapping[str, str]) -> Environment:
+        """Return the same machine with other versions of some distributions, there or not."""
+        known = self.packages
+        found = known.with_others(packages) if isinstance(known, Packages) else Packages({**known, **packages})
+        return dataclasses.replace(self, packages=found)
 
     def version(self, distribution: str) -> Version | None:
         """Give an installed distribution's version, or None where it is absent or unreadable."""
@@ -207,13 +186,13 @@ def _look() -> Environment:
     return Environment(
         torch=Version(torch.__version__),
         devices=_devices(),
-        packages=_packages(),
+        packages=Packages({}, installed.version_of),
         cudnn=cudnn,
         cpu=torch.backends.cpu.get_cpu_capability(),
         cxx=any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")),
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
-        modules=Modules(name for name in MODULES if module_exists(name)),
+        modules=Modules(()),
         variables=variables_now(),
         builds={name: flags for name in BUILDS if (flags := installed.build_flags(name)) is not None},
         cudnn_file="" if cudnn is None else installed.cudnn_file(),
@@ -258,11 +237,6 @@ def _xla_type() -> str:
         return str(runtime.device_type() or "unknown")
     except Exception as error:  # noqa: BLE001 - a broken build fails in whatever way it likes, and is told of by name
         return f"unknown: torch_xla can't be imported ({type(error).__name__}: {error})"
-
-
-def _packages() -> Packages:
-    found = {name: version for name in DISTRIBUTIONS if (version := installed.version_of(name)) is not None}
-    return Packages(found, installed.version_of)
 
 
 def _cudnn() -> tuple[int, int, int] | None:

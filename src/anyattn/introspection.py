@@ -28,7 +28,6 @@ from anyattn.selection.decide import decision_for
 from anyattn.selection.faults import is_kernels
 from anyattn.selection.preferences import Backends, scope_of_call
 from anyattn.types.decision import Decision
-from anyattn.types.names import BY_NAME
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
 
@@ -74,7 +73,7 @@ def _version_in(origin: str) -> str:
 
 
 def backends(env: environment.Environment | None = None) -> tuple[BackendRow, ...]:
-    """List every known backend, built or not, usable here or not, with every reason.
+    """List every known backend, usable here or not, with every reason.
 
     Args:
         env: The machine to ask about; None is this one.
@@ -84,29 +83,22 @@ def backends(env: environment.Environment | None = None) -> tuple[BackendRow, ..
     broken = faults.broken_loads() if env is here else {}
     rows = []
     for name, backend in registry.known(registry.names()):
-        known = BY_NAME.get(name)
-        if backend is None:
-            reasons: tuple[Reason, ...] = (registry.not_built(name),)
-            exact = known is not None and known.family != "sage"
-        else:
-            reasons = tuple(backend.availability(env))
-            reasons = (*reasons, broken[name]) if name in broken else reasons
-            exact = bool(backend.declarations) and all(caps.exact for caps in backend.declarations.values())
-        family = backend.family if backend is not None else (known.family if known else "")
-        missing = any(reason.code in ("not_built", "not_installed") for reason in reasons)
-        version = str(env.torch) if family in ("native", "flex") else ""
-        origin = "" if backend is None or missing else backend.origin(env)
-        version = version or _version_in(origin)
+        reasons = tuple(backend.availability(env))
+        reasons = (*reasons, broken[name]) if name in broken else reasons
+        exact = bool(backend.declarations) and all(caps.exact for caps in backend.declarations.values())
+        missing = any(reason.code == "not_installed" for reason in reasons)
+        origin = "" if missing else backend.origin(env)
+        version = _version_in(origin) if backend.packages else str(env.torch)
         rows.append(
             BackendRow(
                 name,
-                family,
+                backend.family,
                 not missing,
                 version,
                 not reasons,
                 exact,
-                known.needs if known else "",
-                known.install if known else "",
+                backend.needs,
+                backend.install,
                 reasons,
                 origin,
             )

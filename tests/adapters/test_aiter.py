@@ -12,6 +12,7 @@ import anyattn
 import doubles
 from anyattn import masks, reference
 from anyattn.adapters import aiter
+from anyattn.adapters.aiter import AMD_AITER
 from anyattn.environment import Device, Environment, preset
 from anyattn.sources.packages import FUNCTIONS
 from anyattn.types.reasons import Reason
@@ -68,7 +69,7 @@ def test_pypis_aiter_is_said_to_be_another_package() -> None:
 
 def test_absent_package_is_refused_with_the_command_that_installs_it() -> None:
     (reason,) = _reasons(_spec(), _machine("mi300", {}, ()))
-    assert (reason.code, reason.hint) == ("not_installed", "pip install 'amd-aiter>=0.1.5'")
+    assert (reason.code, reason.hint) == ("not_installed", f"{AMD_AITER.command}; {AMD_AITER.note}")
 
 
 @pytest.mark.parametrize("packages", [{"amd-aiter": "0.1.4"}, {"aiter": "0.1.4"}])

@@ -10,8 +10,8 @@ from packaging.version import Version
 
 import anyattn
 from anyattn import environment
+from anyattn.adapters.flash2 import Flash2Hub
 from anyattn.environment import Environment
-from anyattn.sources import hub_kernels
 from anyattn.types.decision import Decision
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
@@ -32,7 +32,7 @@ def judged(spec: AttentionSpec, env: Environment) -> tuple[Reason, ...]:
 def test_gpu_of_sm80_or_newer_with_kernels_admits(name: str) -> None:
     decision = anyattn.explain(SPEC, backend="flash2_hub", env=machine(name))
     assert decision.chosen == "flash2_hub"
-    assert decision.origin == f"kernels-community/flash-attn2 at {hub_kernels.FLASH2.revision}, from the Hub"
+    assert decision.origin == f"kernels-community/flash-attn2 at {Flash2Hub.hub.revision}, from the Hub"
 
 
 def test_cpu_is_refused_though_the_hub_has_a_build_for_it() -> None:

@@ -18,8 +18,8 @@ import torch
 
 import anyattn
 import doubles
+from anyattn.adapters.flash2 import Flash2Hub
 from anyattn.errors import BackendUnavailableError
-from anyattn.sources.hub_kernels import FLASH2
 from anyattn.testing import verify
 from doubles.double import Double
 
@@ -60,7 +60,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
             **metadata,
         }
         (folder / "metadata.json").write_text(json.dumps(about))
-        monkeypatch.setenv("LOCAL_KERNELS", f"someone/else=/nowhere:{FLASH2.repo}={tmp_path}")
+        monkeypatch.setenv("LOCAL_KERNELS", f"someone/else=/nowhere:{Flash2Hub.hub.repo}={tmp_path}")
         anyattn.reset()
         return tmp_path
 
@@ -92,7 +92,7 @@ def test_local_folder_is_used_and_reported(repository: Callable[..., Path]) -> N
     assert out.shape == (1, 8, 2, 16)
     (decision,) = calls
     assert decision.origin == (
-        f"the local folder {folder}, named by LOCAL_KERNELS for {FLASH2.repo}, "
+        f"the local folder {folder}, named by LOCAL_KERNELS for {Flash2Hub.hub.repo}, "
         "which bypasses the pinned revision and publisher trust"
     )
 
@@ -151,14 +151,14 @@ def test_kernel_without_the_functions_is_unavailable(repository: Callable[..., P
 
 
 def test_folder_that_is_not_there_is_unavailable(repository: Callable[..., Path], monkeypatch: Any) -> None:
-    monkeypatch.setenv("LOCAL_KERNELS", f"{FLASH2.repo}=/nowhere/at/all")
+    monkeypatch.setenv("LOCAL_KERNELS", f"{Flash2Hub.hub.repo}=/nowhere/at/all")
     anyattn.reset()
     assert "/nowhere/at/all" in failure()
 
 
 def test_without_a_network_the_hub_is_unavailable_with_the_cause() -> None:
     text = failure()
-    assert FLASH2.revision in text
+    assert Flash2Hub.hub.revision in text
     assert "this test has no network" in text
     assert "HF_HUB_OFFLINE=1 once the kernel is on this machine" in text
 

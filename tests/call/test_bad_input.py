@@ -188,7 +188,7 @@ def test_refusal_lists_every_reason_and_who_would_admit_the_call() -> None:
     assert "softcap" in text
     assert caught.value.decision.chosen is None
     assert {reason.code for reason in caught.value.decision.reasons("native_flash")} == {"dropout", "softcap"}
-    with pytest.raises(UnsupportedCallError, match=r"Backends that admit it: .*flex"):
+    with pytest.raises(UnsupportedCallError, match=r"Backends that would run it: .*flex"):
         call(backend="native_flash", softcap=2.0)
 
 

@@ -25,7 +25,6 @@ from anyattn.cli.views import doctor as doctor_view
 from anyattn.cli.views.doctor import show
 from anyattn.process import installed
 from anyattn.selection import registry
-from anyattn.types.names import BY_NAME, KNOWN
 from anyattn.types.reasons import Reason
 
 CPU = environment.preset("cpu", torch_version="2.13.0")
@@ -76,14 +75,12 @@ def test_json_has_the_documented_keys():
 
 def test_every_known_backend_is_listed_with_every_reason_or_as_usable():
     found = json.loads(invoke("--no-try", "--json").stdout)
-    assert [row["name"] for row in found["backends"]] == [known.name for known in KNOWN]
+    assert [row["name"] for row in found["backends"]] == list(registry.BUILTIN)
     for row in found["backends"]:
         backend = registry.get(row["name"])
-        reasons = [] if backend is None else [r.to_dict() for r in backend.availability(environment.detect())]
-        if backend is not None:
-            assert row["reasons"] == reasons
-        assert (row["state"] in ("unusable", "not built")) is bool(row["reasons"])
-        assert row["wanted"] == BY_NAME[row["name"]].needs
+        assert row["reasons"] == [reason.to_dict() for reason in backend.availability(environment.detect())]
+        assert (row["state"] == "unusable") is bool(row["reasons"])
+        assert (row["wanted"], row["install"]) == (backend.needs, backend.install)
 
 
 def test_no_try_starts_no_process(monkeypatch):
@@ -170,14 +167,13 @@ def test_report_keeps_to_the_terminal(width):
 def test_cure_is_the_install_command_where_installing_cures():
     missing = Reason("not_installed", "xformers >= 0.0.29", "nothing")
     assert cure((missing,), "pip install 'xformers>=0.0.29'", CPU) == "pip install 'xformers>=0.0.29'"
-    assert cure((Reason("not_built", "an adapter", "none"),), "pip install x", CPU) == ""
     assert cure((Reason("layout", "a", "b", "call .contiguous()"),), "", CPU) == "call .contiguous()"
 
 
 def test_cpu_build_of_torch_is_named_as_the_likely_cause():
     built_for_cpu = environment.preset("cpu", torch_version="2.13.0+cpu")
     no_gpu = (Reason("no_device", "a cuda device", "cpu"),)
-    assert "built for CPUs alone" in cure(no_gpu, "", built_for_cpu)
+    assert "built for CPUs only" in cure(no_gpu, "", built_for_cpu)
     assert cure(no_gpu, "", CPU) == ""
 
 
@@ -325,6 +321,27 @@ def test_report_of_any_machine_fits_the_terminal(name, width, capsys, monkeypatc
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width
     assert len(lines) < 105, "a report that is a wall isn't read"
+
+
+@pytest.mark.parametrize("name", environment.PRESET_NAMES)
+def test_every_fact_about_an_unusable_backend_is_shown_once(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    machine = environment.preset(name, torch_version="2.11.0+cpu" if name == "cpu" else "2.11.0")
+    backends = tuple(command._backend(row, None, machine) for row in listed(machine))
+    default = command.DefaultReport(("native",), "built-in", trial.main_device(machine), True, False)
+    render.report(command.DoctorReport(machine, (), default, backends, ()), show, False)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    unusable = [row for row in backends if row.reasons]
+    assert unusable
+    for row in unusable:
+        for reason in row.reasons:
+            if reason.code != "not_installed":
+                said = f"needs {reason.need}, got {reason.got}"
+                assert sum(line == said or line.endswith(f": {said}") for line in lines) == 1
+        if row.install and any(reason.code == "not_installed" for reason in row.reasons):
+            assert sum(line.endswith(f" {row.install}") for line in lines) == 1
+        elif row.cure:
+            assert lines.count(f"cure: {row.cure}") == 1
 
 
 def test_double_is_never_shown_as_a_kernel_nor_tried(monkeypatch, capsys):

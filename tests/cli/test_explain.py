@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -217,9 +218,44 @@ def test_people_read_what_runs_and_every_reason(columns):
     )
     assert answer.exit_code == 1
     assert max(map(len, answer.stdout.splitlines())) <= int(columns)
-    assert "Nothing that was asked for runs this call." in answer.stdout
+    assert "No requested backend runs this call." in answer.stdout
     assert "Would run it" in answer.stdout
     assert "softcap: needs no softcap; got 30.0" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--as", "cpu"), ("--as", "mps"), ("--as", "cpu", "--backend", "flash2,xla")]
+)
+def test_plain_call_on_a_laptop_fits_one_screen(arguments):
+    text = invoke("--shape", "2,4096,24,128", *arguments, columns="80").stdout
+    assert len(text.splitlines()) <= 40, text
+    _, found = explained("--shape", "2,4096,24,128", *arguments)
+    for candidate in found["decision"]["candidates"]:
+        assert re.search(rf"\b{candidate['name']}\b", text), candidate["name"]
+
+
+@pytest.mark.parametrize("name", PRESET_NAMES)
+def test_each_reason_is_shown_once_with_every_backend_that_has_it(name):
+    arguments = ("--shape", "2,4096,24,128", "--dtype", "float16", "--softcap", "30", "--as", name)
+    text = invoke(*arguments, columns="1000").stdout
+    _, found = explained(*arguments)
+    lines = [line.strip() for line in text.splitlines()]
+    for candidate in found["decision"]["candidates"]:
+        for reason in candidate["reasons"]:
+            if reason["code"] == "not_installed":
+                said = rf"\b{candidate['name']}\b.*: .*{re.escape(reason['need'])}"
+                assert len([line for line in lines if re.search(said, line)]) == 1, said
+            elif reason["code"] != "known_bad":
+                said = f"{reason['code']}: needs {reason['need']}; got {reason['got']}"
+                assert sum(line == said or line.endswith(f": {said}") for line in lines) == 1, said
+
+
+def test_missing_package_has_its_command_where_it_would_help():
+    on_gpu = invoke("--shape", SHAPE, "--as", "h100", columns="200").stdout
+    on_cpu = invoke("--shape", SHAPE, "--as", "cpu", columns="200").stdout
+    assert "pip install 'flash-attn" in on_gpu
+    assert "pip install" not in on_cpu
+    assert "anyattn doctor" in on_cpu
 
 
 def test_conversion_is_shown():

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 
-from anyattn.sources import hub_kernels
+from anyattn.adapters.aiter import AiterHub
+from anyattn.adapters.flash2 import Flash2Hub
+from anyattn.adapters.flash3 import Flash3Hub
+from anyattn.adapters.flash4 import Flash4Hub
+from anyattn.adapters.sage import SageHub
+from anyattn.adapters.sage_blackwell import SageBlackwellHub
 from anyattn.sources.hub import HubKernel
 from doubles.double import Double, module
 from doubles.kernels import aiter, flash2, flash3, flash4, sage, sage_blackwell
@@ -51,23 +56,23 @@ def hub_double(backend: str, kernel: HubKernel, functions: Mapping[str, Callable
 
 FLASH2 = hub_double(
     "flash2_hub",
-    hub_kernels.FLASH2,
+    Flash2Hub.hub,
     {"flash_attn_func": flash2.flash_attn_func, "flash_attn_varlen_func": flash2.flash_attn_varlen_func},
 )
 FLASH3 = hub_double(
     "flash3_hub",
-    hub_kernels.FLASH3,
+    Flash3Hub.hub,
     {"flash_attn_func": flash3.flash_attn_func, "flash_attn_varlen_func": flash3.flash_attn_varlen_func},
 )
 FLASH4 = hub_double(
     "flash4_hub",
-    hub_kernels.FLASH4,
+    Flash4Hub.hub,
     {"flash_attn_func": flash4.flash_attn_func, "flash_attn_varlen_func": flash4.flash_attn_varlen_func},
 )
-SAGE = hub_double("sage_hub", hub_kernels.SAGE, {"sageattn": sage.sageattn})
+SAGE = hub_double("sage_hub", SageHub.hub, {"sageattn": sage.sageattn})
 SAGE_BLACKWELL = hub_double(
     "sage_blackwell_hub",
-    hub_kernels.SAGE_BLACKWELL,
+    SageBlackwellHub.hub,
     {"sageattn3_blackwell": sage_blackwell.sageattn3_blackwell},
 )
 
@@ -86,7 +91,7 @@ def _forward_only(function: Callable[..., Any]) -> Callable[..., Any]:
 
 AITER = hub_double(
     "aiter_hub",
-    hub_kernels.AITER,
+    AiterHub.hub,
     {
         "flash_attn_func": _forward_only(aiter.flash_attn_func),
         "flash_attn_varlen_func": _forward_only(aiter.flash_attn_varlen_func),

@@ -25,6 +25,7 @@ from breaking import (
 import anyattn
 import doubles
 from anyattn import environment
+from anyattn.backend.from_hub import FromHub
 from anyattn.cli.commands.doctor import probe, trial
 from anyattn.selection import registry
 from anyattn.selection.faults import told
@@ -193,7 +194,7 @@ def test_kernel_of_the_hub_without_the_functions_is_a_broken_import_that_names_t
                 anyattn.attention(*inputs, backend=name)
             (reason,) = caught.value.reasons
             backend = registry.get(name)
-            assert isinstance(backend, hub.FromHub)
+            assert isinstance(backend, FromHub)
             assert reason.code == "broken_import"
             assert " and ".join(backend.hub.functions) in reason.got
             assert backend.hub.repo in reason.got

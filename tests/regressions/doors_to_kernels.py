@@ -18,7 +18,7 @@ import anyattn
 import doubles
 from anyattn.backend.capabilities import Capabilities
 from anyattn.backend.protocol import Backend
-from anyattn.types.names import canonical
+from anyattn.selection.registry import canonical
 
 DIFFUSERS_NAMES = (
     "flash",

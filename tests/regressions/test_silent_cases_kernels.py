@@ -18,7 +18,7 @@ from doors_to_kernels import DIFFUSERS_NAMES, DOORS, Kernel, behind
 import anyattn
 import doubles
 from anyattn import masks
-from anyattn.types.names import canonical
+from anyattn.selection.registry import canonical
 
 LENGTHS = ((6, 6), (5, 9), (9, 5), (1, 9), (9, 1), (128, 128), (128, 256))
 WHERE = ("right", "left", "hole")

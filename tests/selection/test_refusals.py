@@ -9,16 +9,13 @@ import pytest
 import torch
 
 import anyattn
-from anyattn.adapters.flash3 import PACKAGES as FLASH3
 from anyattn.environment import preset
 from anyattn.errors import AnyattnError, BackendUnavailableError, UnsupportedCallError
 from anyattn.selection import registry
 from anyattn.selection.refusals import refusal
 from anyattn.selection.registry import known, names
 from anyattn.selection.resolve import resolve
-from anyattn.sources.packages import Package
 from anyattn.types.decision import Preference
-from anyattn.types.names import BY_NAME
 from anyattn.types.spec import AttentionSpec, DenseSpec, MaskSpec
 
 
@@ -39,7 +36,12 @@ def reasons_in(text: str) -> list[str]:
 
 def test_lists_error_names_what_was_listed_and_each_reason_once() -> None:
     text = str(error_of(backend=["flash2", "native_cudnn"]))
-    headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith("No backend")]
+    head, *rest = text.splitlines()
+    assert head.startswith("No backend of flash2, native_cudnn (requested by backend=) runs the call cpu float32 ")
+    assert rest[0] == "flash2, native_cudnn:"
+    assert "Backends that would run it: native, " in text
+    assert rest[-1] == 'To fall back to native, write: backend=["flash2", "native_cudnn", "native"]'
+    headings = [line for line in rest if line.endswith(":")]
     named = {name for heading in headings for name in heading.rstrip(":").split(", ")}
     assert named == {"flash2", "native_cudnn"}
     assert len(reasons_in(text)) == len(set(reasons_in(text))) > 0
@@ -78,7 +80,7 @@ def test_list_that_a_required_backends_error_names_runs(backend: str, kind: type
 def test_nothing_is_offered_where_nothing_would_run() -> None:
     text = str(error_of(backend="native_flash", softcap=1.0, dropout_p=0.1))
     assert "would run" not in text
-    assert "Backends that admit" not in text
+    assert "No other backend runs it" in text
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_device_that_is_there_and_not_the_tensors_is_named() -> None:
     assert [reason.code for reason in decision.reasons("native_cudnn")] == ["device_type"]
 
 
-PINNED = {name for name in registry.BUILTIN if name not in ("flash3", "flash3_fp8") and BY_NAME[name].install}
+PINNED = {name for name in registry.BUILTIN if name not in ("flash3", "flash3_fp8") and registry.get(name).install}
 
 
 @pytest.mark.parametrize("backend", sorted(PINNED))
@@ -123,10 +125,10 @@ def test_errors_and_doctor_name_one_command_to_install(backend: str) -> None:
     decision = anyattn.explain(*[torch.randn(1, 6, 2, 8)] * 3, env=preset("h100"), backend=backend)
     hints = [reason.hint for reason in decision.reasons(backend) if reason.code == "not_installed"]
     assert hints
-    assert all(hint.startswith(BY_NAME[backend].install) for hint in hints)
+    assert all(hint.startswith(registry.get(backend).install) for hint in hints)
 
 
 def test_flash3s_commands_are_all_in_what_doctor_says() -> None:
-    commands = {package.install for package in FLASH3 if isinstance(package, Package)}
-    assert commands
-    assert all(command in BY_NAME["flash3"].install for command in commands)
+    commands = {package.command for package in registry.get("flash3").packages}
+    assert len(commands) == 2
+    assert all(command in registry.get("flash3").install for command in commands)

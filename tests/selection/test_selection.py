@@ -16,12 +16,12 @@ import anyattn
 from anyattn.backend.known_bad import table
 from anyattn.backend.protocol import Backend, Lowering
 from anyattn.environment import Environment, preset
+from anyattn.selection import registry
 from anyattn.selection.choice import choice_of
 from anyattn.selection.faults import add_fault
 from anyattn.selection.registry import get, known, names, substituted
 from anyattn.selection.resolve import resolve
 from anyattn.types.decision import Candidate, Preference
-from anyattn.types.names import ALIASES, BY_NAME, KNOWN
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import UNKNOWN, AttentionSpec, BlockSpec, DenseSpec, MaskSpec, PatternSpec, Storage
 
@@ -334,13 +334,16 @@ def test_recorded_decision_keeps_no_tensor_alive() -> None:
 def test_every_alias_of_diffusers_enumeration_is_known() -> None:
     diffusers = pytest.importorskip("diffusers.models.attention_dispatch")
     for name in diffusers.AttentionBackendName:
-        assert name.value in BY_NAME or name.value in ALIASES, name
+        assert registry.canonical(name.value) in registry.BUILTIN, name
 
 
 def test_names_and_aliases_are_unambiguous() -> None:
-    aliases = [alias for entry in KNOWN for alias in entry.aliases]
-    assert len(set(aliases)) == len(aliases)
-    assert not set(aliases) & set(BY_NAME)
+    backends = dict(registry.known(registry.BUILTIN))
+    assert all(name == backend.name for name, backend in backends.items())
+    aliases = [alias for backend in backends.values() for alias in backend.aliases]
+    assert len(set(aliases)) == len(aliases) > 20
+    assert not set(aliases) & set(registry.BUILTIN)
+    assert {registry.canonical(alias) for alias in aliases} <= set(registry.BUILTIN)
 
 
 def test_every_known_bad_row_is_documented_and_pure() -> None:

@@ -14,13 +14,15 @@ import torch
 import anyattn
 import doubles
 from anyattn import environment
+from anyattn.adapters.flash2 import Flash2Hub
+from anyattn.backend.from_hub import FromHub
 from anyattn.backend.protocol import Backend
 from anyattn.cli.commands.doctor import command
 from anyattn.cli.commands.doctor.variables import variables
 from anyattn.environment import Environment
 from anyattn.errors import BackendUnavailableError, UnsupportedCallError
 from anyattn.selection import registry, resolve
-from anyattn.sources import hub_kernels, packages
+from anyattn.sources import packages
 from anyattn.sources.hub import HubKernel, cure
 from anyattn.testing import verify
 from anyattn.types.decision import Preference
@@ -342,7 +344,7 @@ def test_third_partys_backend_that_downloads_is_left_out_too() -> None:
         declarations = {"cuda": registry.get("flash2").declarations["cuda"]}  # type: ignore[union-attr]
         downloads = True
 
-    wanted, _ = resolve.order("cuda", ["fetched"])
+    wanted, _ = resolve.order("cuda", [Fetched()])
     assert "fetched" in wanted, "auto takes third parties' backends"
     decision = resolve.resolve(SPEC, machine(), Preference(("auto",), "prefer", "backend="), {"fetched": Fetched()})
     assert decision.chosen is None
@@ -361,7 +363,7 @@ def test_doctor_tries_it_where_it_is_named_alone(monkeypatch: pytest.MonkeyPatch
         assert "native" in {job.name for job in jobs}
         assert "flash2_hub" not in {job.name for job in jobs}
         (row,) = [row for row in report.backends if row.name == "flash2_hub"]
-        assert (row.state, row.origin) == ("not tried", hub_kernels.FLASH2.origin(machine()))
+        assert (row.state, row.origin) == ("not tried", Flash2Hub.hub.origin(machine()))
         command.doctor(["flash_hub"], environ={})
         assert [(job.name, job.named) for job in jobs if job.name] == [("flash2_hub", True)]
 
@@ -394,8 +396,8 @@ def test_failing_load_is_passed_over_in_a_list_and_raised_for_a_name(monkeypatch
 
 
 def test_constants_are_pinned_and_come_from_diffusers_repositories() -> None:
-    found = {name: value for name, value in vars(hub_kernels).items() if isinstance(value, HubKernel)}
-    assert set(found) == {"FLASH2", "FLASH3", "FLASH4", "SAGE", "SAGE_BLACKWELL", "AITER"}
+    found = {name: backend.hub for name, backend in registry.known(registry.BUILTIN) if isinstance(backend, FromHub)}
+    assert set(found) == {name for name in registry.BUILTIN if name.endswith("_hub")}
     for kernel in found.values():
         assert kernel.source
         assert kernel.functions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -23,20 +24,26 @@ class Mine(NativeMath):
 
 class Packaged(NativeMath):
     name = "packaged"
-    needed = Package("typing_extensions", "typing_extensions", (), ">=4", found_by="typing_extensions")
-
-    def availability(self, env):
-        yield from self.needed.reasons(env)
+    packages = (Package("typing_extensions", "typing_extensions", (), ">=4", found_by="typing_extensions"),)
 
 
 class Missing(Packaged):
     name = "missing"
-    needed = Package("no-such-kernel", "no_such_kernel", (), install="pip install no-such-kernel")
+    packages = (Package("no-such-kernel", "no_such_kernel", (), install="pip install no-such-kernel"),)
 
 
 class Old(Packaged):
     name = "old"
-    needed = Package("Typing.Extensions", "typing_extensions", (), "<1")
+    packages = (Package("Typing.Extensions", "typing_extensions", (), "<1"),)
+
+
+class Theirs(NativeMath):
+    name = "theirs"
+    family = "theirs"
+    aliases = ("their_flash",)
+    auto_rank = 3
+    packages = (Package("their-kernel", "their_kernel", ("weigh",), ">=2"),)
+    declarations = {"cpu": NativeMath.declarations["cpu"]}
 
 
 class Wrong(NativeMath):
@@ -73,6 +80,7 @@ def package(tmp_path: Path) -> Path:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-attention\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[anyattn.backends]\nmine = their_attention:Mine\nwrong = their_attention:Wrong\n"
+        "theirs = their_attention:Theirs\n"
         "packaged = their_attention:Packaged\nmissing = their_attention:Missing\nold = their_attention:Old\n"
     )
     return site
@@ -109,6 +117,66 @@ def test_package_that_only_a_third_party_names_is_looked_for(package: Path) -> N
         "[] ['not_installed'] ['wrong_version']",
         "packaged torch.Size([1, 5, 2, 8])",
     ], done.stderr
+
+
+def _with_kernel(site: Path, version: str) -> None:
+    """Install their kernel, with its functions, beside the package that adapts it."""
+    info = site / f"their_kernel-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: their-kernel\nVersion: {version}\n")
+    (site / "their_kernel.py").write_text("def weigh(): ...\n")
+
+
+THEIRS = """
+import json, torch, anyattn
+
+q = torch.randn(1, 5, 2, 8)
+row = {row.name: row for row in anyattn.backends()}["theirs"]
+chosen = [anyattn.explain(q, q, q, backend=wish).chosen for wish in ("theirs", "their_flash", "Their-Flash", "auto")]
+with anyattn.record() as calls:
+    anyattn.attention(q, q, q, backend="their_flash")
+from anyattn.sources.packages import FUNCTIONS
+print(json.dumps([chosen, calls[0].chosen, row.version, row.needs, row.usable, hasattr(FUNCTIONS["theirs"], "weigh")]))
+"""
+
+
+def test_their_kernel_is_found_by_name_alias_and_auto_and_loaded(package: Path) -> None:
+    _with_kernel(package, "2.5")
+    done = _python(package, "-c", THEIRS)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [["theirs"] * 4, "theirs", "2.5", "their-kernel >=2", True, True]
+
+
+@pytest.mark.parametrize(("version", "got"), [("", "no distribution their-kernel"), ("1.9", "got 1.9")])
+def test_their_kernels_floor_and_command_are_in_the_error(package: Path, version: str, got: str) -> None:
+    if version:
+        _with_kernel(package, version)
+    code = (
+        "import torch, anyattn; q = torch.randn(1, 5, 2, 8);"
+        "print(anyattn.explain(q, q, q, backend='auto').chosen)\n"
+        "try: anyattn.attention(q, q, q, backend='their_flash')\n"
+        "except anyattn.BackendUnavailableError as error: print(error)"
+    )
+    done = _python(package, "-c", code)
+    assert done.stdout.startswith("native\n"), done.stderr
+    assert "their-kernel >=2" in done.stdout
+    assert "pip install 'their-kernel>=2'" in done.stdout
+    assert got in done.stdout
+
+
+def test_doctor_tries_their_kernel(package: Path) -> None:
+    pytest.importorskip("typer", reason="the command line is an extra of anyattn")
+    _with_kernel(package, "2.5")
+    done = _python(package, "-c", "from anyattn.cli import main; main()", "doctor", "theirs", "--json")
+    (row,) = (row for row in json.loads(done.stdout)["backends"] if row["name"] == "theirs")
+    assert (row["state"], row["package"]) == ("works", "their-attention"), done.stderr
+
+
+def test_laws_run_on_their_kernel_by_its_alias(package: Path) -> None:
+    _with_kernel(package, "2.5")
+    code = "import anyattn; report = anyattn.verify('their_flash', cases=6); print(report.passed, report.to_dict())"
+    done = _python(package, "-c", code)
+    assert done.stdout.startswith("True"), done.stdout + done.stderr
 
 
 def test_made_up_machine_holds_what_it_was_given_alone() -> None:

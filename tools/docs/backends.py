@@ -14,7 +14,6 @@ from anyattn.backend.capabilities import Capabilities
 from anyattn.backend.known_bad import table as known_bad
 from anyattn.backend.protocol import Backend
 from anyattn.selection import registry
-from anyattn.types.names import BY_NAME, KNOWN
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests")]
 
@@ -58,9 +57,7 @@ class Row:
 def built_rows() -> list[Row]:
     """Give a row for each backend and distinct declaration, in the order in which tables list them."""
     made = []
-    for name in (known.name for known in KNOWN if known.name in registry.BUILTIN):
-        backend = registry.get(name)
-        assert backend is not None
+    for _, backend in registry.known(registry.BUILTIN):
         by_caps: dict[Capabilities, list[str]] = {}
         for device, caps in backend.declarations.items():
             if device == "meta":  # shapes alone
@@ -76,17 +73,6 @@ def _yes(flag: bool) -> str:
 
 def _name(row: Row) -> str:
     return f"`{row.backend.name}`"
-
-
-def _kernel(row: Row) -> str:
-    known = BY_NAME[row.backend.name]
-    if row.backend.downloads:  # the package of the same kernel isn't what is called
-        return known.needs
-    floors = [
-        f"{package.distribution or package.module} {package.versions}".strip()
-        for package in getattr(row.backend, "packages", ())
-    ]
-    return known.needs + (f" (`{'`, `'.join(floors)}`)" if floors else "")
 
 
 def _device(row: Row) -> str:
@@ -172,7 +158,8 @@ def _verified(row: Row, runs: Sequence[Run]) -> str:
 
 MAIN: Mapping[str, Callable[[Row], str]] = {
     "backend": _name,
-    "kernel": _kernel,
+    "aliases": lambda row: ", ".join(f"`{alias}`" for alias in row.backend.aliases) or "-",
+    "needs": lambda row: row.backend.needs,
     "device": _device,
     "dtypes": _dtypes,
     "head_dim": _dims,
@@ -233,14 +220,6 @@ def page(rows: Sequence[Row] | None = None, runs: Sequence[Run] | None = None) -
             if run.executed
         ),
     )
-    unbuilt = [known for known in KNOWN if known.name not in registry.BUILTIN]
-    if unbuilt:
-        lines += ["## Known, not built yet", ""]
-        aliases = [", ".join(f"`{alias}`" for alias in known.aliases) for known in unbuilt]
-        lines += table(
-            ("backend", "needs", "aliases"),
-            ((f"`{known.name}`", known.needs, said) for known, said in zip(unbuilt, aliases, strict=True)),
-        )
     lines += ["## Kernels known to be wrong or fatal", ""]
     lines += table(
         ("kernel", "what happens", "when", "torch", "instead", "where it is documented"),
@@ -260,7 +239,7 @@ def page(rows: Sequence[Row] | None = None, runs: Sequence[Run] | None = None) -
 
 
 def _place(name: str) -> int:
-    names = [known.name for known in KNOWN]
+    names = list(registry.BUILTIN)
     return names.index(name) if name in names else len(names)
 
 

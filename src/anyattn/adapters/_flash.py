@@ -21,6 +21,33 @@ from anyattn.lowering.storage import realigned
 from anyattn.types.reasons import Conversion
 from anyattn.types.spec import AttentionSpec
 
+FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
+"""What every release of FlashAttention, and what is modelled on it, calls its two entries."""
+
+DECLARED = Capabilities(
+    dtypes=frozenset((torch.float16, torch.bfloat16)),
+    head_dim_max=256,
+    causal=frozenset(("lower_right",)),
+    window=frozenset(("lower_right",)),
+    realigns=True,
+    key_mask=True,
+    dead_rows=True,
+    gqa=True,
+    lse=True,
+    backward=True,
+    deterministic=True,
+    exact=True,
+    unit_stride=False,
+    # Launch grids hold batch and heads in their y and z (flash_fwd_launch_template.h).
+    batch_max=65535,
+    varlen=True,
+    device_guard=True,
+)
+"""What all of them take; each adapter says what else, and what not."""
+
+FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
+"""What FlashAttention of every generation, and what is modelled on it, calls its two entries."""
+
 
 class KernelCall(NamedTuple):
     """What a kernel is called with, beside the plan.
@@ -106,23 +133,6 @@ def lower(
 def keys_left(spec: AttentionSpec, pattern: KernelPattern) -> int:
     """Say how many keys a pattern leaves."""
     return spec.seqlen_kv if pattern.keys is None else pattern.keys[1] - pattern.keys[0]
-
-
-def misreads_right_side(spec: AttentionSpec, pattern: KernelPattern) -> bool:
-    """Whether FlashAttention-2 is wrong about a window's right side where there are more rows than keys.
-
-    `flash_api.cpp`: one of S_kv or more is taken for unbounded though it may still cut, and an unbounded one beside a
-    bounded left one is told the kernel as S_kv, which then cuts (seen on an H100 with 2.8.3).
-    """
-    if spec.same_lengths:
-        return False
-    if spec.packed:
-        return pattern.right > 0 or (pattern.right == -1 and pattern.left >= 0)
-    keys = keys_left(spec, pattern)
-    if pattern.right > 0:
-        return pattern.right >= keys
-    rows = spec.seqlen_q if pattern.rows is None else pattern.rows[1] - pattern.rows[0]
-    return pattern.right == -1 and pattern.left >= 0 and rows - 1 > keys
 
 
 def attend(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, kernel: Kernel) -> Output:

@@ -23,50 +23,28 @@ from torch import Tensor
 from anyattn.adapters import _flash
 from anyattn.adapters._flash import KernelCall
 from anyattn.backend.capabilities import Capabilities, kernel_pattern
+from anyattn.backend.from_hub import FromHub
 from anyattn.backend.patterns import KernelPattern, trimmed
 from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
 from anyattn.lowering import packed_rows
-from anyattn.sources import hub_kernels
-from anyattn.sources.hub import FromHub
+from anyattn.sources.hub import DIFFUSERS, HubKernel
 from anyattn.sources.packages import FUNCTIONS, Package
-from anyattn.types.names import BY_NAME
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import UNKNOWN, AttentionSpec
 
-_INSTALL = BY_NAME["aiter"].install
 _MODULE = "aiter.ops.mha"
-_FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 
-AMD_AITER = Package("amd-aiter", _MODULE, _FUNCTIONS, ">=0.1.5", _INSTALL)
-AITER = Package("aiter", _MODULE, _FUNCTIONS, ">=0.1.5", _INSTALL)
+AMD_AITER = Package(
+    "amd-aiter", _MODULE, _flash.FUNCTIONS, ">=0.1.5", others=("aiter",), note="PyPI's aiter is another package"
+)
+AITER = Package("aiter", _MODULE, _flash.FUNCTIONS, ">=0.1.5", AMD_AITER.command)
 """AMD's own wheels were called that up to 0.1.7; so is PyPI's, which lacks the module."""
 
-UNNAMED = Package("", _MODULE, _FUNCTIONS, install=_INSTALL, found_by=_MODULE)
+UNNAMED = Package("", _MODULE, _flash.FUNCTIONS, install=AMD_AITER.command, found_by=_MODULE)
 """A build without metadata."""
 
-_ROCM = Capabilities(
-    dtypes=frozenset((torch.float16, torch.bfloat16)),
-    rocm=True,
-    head_dim_max=256,
-    head_dim_v=True,
-    causal=frozenset(("lower_right",)),
-    window=frozenset(("lower_right",)),
-    realigns=True,
-    key_mask=True,
-    dead_rows=True,
-    gqa=True,
-    dropout=True,
-    lse=True,
-    backward=True,
-    deterministic=True,
-    exact=True,
-    unit_stride=False,
-    # Its grids are laid out as flash-attn's are.
-    batch_max=65535,
-    varlen=True,
-    device_guard=True,
-)
+_ROCM = _flash.DECLARED.replace(rocm=True, head_dim_v=True, window_any_right=True, dropout=True)
 
 
 def package_on(env: Environment) -> Package:
@@ -83,22 +61,24 @@ class Aiter(Backend):
 
     name = "aiter"
     family = "aiter"
+    aliases = ("aiter_fa2",)
+    auto_rank = 60
+    packages: ClassVar[tuple[Package, ...]] = (AMD_AITER,)
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _ROCM}
 
     def availability(self, env: Environment) -> Iterator[Reason]:
-        yield from super().availability(env)
+        yield from self.no_device(env)
         yield from _not_nvidia(env, self.declarations)
         package = package_on(env)
         if package is AMD_AITER and "amd-aiter" not in env.packages and "aiter" in env.packages:
             got = f"aiter {env.packages['aiter']}, another package that only shares the name"
-            yield Reason("not_installed", "amd-aiter >=0.1.5", got, f"pip uninstall aiter; {_INSTALL}")
+            yield Reason("not_installed", AMD_AITER.wanted, got, f"pip uninstall aiter; {self.install}")
         else:
             yield from package.reasons(env)
 
-    def origin(self, env: Environment) -> str:
+    def package(self, env: Environment) -> Package | None:
         package = package_on(env)
-        version = env.packages.get(package.distribution, "")
-        return f"{package.distribution or _MODULE} {version}".strip() if not any(package.reasons(env)) else ""
+        return None if any(package.reasons(env)) else package
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         pattern = self._pattern(spec)
@@ -135,12 +115,11 @@ class Aiter(Backend):
             return pattern
         return trimmed(pattern, spec.seqlen_q, spec.seqlen_kv)
 
-    def load(self) -> None:
-        found = AMD_AITER.load()
-        default = inspect.signature(found.flash_attn_func).parameters["window_size"].default
+    def prepare(self, functions: Any) -> Any:
+        default = inspect.signature(functions.flash_attn_func).parameters["window_size"].default
         # (left, right) up to 0.1.7, (left, right, sink size) since.
-        found.window_rest = (0,) if isinstance(default, tuple) and len(default) == 3 else ()
-        FUNCTIONS[self.name] = found
+        functions.window_rest = (0,) if isinstance(default, tuple) and len(default) == 3 else ()
+        return functions
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
@@ -151,7 +130,18 @@ class AiterHub(FromHub, Aiter):
     """AITER's composable-kernel attention from the Hub: forward only, bf16, head_dim 64 or 128."""
 
     name = "aiter_hub"
-    hub = hub_kernels.AITER
+    aliases = ("aiter_fa2_hub",)
+    # ROCm, gfx942 and gfx950. Other than amd-aiter: there is no autograd, and outputs are detached; float16 raises
+    # "invalid argument for fmha_fwd"; head_dim is 64 or 128; unknown keywords are swallowed, softcap and deterministic
+    # among them; sinks are `s_aux`, not `sink_ptr`; windows have three parts. lse comes with `return_lse=True`; with
+    # `return_attn_probs=True` alone the second part of the tuple is the dropout mask and not lse (`mha.py`).
+    hub = HubKernel(
+        "kernels-community/aiter-flash-attn-ck",
+        _flash.FUNCTIONS,
+        version=1,
+        source=DIFFUSERS,
+        note="forward only, bfloat16 only, head_dim 64 or 128",
+    )
     declarations: ClassVar[Mapping[str, Capabilities]] = {
         "cuda": _ROCM.replace(
             dtypes=frozenset((torch.bfloat16,)),
@@ -169,9 +159,9 @@ class AiterHub(FromHub, Aiter):
         yield from super().availability(env)
         yield from _not_nvidia(env, self.declarations)
 
-    def load(self) -> None:
-        super().load()
-        FUNCTIONS[self.name].window_rest = (0,)
+    def prepare(self, functions: Any) -> Any:
+        functions.window_rest = (0,)
+        return functions
 
 
 def _not_nvidia(env: Environment, kinds: Iterable[str]) -> Iterator[Reason]:

@@ -9,58 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-import torch
 from packaging.version import Version
 from torch import Tensor
 
 from anyattn.adapters import _flash
 from anyattn.adapters._flash import KernelCall
-from anyattn.backend.capabilities import Capabilities, kernel_pattern
-from anyattn.backend.patterns import KernelPattern
+from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.from_hub import FromHub
 from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.sources import hub_kernels
-from anyattn.sources.hub import FromHub
-from anyattn.sources.packages import FUNCTIONS, Package, first_that_serves, package_reasons
-from anyattn.types.names import BY_NAME
+from anyattn.sources.hub import HubKernel
+from anyattn.sources.packages import FUNCTIONS, Package
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
 
-PACKAGES = (
-    Package(
-        "flash-attn",
-        "flash_attn",
-        ("flash_attn_func", "flash_attn_varlen_func"),
-        ">=2.6.3,<3",
-        BY_NAME["flash2"].install,
-        note="flash-attn-4 alone leaves a namespace flash_attn without these functions",
-    ),
-)
-
-_CUDA = Capabilities(
-    dtypes=frozenset((torch.float16, torch.bfloat16)),
-    arch_min=(8, 0),
-    head_dim_max=256,
-    causal=frozenset(("lower_right",)),
-    window=frozenset(("lower_right",)),
-    realigns=True,
-    key_mask=True,
-    dead_rows=True,
-    gqa=True,
-    dropout=True,
-    softcap=True,
-    lse=True,
-    backward=True,
-    deterministic=True,
-    exact=True,
-    unit_stride=False,
-    # Launch grids hold batch and heads in their y and z (flash_fwd_launch_template.h).
-    batch_max=65535,
-    varlen=True,
-    device_guard=True,
-    compile=True,
-    cuda_graph=True,
-)
+_CUDA = _flash.DECLARED.replace(arch_min=(8, 0), dropout=True, softcap=True, compile=True, cuda_graph=True)
 
 
 class Flash2(Backend):
@@ -68,16 +31,19 @@ class Flash2(Backend):
 
     name = "flash2"
     family = "flash2"
+    aliases: ClassVar[tuple[str, ...]] = ("flash", "flash_attn", "flash_varlen", "flash_attn_2")
+    auto_rank = 40
+    packages: ClassVar[tuple[Package, ...]] = (
+        Package(
+            "flash-attn",
+            "flash_attn",
+            _flash.FUNCTIONS,
+            ">=2.6.3,<3",
+            "pip install {requirement} --no-build-isolation",
+            note="flash-attn-4 alone leaves a namespace flash_attn without these functions",
+        ),
+    )
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
-    packages: ClassVar[tuple[Package, ...]] = PACKAGES
-
-    def availability(self, env: Environment) -> Iterator[Reason]:
-        yield from super().availability(env)
-        yield from package_reasons(self.packages, env)
-
-    def origin(self, env: Environment) -> str:
-        package = first_that_serves(self.packages, env)
-        return "" if package is None else f"{package.distribution} {env.packages[package.distribution]}"
 
     def kernel_version(self, env: Environment) -> Version | None:
         """Give the version of the functions that are called; None where they are new enough."""
@@ -95,14 +61,10 @@ class Flash2(Backend):
             device = env.device(spec.device_type, spec.device_index)
             if device is not None and device.arch is not None and device.arch[0] > 9:
                 yield Reason("arch", "sm80 to sm90 with flash-attn below 2.7", f"sm{device.arch[0]}{device.arch[1]}")
-        yield from _right_window(spec, kernel_pattern(self.declarations[spec.device_type], spec))
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
         return _flash.lower(entry, self.declarations[spec.device_type], spec, packs=True)
-
-    def load(self) -> None:
-        FUNCTIONS[self.name] = self.packages[0].load()
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
@@ -113,7 +75,19 @@ class Flash2Hub(FromHub, Flash2):
     """The same from the Hub, whose builds follow flash-attn 2.8; those for CPUs ignore arguments and aren't used."""
 
     name = "flash2_hub"
-    hub = hub_kernels.FLASH2
+    aliases = ("flash_hub", "flash_varlen_hub", "flash_attn_2_hub")
+    # Signatures and conventions are those of flash-attn 2.8. Builds are for CUDA, ROCm, XPU and CPUs: only CUDA's are
+    # declared, since `flash_attn_cpu/flash_api.cpp` takes dropout, softcap and seqused_k without using them, and leaves
+    # lse undefined. Builds of this line for CUDA 12.8 were known to raise in a backward with fewer key/value heads
+    # (kernels-community issue 1085); that the pinned one doesn't isn't on record.
+    hub = HubKernel(
+        "kernels-community/flash-attn2",
+        _flash.FUNCTIONS,
+        revision="81fb77c12b2ad5d69380669b46739d5868614502",
+        source="a build against torch's stable ABI; the public projects msm_repro (torch 2.14, CUDA 13.0, an H100, "
+        "trains with fewer key/value heads) and laya_blackwell record that they run it",
+        note="there are builds for CPUs, which accept dropout and softcap and ignore them",
+    )
 
     def kernel_version(self, env: Environment) -> Version | None:
         return None  # whatever version of the package is installed beside it
@@ -124,15 +98,6 @@ class Flash2Hub(FromHub, Flash2):
             link = "https://github.com/huggingface/kernels-community/issues/1085"
             hint = "use flash2, or a torch for another CUDA"
             yield Reason("backward", "a CUDA other than 12.8 for gradients with GQA", f"torch {env.torch}", hint, link)
-
-
-def _right_window(spec: AttentionSpec, pattern: KernelPattern | None) -> Iterator[Reason]:
-    """Refuse a window whose right side the kernel gets wrong."""
-    if pattern is not None and _flash.misreads_right_side(spec, pattern):
-        side = "an unbounded right side" if pattern.right == -1 else f"{pattern.right} on the right"
-        got = f"{side} with {_flash.keys_left(spec, pattern)} keys, in lower-right alignment"
-        need = "a right side below seqlen_kv where there are more queries than keys"
-        yield Reason("mask", need, got, "flex takes every mask")
 
 
 def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:

@@ -31,19 +31,9 @@ from anyattn.environment import Environment
 from anyattn.lowering import host_lengths
 from anyattn.lowering.host_lengths import Sequences
 from anyattn.lowering.storage import realigned
-from anyattn.sources.packages import FUNCTIONS, Package, first_that_serves, package_reasons
-from anyattn.types.names import BY_NAME
+from anyattn.sources.packages import FUNCTIONS, Package
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
-
-PACKAGES = (
-    Package(
-        "torch-npu",
-        "torch_npu",
-        ("npu_fusion_attention",),
-        install=BY_NAME["npu"].install,
-    ),
-)
 
 _NPU = Capabilities(
     dtypes=frozenset((torch.float16, torch.bfloat16, torch.float32)),
@@ -80,16 +70,17 @@ class Npu(Backend):
 
     name = "npu"
     family = "npu"
+    aliases = ("_native_npu",)
+    auto_rank = 5
+    packages = (
+        Package(
+            "torch-npu",
+            "torch_npu",
+            ("npu_fusion_attention",),
+            install="pip install torch_npu (of torch's own minor version)",
+        ),
+    )
     declarations: ClassVar[Mapping[str, Capabilities]] = {"npu": _NPU}
-    packages: ClassVar[tuple[Package, ...]] = PACKAGES
-
-    def availability(self, env: Environment) -> Iterator[Reason]:
-        yield from super().availability(env)
-        yield from package_reasons(self.packages, env)
-
-    def origin(self, env: Environment) -> str:
-        package = first_that_serves(self.packages, env)
-        return "" if package is None else f"{package.distribution} {env.packages[package.distribution]}"
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = self.declarations.get(spec.device_type)
@@ -106,9 +97,6 @@ class Npu(Backend):
         if not spec.packed:
             return lowering
         return dataclasses.replace(lowering, conversions=(*lowering.conversions, host_lengths.READ))
-
-    def load(self) -> None:
-        FUNCTIONS[self.name] = self.packages[0].load()
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:

@@ -19,10 +19,10 @@ from torch import Tensor
 from anyattn.adapters import _flash
 from anyattn.adapters._flash import KernelCall
 from anyattn.backend.capabilities import BOTH, Capabilities
+from anyattn.backend.from_hub import FromHub
 from anyattn.backend.protocol import Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.sources import hub_kernels
-from anyattn.sources.hub import FromHub
+from anyattn.sources.hub import DIFFUSERS, HubKernel
 from anyattn.sources.packages import FUNCTIONS
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
@@ -49,7 +49,15 @@ class SageBlackwellHub(FromHub):
 
     name = "sage_blackwell_hub"
     family = "sage_blackwell"
-    hub = hub_kernels.SAGE_BLACKWELL
+    # `sageattn3_blackwell(q, k, v, attn_mask=None, is_causal=False, per_block_mean=True, **kwargs)`, `(B, H, S, D)`: it
+    # ignores attn_mask, swallows scale, and writes to the caller's key.
+    hub = HubKernel(
+        "SageAttention/sage-blackwell",
+        ("sageattn3_blackwell",),
+        version=1,
+        source=DIFFUSERS,
+        note="SageAttention 3, another kernel than sage-attention's",
+    )
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:

@@ -28,21 +28,9 @@ from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
 from anyattn.lowering.dense import pattern_mask
 from anyattn.lowering.lse import repeat_heads
-from anyattn.sources.packages import FUNCTIONS, Package, first_that_serves, package_reasons
-from anyattn.types.names import BY_NAME
+from anyattn.sources.packages import FUNCTIONS, Package
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec, PatternSpec
-
-PACKAGES = (
-    Package(
-        "torch-xla",
-        "torch_xla.experimental.custom_kernel",
-        ("flash_attention",),
-        ">=2.5",
-        BY_NAME["xla"].install,
-        note="`ab` came with 2.5, `sm_scale` with 2.4",
-    ),
-)
 
 _XLA = Capabilities(
     dtypes=frozenset((torch.bfloat16, torch.float32)),
@@ -73,8 +61,19 @@ class Xla(Backend):
 
     name = "xla"
     family = "xla"
+    aliases = ("_native_xla",)
+    auto_rank = 5
+    packages = (
+        Package(
+            "torch-xla",
+            "torch_xla.experimental.custom_kernel",
+            ("flash_attention",),
+            ">=2.5",
+            "pip install 'torch_xla[tpu,pallas]{versions}'",
+            note="`ab` came with 2.5, `sm_scale` with 2.4",
+        ),
+    )
     declarations: ClassVar[Mapping[str, Capabilities]] = {"xla": _XLA}
-    packages: ClassVar[tuple[Package, ...]] = PACKAGES
 
     def availability(self, env: Environment) -> Iterator[Reason]:
         yield from super().availability(env)
@@ -82,11 +81,6 @@ class Xla(Backend):
         if device is not None and device.name != "TPU":
             got = f"an XLA device of type {device.name or 'unknown'}"
             yield Reason("no_device", "a TPU", got, "set PJRT_DEVICE=TPU where there is one, or choose another backend")
-        yield from package_reasons(self.packages, env)
-
-    def origin(self, env: Environment) -> str:
-        package = first_that_serves(self.packages, env)
-        return "" if package is None else f"{package.distribution} {env.packages[package.distribution]}"
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         if 0 < spec.scale < 1e-9:

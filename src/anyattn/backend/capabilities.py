@@ -28,12 +28,17 @@ class Capabilities:
         arch_max: The highest, or None.
         rocm: Whether AMD GPUs are served.
         head_dim_max: The largest head_dim.
+        head_dim_min: The smallest of head_dim and head_dim_v.
         head_dims: Which head dims there are where that depends on the compute capability; of others, none.
         head_dim_multiple: What head_dim and head_dim_v must be multiples of.
         head_dim_v: Whether value's head_dim may differ from query's.
         causal: The alignments in which the kernel itself does causal attention.
         causal_square: Whether it does so only where there are as many queries as keys.
         window: The alignments in which the kernel itself does sliding windows.
+        window_any_right: Whether a window's right side may be any where there are more queries than keys; otherwise it
+            must be below the number of keys. FlashAttention-2 takes one of S_kv or more for unbounded though it may
+            still cut, and an unbounded one beside a bounded left side for S_kv, which then cuts (`flash_api.cpp`; seen
+            on an H100 with 2.8.3). It matters to kernels with `realigns` and windows.
         realigns: Whether the backend says a pattern in its kernel's own alignment where that can be done exactly (it
             then calls `kernel_pattern`); otherwise alignments must agree, or the lengths.
         key_mask: Whether the kernel takes a key mask as such.
@@ -49,6 +54,7 @@ class Capabilities:
         dropout_of_all: Whether that is right where everything is dropped, dropout_p == 1.
         softcap: Whether it does softcap.
         sinks: Whether it does sinks.
+        sinks_grad: Whether it gives their gradient.
         scale_any: Whether zero and negative scales are right.
         lse: Whether it gives the log-sum-exp.
         backward: Whether it gives gradients.
@@ -76,12 +82,14 @@ class Capabilities:
     arch_max: Arch | None = None
     rocm: bool = False
     head_dim_max: int = 0
+    head_dim_min: int = 1
     head_dims: tuple[HeadDims, ...] = ()
     head_dim_multiple: int = 1
     head_dim_v: bool = False
     causal: frozenset[Align] = frozenset()
     causal_square: bool = False
     window: frozenset[Align] = frozenset()
+    window_any_right: bool = False
     realigns: bool = False
     key_mask: bool = False
     key_and_pattern: bool = False
@@ -96,6 +104,7 @@ class Capabilities:
     dropout_of_all: bool = False
     softcap: bool = False
     sinks: bool = False
+    sinks_grad: bool = False
     scale_any: bool = False
     lse: bool = False
     backward: bool = False
@@ -148,9 +157,22 @@ def kernel_pattern(caps: Capabilities, spec: AttentionSpec) -> KernelPattern | N
         if found is None:
             continue
         causal = found.is_causal and align in caps.causal and (not caps.causal_square or _is_square(found, spec))
-        if found.is_full or align in caps.window or causal:
+        window = align in caps.window and (caps.window_any_right or not _right_side_is_misread(found, spec))
+        if found.is_full or window or causal:
             return found
     return None
+
+
+def _right_side_is_misread(pattern: KernelPattern, spec: AttentionSpec) -> bool:
+    """Whether a window's right side is one that needs `window_any_right`."""
+    if spec.same_lengths:
+        return False
+    open_right = pattern.right == -1 and pattern.left >= 0
+    if spec.packed:
+        return pattern.right > 0 or open_right
+    keys = spec.seqlen_kv if pattern.keys is None else pattern.keys[1] - pattern.keys[0]
+    rows = spec.seqlen_q if pattern.rows is None else pattern.rows[1] - pattern.rows[0]
+    return pattern.right >= keys if pattern.right > 0 else open_right and rows - 1 > keys
 
 
 def as_run(caps: Capabilities | None, spec: AttentionSpec) -> AttentionSpec:

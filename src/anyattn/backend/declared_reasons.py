@@ -46,6 +46,8 @@ def _shape(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     largest = max(spec.head_dim, spec.head_dim_v)
     if largest > caps.head_dim_max:
         yield Reason("head_dim", f"head_dim <= {caps.head_dim_max}", str(largest))
+    if min(spec.head_dim, spec.head_dim_v) < caps.head_dim_min:
+        yield Reason("head_dim", f"head_dim >= {caps.head_dim_min}", str(min(spec.head_dim, spec.head_dim_v)))
     for name, size in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
         if size % caps.head_dim_multiple:
             yield Reason("head_dim", f"{name} a multiple of {caps.head_dim_multiple}", str(size))
@@ -180,6 +182,8 @@ def _features(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
             yield Reason("sinks", "sinks without gradients (done by rescaling with lse)", "gradients needed")
         elif spec.dropout_p:
             yield Reason("sinks", "sinks without dropout (done by rescaling with lse)", f"dropout {spec.dropout_p}")
+    if "sinks" in spec.requires_grad and caps.sinks and not caps.sinks_grad:
+        yield Reason("backward", "sinks that need no gradient", "sinks that require one", "detach them")
     if spec.scale <= 0 and not caps.scale_any:
         yield Reason("scale", "scale > 0 (the kernel gives NaN otherwise)", str(spec.scale))
     if spec.return_lse and not caps.lse:

@@ -15,21 +15,27 @@ class HeadDims:
         major: That capability, such as 9 for sm90.
         largest: Up to which head_dim and head_dim_v are free.
         pairs: Further pairs of the two.
+        largest_grad: Up to which they are free where gradients are needed; None is the same.
         plain_pairs: Further pairs, of calls without softcap, sinks and key masks alone.
     """
 
     major: int
     largest: int
     pairs: tuple[tuple[int, int], ...] = ()
+    largest_grad: int | None = None
     plain_pairs: tuple[tuple[int, int], ...] = ()
 
     def takes(self, spec: AttentionSpec) -> bool:
         """Whether a call's head dims are among them."""
         pair = (spec.head_dim, spec.head_dim_v)
         plain = spec.softcap is None and not spec.sinks and spec.mask.key is None
+        if self.largest_grad is not None and spec.needs_grad:
+            return max(pair) <= self.largest_grad
         return max(pair) <= self.largest or pair in self.pairs or (plain and pair in self.plain_pairs)
 
     def __str__(self) -> str:
         said = [f"<= {self.largest}", *(str(pair) for pair in self.pairs)]
+        if self.largest_grad is not None:
+            said[0] += f" (<= {self.largest_grad} with gradients)"
         said += [f"{pair} without softcap, sinks and key masks" for pair in self.plain_pairs]
         return ", or ".join(said)

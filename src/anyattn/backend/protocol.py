@@ -1,7 +1,9 @@
 """The protocol of a backend and its laws.
 
-A backend is a declaration (`declarations`, one `Capabilities` per type of device), what no field can say
-(`rejects`), a pure description of how a call reaches its kernel (`lower`), and the call itself (`run`).
+A backend is a class that says everything about itself: its names, the packages that bring its kernel, its place in
+`auto`'s order, a declaration (`declarations`, one `Capabilities` per type of device), what no field can say
+(`rejects`), a pure description of how a call reaches its kernel (`lower`), and the call itself (`run`). The registry,
+errors, reports and the documentation's tables are made from it.
 
 Laws, checked for every backend by `anyattn.testing`:
     1. A call that isn't refused gives what `anyattn.reference` gives, forward and backward.
@@ -17,11 +19,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
+from anyattn.backend import needs
 from anyattn.backend.capabilities import Capabilities
 from anyattn.backend.declared_reasons import declared_reasons
 from anyattn.backend.known_bad.table import hits
 from anyattn.backend.patterns import KernelPattern
-from anyattn.environment import Environment
+from anyattn.environment import Environment, detect
+from anyattn.sources.packages import FUNCTIONS, Package, first_that_serves, package_reasons
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
 
@@ -107,9 +111,17 @@ MaskedRunner = Callable[[Tensor, Tensor, Tensor, Any], Output]
 class Backend:
     """One attention implementation under one name; subclass it, one file per family.
 
+    A subclass with a name of its own inherits neither `aliases` nor `auto_rank`: both belong to a name.
+
     Attributes:
         name: Its canonical name.
         family: The group that shares a kernel source.
+        aliases: Other names, Diffusers' among them.
+        packages: The distributions that bring its kernel, the likeliest first: one that serves is enough. Empty if it
+            comes with torch.
+        auto_rank: Its place in the order in which `auto` tries the backends that declare the call's type of device:
+            the lowest number first, and among equals the one that is registered first. `native` has 10, and
+            `native_math`, which takes nearly every call, 90: the default comes after it.
         declarations: What it accepts, per type of device.
         downloads: Whether `load` may fetch the kernel's code over a network: then nothing but a person's naming it has
             it loaded, never `auto`, nor what looks at every backend.
@@ -119,17 +131,46 @@ class Backend:
 
     name: ClassVar[str] = ""
     family: ClassVar[str] = ""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[tuple[Package, ...]] = ()
+    auto_rank: ClassVar[int] = 100
     declarations: ClassVar[Mapping[str, Capabilities]] = {}
     downloads: ClassVar[bool] = False
     is_double: ClassVar[bool] = False
     quantises: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" in vars(cls):
+            cls.aliases = vars(cls).get("aliases", ())
+            cls.auto_rank = vars(cls).get("auto_rank", Backend.auto_rank)
+
+    @property
+    def needs(self) -> str:
+        """What has to be there, in words: the packages with the versions that serve, and the device."""
+        return needs.needs(self.packages, self.declarations)
+
+    @property
+    def install(self) -> str:
+        """What installs its kernel: the command of each package that brings it; empty if it comes with torch."""
+        return needs.install(self.packages)
+
+    def package(self, env: Environment) -> Package | None:
+        """Return the package that brings the kernel on a machine, or None. Law: pure."""
+        return first_that_serves(self.packages, env)
+
     def origin(self, env: Environment) -> str:
         """Say where the kernel's code comes from: a distribution with its version, or a Hub revision. Law: pure."""
-        return ""
+        package = self.package(env)
+        return "" if package is None else package.origin(env)
 
     def availability(self, env: Environment) -> Iterator[Reason]:
-        """Yield why the kernel isn't to be had here: not installed, too old, no such device. Law: pure."""
+        """Yield why the kernel isn't to be had here: no such device, not installed, too old. Law: pure."""
+        yield from self.no_device(env)
+        yield from package_reasons(self.packages, env)
+
+    def no_device(self, env: Environment) -> Iterator[Reason]:
+        """Yield a reason if the machine has none of the devices that are declared. Law: pure."""
         if not any(env.device(kind) for kind in self.declarations):
             kinds = " or ".join(self.declarations)
             yield Reason("no_device", f"a {kinds} device", ", ".join(device.type for device in env.devices))
@@ -170,9 +211,21 @@ class Backend:
     def load(self) -> None:
         """Import the kernel; called once, before the first `run`. Law: nothing else imports it.
 
+        The functions of the package that serves are then `anyattn.sources.packages.FUNCTIONS[name]`.
+
         Raises:
             Exception: Whatever the kernel's package raises; it is reported as BackendUnavailableError.
         """
+        if self.packages:
+            FUNCTIONS[self.name] = self.prepare((self.package(detect()) or self.packages[0]).load())
+
+    def prepare(self, functions: Any) -> Any:
+        """Return what `run` finds of a kernel, made from the functions that were imported: what is told from them.
+
+        Raises:
+            ImportError: If they are no functions that `run` can call.
+        """
+        return functions
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:

@@ -1,6 +1,6 @@
 """The command line: `anyattn doctor`, `explain`, `verify` and `demo`.
 
-Each command is a function that gives a frozen report (`to_dict`, `exit_code`); `render` alone prints. Needs the extra
+Each command is a function that returns a frozen report (`to_dict`, `exit_code`); only `render` prints. Needs the extra
 `anyattn[cli]`.
 """
 
@@ -15,7 +15,7 @@ def main() -> None:
     """Run the command line; the entry point of the script `anyattn`.
 
     Raises:
-        SystemExit: Always, with the command's exit code; 2 where typer or rich isn't installed.
+        SystemExit: Always, with the command's exit code; 2 if typer or rich isn't installed.
     """
     for package in ("typer", "rich"):
         try:

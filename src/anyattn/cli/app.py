@@ -1,4 +1,4 @@
-"""The command line's words: options in, a report out, an exit code at the end."""
+"""The commands and their options: each makes a report, prints it, and ends with its exit code."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _answer(make: Callable[[Progress], Report], show: Callable[[Any], Any], as_j
 def doctor(
     backends: opt.Tried = None, no_try: opt.NoTry = False, timeout: opt.Timeout = 120, as_json: opt.Json = False
 ) -> None:
-    """Say what works here, what doesn't, why, and the cure.
+    """Show what works here, what doesn't, why, and how to fix it.
 
     Every usable backend is tried on tiny inputs (a plain call, one with padding, one with gradients) and compared with
     the reference, each in a process of its own: one that crashes or hangs is a line of the report.
@@ -72,7 +72,7 @@ def doctor(
     _answer(make, show, as_json)
 
 
-@app.command(epilog="Exit codes: 0 if something asked for admits the call, 1 if nothing does, 2 for wrong usage.")
+@app.command(epilog="Exit codes: 0 if a requested backend admits the call, 1 if none does, 2 for wrong usage.")
 def explain(
     context: typer.Context,
     shape: opt.Shape,
@@ -98,9 +98,9 @@ def explain(
     torch: opt.Torch = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Say what would run for a call, and why nothing else.
+    """Show what would run for a call, and why nothing else would.
 
-    Nothing is run and no tensor made; every backend that refuses the call gives all its reasons.
+    No kernel is run and no tensor is made. Every reason of every backend that refuses the call is shown.
 
     Example: anyattn explain --shape 2,4096,24,128 --kv 77 --mask padding --as h100
     """
@@ -131,7 +131,7 @@ def verify(
     """Run the laws of a backend on this machine.
 
     Cases are drawn from each backend's declaration, adversarial ones among them. A backend that can't run here is a
-    failure where it is named, and left out where none is.
+    failure if it is named, and is left out if none is.
     """
     from anyattn.cli.commands import verify as command
     from anyattn.cli.views.verify import show

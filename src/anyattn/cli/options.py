@@ -21,18 +21,18 @@ Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, float64, o
 Masks = Annotated[
     list[str] | None, typer.Option("--mask", metavar="MASK", help=f"{', '.join(MASK_WORDS)}. Several are joined.")
 ]
-Prepared = Annotated[bool, typer.Option("--prepared", help="prepare_mask saw a key in every row.")]
-Scale = Annotated[float | None, typer.Option(help="What scores are multiplied by. [1/sqrt(D)]")]
+Prepared = Annotated[bool, typer.Option("--prepared", help="Every row has a key, as prepare_mask records it.")]
+Scale = Annotated[float | None, typer.Option(help="Factor of the scores. [1/sqrt(D)]")]
 Softcap = Annotated[float | None, typer.Option(help="cap * tanh(score / cap).")]
 Sinks = Annotated[bool, typer.Option("--sinks", help="Extra logits in the softmax's denominator.")]
-Lse = Annotated[bool, typer.Option("--lse", help="The log-sum-exp is wanted too.")]
+Lse = Annotated[bool, typer.Option("--lse", help="Return the log-sum-exp too.")]
 Grad = Annotated[bool, typer.Option("--grad", help="Query, key and value need gradients.")]
-MaskGrad = Annotated[bool, typer.Option("--mask-grad", help="The additive mask needs one.")]
+MaskGrad = Annotated[bool, typer.Option("--mask-grad", help="The additive mask needs a gradient.")]
 Dropout = Annotated[float, typer.Option(help="Probability with which a weight is dropped.")]
 Compiled = Annotated[bool, typer.Option("--compile", help="The call is inside torch.compile.")]
-Deterministic = Annotated[bool, typer.Option("--deterministic", help="Deterministic algorithms are asked for.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="Deterministic algorithms are required.")]
 
-# What decides it, and where.
+# Who decides, on which machine.
 Preferred = Annotated[
     str | None, typer.Option(metavar="NAME[,NAME]...", help="One is required, several are preferred in order.")
 ]
@@ -47,20 +47,18 @@ Packages = Annotated[
 ]
 Torch = Annotated[str | None, typer.Option(metavar="VERSION", help="Suppose a version of torch.")]
 
-# What runs, and where.
+# What runs, on which device.
 Tried = Annotated[
-    list[str] | None, typer.Argument(metavar="[BACKEND]...", help="Try these alone. [all that are usable]")
+    list[str] | None, typer.Argument(metavar="[BACKEND]...", help="Try only these. [all that are usable]")
 ]
-NoTry = Annotated[bool, typer.Option("--no-try", help="Try nothing: say what can be said without.")]
+NoTry = Annotated[bool, typer.Option("--no-try", help="Try no kernel; report only what is known without.")]
 Timeout = Annotated[float, typer.Option(min=1, help="Seconds that one step of a trial may take.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cuda where there is one]")]
-Verified = Annotated[
-    list[str] | None, typer.Argument(metavar="[BACKEND]...", help="Verify these alone. [all that are built]")
-]
-OnType = Annotated[str | None, typer.Option(help="cpu, cuda, ... [cuda where there is one]")]
-Cases = Annotated[int, typer.Option(min=0, help="How many cases to draw, beside the adversarial ones.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cuda if there is one]")]
+Verified = Annotated[list[str] | None, typer.Argument(metavar="[BACKEND]...", help="Verify only these. [all]")]
+OnType = Annotated[str | None, typer.Option(help="cpu, cuda, ... [cuda if there is one]")]
+Cases = Annotated[int, typer.Option(min=0, help="How many cases to draw, besides the adversarial ones.")]
 Laws = Annotated[list[str] | None, typer.Option("--law", help="Run this law; may be repeated. [all]")]
-Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Where the contact sheet goes.")]
 Models = Annotated[list[str] | None, typer.Option("--model", help="Run this model; may be repeated. [all]")]
 Backends = Annotated[

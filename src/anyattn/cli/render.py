@@ -33,7 +33,7 @@ def report(found: Report, show: Callable[[Any], RenderableType], as_json: bool) 
 
     Args:
         found: The answer.
-        show: Makes what people read of it.
+        show: Builds the terminal view of it.
         as_json: Whether to print it as JSON instead.
     """
     if as_json:
@@ -44,7 +44,7 @@ def report(found: Report, show: Callable[[Any], RenderableType], as_json: bool) 
 
 
 def failure(error: AnyattnError, as_json: bool) -> None:
-    """Print why a command gives no answer: on stderr for people, as JSON for programs."""
+    """Print why a command has no answer: on stderr for people, as JSON for programs."""
     if as_json:
         _print_json({"ok": False, "error": {"type": type(error).__name__, "message": str(error)}})
     else:
@@ -64,24 +64,24 @@ def busy(as_json: bool) -> Iterator[Progress]:
     bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
     task = bar.add_task("", total=None, visible=False)
 
-    def told(step: Step) -> None:
+    def show(step: Step) -> None:
         bar.start()
         bar.update(task, description=step.text, completed=step.done, total=step.total or None, visible=True)
 
-    with _stdout_kept() if as_json else contextlib.nullcontext():
+    with _stdout_reserved() if as_json else contextlib.nullcontext():
         try:
-            yield told
+            yield show
         finally:
             bar.stop()
 
 
 @contextlib.contextmanager
-def _stdout_kept() -> Iterator[None]:
+def _stdout_reserved() -> Iterator[None]:
     """Send whatever is written to stdout to stderr, by Python or by compiled code."""
     sys.stdout.flush()
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            kept = os.dup(1)
+            saved = os.dup(1)
         except OSError:  # there is no stdout to keep clean
             yield
             return
@@ -90,8 +90,8 @@ def _stdout_kept() -> Iterator[None]:
                 os.dup2(2, 1)
             yield
         finally:
-            os.dup2(kept, 1)
-            os.close(kept)
+            os.dup2(saved, 1)
+            os.close(saved)
 
 
 def _print_json(data: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What every command gives, and what it says on the way: values alone."""
+"""The report that every command returns, and its progress: values only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from anyattn.errors import AnyattnError
 
 
 class UsageError(AnyattnError, ValueError):
-    """A command was asked something that has no meaning; the message says what would have one."""
+    """Wrong usage of a command; the message says what was given, and what to write instead."""
 
 
 class Report(Protocol):
@@ -20,7 +20,7 @@ class Report(Protocol):
         """What the process ends with: 0 is yes, 1 is no."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
 
 
 class Step(NamedTuple):
@@ -29,7 +29,7 @@ class Step(NamedTuple):
     Attributes:
         text: What is being done.
         done: How many steps are finished.
-        total: How many there are; 0 where that isn't known.
+        total: How many there are; 0 if that isn't known.
     """
 
     text: str
@@ -38,4 +38,4 @@ class Step(NamedTuple):
 
 
 Progress = Callable[[Step], None]
-"""Gets told about each step."""
+"""Called with each step."""

@@ -1,4 +1,4 @@
-"""From words on a command line to a described call and a supposed machine; no tensor is made."""
+"""Parse the words of a command line into a described call and a supposed machine; no tensor is made."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from anyattn import environment
 from anyattn.call.describe import build_spec
 from anyattn.call.facts import Facts, MaskFacts, Options
 from anyattn.cli.reports import UsageError
-from anyattn.environment import DISTRIBUTIONS, PRESET_NAMES, Environment
+from anyattn.environment import PRESET_NAMES, Environment
 from anyattn.masks.objects import Align, Pattern, join_patterns
+from anyattn.selection import registry
 from anyattn.types.spec import AttentionSpec
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "npu", "xla")
@@ -32,7 +33,7 @@ MASK_WORDS = (
     "boolean[:B,H,Q,K]",
     "bias[:DTYPE][:B,H,Q,K]",
 )
-"""What `--mask` takes; -1 is an unbounded side, and a dense mask is (B, 1, S_q, S_kv) where nothing is said."""
+"""What `--mask` takes; -1 is an unbounded side, and a dense mask is (B, 1, S_q, S_kv) if no shape is given."""
 
 _SHORT_DTYPES = {
     "bf16": torch.bfloat16,
@@ -47,7 +48,7 @@ _SHORT_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class CallWords:
-    """A call of attention as a person writes it.
+    """A call of attention as it is written on the command line.
 
     Attributes:
         shape: The query's `B,S,H,D`.
@@ -59,13 +60,13 @@ class CallWords:
         scale: As for `anyattn.attention`.
         softcap: As for `anyattn.attention`.
         sinks: Whether there are sinks.
-        lse: Whether the log-sum-exp is wanted.
+        lse: Whether the log-sum-exp is returned.
         grad: Whether query, key and value need gradients.
-        mask_grad: Whether the additive mask needs one.
+        mask_grad: Whether the additive mask needs a gradient.
         dropout: As `dropout_p` for `anyattn.attention`.
         prepared: Whether the mask is known to leave every row a key.
         compiled: Whether the call is inside `torch.compile`.
-        deterministic: Whether deterministic algorithms are asked for.
+        deterministic: Whether deterministic algorithms are required.
     """
 
     shape: str
@@ -87,7 +88,7 @@ class CallWords:
 
 
 def spec_of(words: CallWords, device_type: str) -> AttentionSpec:
-    """Describe the call that the words mean.
+    """Return the description of the call that the words mean.
 
     Raises:
         UsageError: If a word has no meaning.
@@ -133,7 +134,7 @@ def spec_of(words: CallWords, device_type: str) -> AttentionSpec:
 
 
 def machine_of(preset: str | None, packages: Sequence[str], torch_version: str | None) -> Environment:
-    """Give the machine that is meant: this one or a preset, with what is supposed of it.
+    """Return this machine or a preset, with the packages and the torch that are supposed.
 
     Args:
         preset: One of `anyattn.environment.PRESET_NAMES`, or None for this machine.
@@ -150,13 +151,11 @@ def machine_of(preset: str | None, packages: Sequence[str], torch_version: str |
             raise UsageError(f"--as {preset}: no such device. {_guess(preset, PRESET_NAMES)}")
         return environment.preset(preset, packages=supposed, torch_version=torch_version)
     here = environment.detect()
-    return dataclasses.replace(
-        here, packages={**here.packages, **supposed}, torch=here.torch if torch_found is None else torch_found
-    )
+    return dataclasses.replace(here.supposing(supposed), torch=here.torch if torch_found is None else torch_found)
 
 
 def device_type_of(wanted: str | None, machine: Environment) -> str:
-    """Give the type of device that a call is on: what is wanted, else the machine's first accelerator, else its CPU.
+    """Return the type of device of a call: the one wanted, else the machine's first accelerator, else its CPU.
 
     Raises:
         UsageError: If there is no such type.
@@ -218,8 +217,9 @@ def _package(text: str) -> tuple[str, str]:
     name = name.strip().lower().replace("_", "-")
     if not equals:
         raise UsageError(f"--with must be NAME=VERSION, such as flash-attn=2.8.3; {text!r} was given.")
-    if name not in DISTRIBUTIONS:
-        raise UsageError(f"--with {name}: no package that a choice depends on. {_guess(name, DISTRIBUTIONS)}")
+    if name not in registry.distributions():
+        known = registry.distributions()
+        raise UsageError(f"--with {name}: no package that a choice depends on. {_guess(name, known)}")
     return name, str(_version(f"--with {name}", version.lstrip("=").strip()))
 
 
@@ -234,7 +234,9 @@ def _mask(words: CallWords, query: Facts, seqlen_kv: int) -> MaskFacts:
             pattern = new_pattern if pattern is None else join_patterns(pattern, new_pattern)
         elif word in ("padding", "lengths"):
             if key is not None or details:
-                raise UsageError(f"--mask {text}: one key mask, padding or lengths, without further details.")
+                raise UsageError(
+                    f"--mask {text}: a call has one key mask, padding or lengths, without further details."
+                )
             shape = (query.shape[0], seqlen_kv) if word == "padding" else (query.shape[0],)
             key = Facts(shape, torch.bool if word == "padding" else torch.int32, query.device, False)
         elif word in ("boolean", "bias"):
@@ -272,12 +274,12 @@ def _dense(word: str, details: list[str], words: CallWords, query: Facts, seqlen
         elif word == "bias":
             dtype = _dtype(detail)
         else:
-            raise UsageError(f"--mask {word}:{detail}: a shape B,H,Q,K may follow, and nothing else.")
+            raise UsageError(f"--mask {word}:{detail}: only a shape B,H,Q,K may follow {word}, and nothing else.")
     return Facts(shape, dtype, query.device, words.mask_grad)
 
 
 def checked_device(name: str | None) -> str:
-    """Give a device that tensors can be made on; None is the CUDA device where there is one, else the CPU.
+    """Return a device that tensors can be made on; None is the CUDA device if there is one, else the CPU.
 
     Raises:
         UsageError: If there is no such device here.

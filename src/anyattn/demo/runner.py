@@ -49,7 +49,7 @@ def usable_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     """
     kind = torch.device(device).type
     rows = [row.name for row in anyattn.backends() if row.usable and row.exact]
-    return tuple(name for name, backend in known(rows) if backend is not None and kind in backend.declarations)
+    return tuple(name for name, backend in known(rows) if kind in backend.declarations)
 
 
 def run_demo(

@@ -52,8 +52,23 @@ class Packages(Mapping[str, str]):
             raise KeyError(name)
         return found
 
+    def with_others(self, versions: Mapping[str, str]) -> Packages:
+        """Return what this holds and knows, with other versions of some distributions."""
+        names = {canonical_name(name) for name in versions}
+        left = {name: version for name, version in self._given.items() if canonical_name(name) not in names}
+        return Packages({**left, **versions}, self._look_up)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._given)
+
+    def __eq__(self, other: object) -> bool:
+        # What a machine answers later isn't known now: two looks at it aren't equal.
+        if isinstance(other, Packages) and (self._look_up or other._look_up):
+            return self._asked is other._asked
+        return Mapping.__eq__(self, other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self._given.items())))
 
     def __len__(self) -> int:
         return len(self._given)

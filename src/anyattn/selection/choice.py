@@ -40,7 +40,7 @@ def choice_of(decision: Decision) -> Choice:
     return choice
 
 
-class Known(Mapping[str, "Backend | None"]):
+class Known(Mapping[str, Backend]):
     """The backends known at one moment, each looked up when it is asked for."""
 
     def __init__(self, wanted: Sequence[str], *, third_parties: bool) -> None:
@@ -54,7 +54,7 @@ class Known(Mapping[str, "Backend | None"]):
         self._third_parties = registry.third_parties() if third_parties else ()
         self._given = registry.given()
 
-    def __getitem__(self, name: str) -> Backend | None:
+    def __getitem__(self, name: str) -> Backend:
         found = self._given.get(name)
         return registry.get(name) if found is None else found
 

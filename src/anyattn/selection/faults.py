@@ -13,9 +13,9 @@ import torch
 from anyattn.errors import AnyattnError, AnyattnWarning, KernelError
 from anyattn.process.bounded import Bounded
 from anyattn.scopes.defaults import _lock, forget
+from anyattn.selection import registry
 from anyattn.selection.choice import choice_of
 from anyattn.types.decision import Decision
-from anyattn.types.names import BY_NAME
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
 
@@ -70,10 +70,15 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
-def broken_import(name: str, error: BaseException | str) -> Reason:
-    """Say that a backend's kernel is installed but can't be imported, and what cures it."""
-    known = BY_NAME.get(name)
-    install = known.install if known is not None else ""
+def broken_import(name: str, error: BaseException | str, install: str | None = None) -> Reason:
+    """Say that a backend's kernel is installed but can't be imported, and what cures it.
+
+    Args:
+        name: The backend.
+        error: What was raised, or how the process ended.
+        install: The command that installs it; None asks its class, which is imported for that.
+    """
+    install = registry.get(name).install if install is None else install
     cure = "mend or uninstall the package that brings it"
     if install:
         cure = f"it was likely built for another torch or Python than these: uninstall it and get it anew ({install})"

@@ -9,7 +9,7 @@ from anyattn.process.bounded import Bounded
 from anyattn.scopes import defaults
 from anyattn.selection import registry
 from anyattn.types.decision import Precision, Preference
-from anyattn.types.names import AUTO, BY_NAME
+from anyattn.types.names import AUTO
 
 Backends = str | list[str] | tuple[str, ...]
 """A name, an alias, `"auto"`, or a list in order of preference."""
@@ -32,8 +32,8 @@ def scope_of_call(scope: defaults.Scope, backend: Any) -> defaults.Scope:
     if found is None or scope.recorder is not None:
         wish = make_preference(backend, "backend=", scope.settings.precision)
         found = defaults.changed(scope, context=wish, override=True)
-        # Names of third parties can go again; those of the plan stay.
-        if scope.recorder is None and all(name in BY_NAME or name == AUTO for name in wish.names):
+        # Names of third parties can go again; anyattn's own stay.
+        if scope.recorder is None and all(name in registry.BUILTIN or name == AUTO for name in wish.names):
             calls[backend] = found
     return found
 
@@ -63,6 +63,6 @@ def make_preference(backend: Any, source: str, precision: Precision = "exact") -
             raise InvalidCallError("A list of attention backends must name at least one.")
         resolved = tuple(registry.resolve_name(name) for name in names)
         found = defaults.preference(resolved, is_list=is_list, source=source, precision=precision)
-        if all(name in BY_NAME or name == AUTO for name in resolved):
+        if all(name in registry.BUILTIN or name == AUTO for name in resolved):
             _preferences[key] = found
     return found

@@ -1,19 +1,21 @@
-"""The errors of calls that nothing runs: every reason once, and which list would run."""
+"""Errors of calls that nothing runs: each reason once, the backends that would run, and the list to write."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from anyattn.backend.protocol import Backend
 from anyattn.environment import detect
 from anyattn.errors import AnyattnError, BackendUnavailableError, UnsupportedCallError
 from anyattn.selection import registry
 from anyattn.selection.resolve import order
 from anyattn.types.decision import Candidate, Decision, Preference
+from anyattn.types.folding import distinct, folded
 from anyattn.types.names import AUTO
 from anyattn.types.reasons import Reason
 
-_UNAVAILABLE = frozenset(("not_built", "not_installed", "wrong_version", "broken_import", "setting", "no_device"))
+_UNAVAILABLE = frozenset(("not_installed", "wrong_version", "broken_import", "setting", "no_device"))
 
 _SPELLED = {
     "backend=": "backend={}",
@@ -33,70 +35,63 @@ def refusal(decision: Decision) -> AnyattnError:
     """Make the error of a decision that chose nothing."""
     wish, after = decision.preference, _what_would_run(decision)
     if wish.mode == "require":
-        reasons = decision.reasons(wish.names[0])
+        reasons = distinct(decision.reasons(wish.names[0]))
         missing = tuple(reason for reason in reasons if reason.code in _UNAVAILABLE)
         if missing:
-            text = listed(f"The attention backend {wish} (asked for by {wish.source}) can't be used here:", missing)
+            text = listed(f"The attention backend {_requested(wish)} can't be used here:", missing)
             return BackendUnavailableError(text + after, backend=wish.names[0], reasons=missing)
-        text = f"The attention backend {wish} (asked for by {wish.source}) refuses the call {decision.spec}:"
+        text = f"The attention backend {_requested(wish)} refuses the call {decision.spec}:"
         return UnsupportedCallError(listed(text, reasons) + after, decision=decision)
-    text = f"No backend of {wish} (asked for by {wish.source}) admits the call {decision.spec}:"
-    lines = [text, *_grouped(_tried(decision))]
+    groups = folded((candidate.name, candidate.reasons) for candidate in _tried(decision))
+    head = f"No backend of {_requested(wish)} runs the call {decision.spec}{':' if groups else '.'}"
+    lines = [head, *(listed(f"{', '.join(names)}:", reasons) for names, reasons in groups)]
     return UnsupportedCallError("\n".join(lines) + after, decision=decision)
 
 
+def _requested(wish: Preference) -> str:
+    return f"{wish} ({'the default' if wish.source == 'built-in' else f'requested by {wish.source}'})"
+
+
 def _tried(decision: Decision) -> tuple[Candidate, ...]:
-    """Give the candidates that the wish names, by name or through `auto`."""
+    """Return the candidates that were requested, by name or through `auto`."""
     wish = decision.preference
     names = set(wish.names)
     if AUTO in names:
-        at_hand = [candidate.name for candidate in decision.candidates if not _downloads(candidate.name)]
+        at_hand = [found for name, found in _backends(decision) if not found.downloads]
         names |= set(order(decision.spec.device_type, at_hand, decision.spec)[0])
     return tuple(candidate for candidate in decision.candidates if candidate.name in names and candidate.reasons)
 
 
-def _grouped(candidates: Iterable[Candidate]) -> list[str]:
-    """Write each reason once, under the names of all backends that have it."""
-    by_reason: dict[Reason, list[str]] = {}
-    for candidate in candidates:
-        for reason in candidate.reasons:
-            by_reason.setdefault(reason, []).append(candidate.name)
-    by_names: dict[tuple[str, ...], list[Reason]] = {}
-    for reason, names in by_reason.items():
-        by_names.setdefault(tuple(names), []).append(reason)
-    return [listed(f"{', '.join(names)}:", reasons) for names, reasons in by_names.items()]
-
-
 def _what_would_run(decision: Decision) -> str:
-    """Say which backends admit the call, and how to ask for one of them behind those that were asked for."""
+    """Say which backends would run the call, and the list that adds one of them to those requested."""
     wish = decision.preference
     admit = [candidate.name for candidate in decision.candidates if candidate.admits]
     if not admit:
-        return ""
-    text = f"\nBackends that admit it: {', '.join(admit)}."
+        return "\nNo other backend runs it either; anyattn.explain lists every reason."
+    text = f"\nBackends that would run it: {', '.join(admit)}."
     first = _first_of(admit, decision)
     if not first:
         return text
-    return f"{text}\nThis would run, on {first}: {spelled(wish, (*wish.names, first))}"
+    return f"{text}\nTo fall back to {first}, write: {spelled(wish, (*wish.names, first))}"
 
 
 def _first_of(admit: Sequence[str], decision: Decision) -> str:
-    """Give the backend that a list had best end with: an exact one that is at hand."""
+    """Return the backend that a list should end with: an exact one that needs no download."""
     spec, env = decision.spec, detect()
-    for name in dict.fromkeys(("native", *order(spec.device_type, admit, spec)[0], *admit)):
-        backend = registry.get(name) if name in admit else None
+    backends = {name: found for name, found in _backends(decision) if name in admit}
+    for name in dict.fromkeys(("native", *order(spec.device_type, list(backends.values()), spec)[0], *admit)):
+        backend = backends.get(name)
         caps = None if backend is None else backend.capabilities(spec, env)
         if backend is not None and caps is not None and caps.exact and not backend.downloads:
             return name
     return ""
 
 
-def _downloads(name: str) -> bool:
-    backend = registry.get(name)
-    return backend is not None and backend.downloads
+def _backends(decision: Decision) -> list[tuple[str, Backend]]:
+    return registry.known(candidate.name for candidate in decision.candidates)
 
 
 def spelled(wish: Preference, names: Sequence[str]) -> str:
-    """Write a list of backends as a person would where the wish was made."""
+    """Write a list of backends as code for the place of the request: an argument, a function or a variable."""
     text = json.dumps(list(names))
     return _SPELLED[wish.source].format(text) if wish.source in _SPELLED else f"{wish.source}={','.join(names)}"

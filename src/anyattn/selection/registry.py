@@ -1,4 +1,8 @@
-"""From a name to a backend, lazily; third parties join through the entry-point group `anyattn.backends`."""
+"""From a name to a backend, lazily; third parties join through the entry-point group `anyattn.backends`.
+
+A canonical name imports one adapter at most. What all classes say (aliases, distributions) imports every adapter, and
+is asked for only where a name is no canonical one, or a report is made.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,9 @@ from anyattn.backend.protocol import Backend
 from anyattn.environment import Environment
 from anyattn.errors import UnknownBackendError
 from anyattn.scopes import defaults
+from anyattn.sources.packages import Package
 from anyattn.types.decision import Preference
-from anyattn.types.names import AUTO, BY_NAME, KNOWN, canonical, nearest
+from anyattn.types.names import AUTO, nearest, spellings
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
 
@@ -49,20 +54,20 @@ BUILTIN: dict[str, str] = {
     "sage_blackwell_hub": "anyattn.adapters.sage_blackwell:SageBlackwellHub",
     "aiter_hub": "anyattn.adapters.aiter:AiterHub",
 }
-"""Each built backend and the class that implements it: one line adds one."""
+"""Each of anyattn's own backends and the class that says everything about it: one line adds one."""
 
 _added: dict[str, Backend] = {}
 _substitutes: dict[str, Backend] = {}
 
 
 def names() -> tuple[str, ...]:
-    """Give every known canonical name: the plan's, then those of third parties."""
+    """Return every canonical name: anyattn's own, then those of third parties."""
     return (*built_in_names(), *third_parties())
 
 
 def built_in_names() -> tuple[str, ...]:
-    """Give the plan's canonical names; looking at one imports no third party's package."""
-    return tuple(known.name for known in KNOWN)
+    """Return the canonical names of anyattn's own backends; looking at one imports no third party's package."""
+    return tuple(BUILTIN)
 
 
 @functools.lru_cache(maxsize=1)
@@ -70,7 +75,7 @@ def _entry_points() -> dict[str, EntryPoint]:
     import importlib.metadata
 
     points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    return {point.name: point for point in points if point.name not in BY_NAME}
+    return {point.name: point for point in points if point.name not in BUILTIN}
 
 
 def third_parties() -> tuple[str, ...]:
@@ -84,7 +89,7 @@ def register(backend: Backend) -> None:
     Raises:
         ValueError: If a built-in backend has the name.
     """
-    if not backend.name or backend.name in BY_NAME or backend.name == AUTO:
+    if not backend.name or backend.name in BUILTIN or backend.name == AUTO:
         raise ValueError(f"The name {backend.name!r} is empty or taken by a backend of anyattn itself.")
     _added[backend.name] = backend
     defaults.forget()
@@ -150,8 +155,12 @@ class _Broken(Backend):
         return tuple(self.availability(env))
 
 
-def get(name: str) -> Backend | None:
-    """Give a backend by its canonical name; None where it is known but not built in this release."""
+def get(name: str) -> Backend:
+    """Return a backend by its canonical name.
+
+    Raises:
+        UnknownBackendError: If nothing has the name; aliases aren't looked up.
+    """
     if name in _substitutes:
         return _substitutes[name]
     if name in _added:
@@ -160,14 +169,65 @@ def get(name: str) -> Backend | None:
         return _import(BUILTIN[name])
     if name in _entry_points():
         return _from_entry_point(name)
-    return None
+    raise _unknown(name)
 
 
-def not_built(name: str) -> Reason:
-    """Say why a known backend without an adapter can't run."""
-    known = BY_NAME[name]
-    hint = f"it will need: {known.install}" if known.install else ""
-    return Reason("not_built", f"an adapter for {name} ({known.needs})", "none in this release of anyattn", hint)
+def known(wanted: Iterable[str]) -> list[tuple[str, Backend]]:
+    """Return the backends with some canonical names, each with its name."""
+    return [(name, get(name)) for name in wanted]
+
+
+def aliases(wanted: Iterable[str]) -> dict[str, str]:
+    """Return the canonical name by alias, of some backends: all are imported, and the first to claim one has it."""
+    found: dict[str, str] = {}
+    for name, backend in known(wanted):
+        for alias in backend.aliases:
+            found.setdefault(spellings(alias)[1], name)
+    return found
+
+
+def packages() -> tuple[Package, ...]:
+    """Return the packages that anyattn's own backends name."""
+    return tuple(dict.fromkeys(package for _, backend in known(BUILTIN) for package in backend.packages))
+
+
+def distributions() -> tuple[str, ...]:
+    """Return the distributions that a choice among anyattn's own backends depends on."""
+    names = {name for package in packages() for name in (package.distribution, *package.others) if name}
+    return tuple(sorted(names))
+
+
+def modules() -> tuple[str, ...]:
+    """Return the modules whose presence such a choice depends on."""
+    return tuple(sorted({package.found_by for package in packages() if package.found_by}))
+
+
+def canonical(name: str) -> str | None:
+    """Turn a name or alias into the canonical name; None if nothing has it.
+
+    A third party's package is imported only if no name and none of anyattn's own aliases fit.
+    """
+    others = third_parties()
+    for spelled in spellings(name):
+        if spelled == AUTO or spelled in BUILTIN or spelled in others:
+            return spelled
+    if name in others:
+        return name
+    alias = spellings(name)[1]
+    return aliases(BUILTIN).get(alias) or aliases(others).get(alias)
+
+
+def like(name: str) -> list[str]:
+    """Return the names and aliases that look most like a misspelt one, the likeliest first."""
+    return nearest(name, (AUTO, *names(), *aliases(names())))
+
+
+def _unknown(name: str) -> UnknownBackendError:
+    close = like(name)
+    guess = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return UnknownBackendError(
+        f"There is no attention backend {name!r}.{guess} The names are: {', '.join((AUTO, *names()))}."
+    )
 
 
 def resolve_name(name: object) -> str:
@@ -179,14 +239,9 @@ def resolve_name(name: object) -> str:
     """
     if not isinstance(name, str):
         raise TypeError(f"A backend is named by a string, not {type(name).__name__}.")
-    extra = third_parties()
-    found = canonical(name, extra)
+    found = canonical(name)
     if found is None:
-        close = nearest(name, extra)
-        guess = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise UnknownBackendError(
-            f"There is no attention backend {name!r}.{guess} The names are: {', '.join((AUTO, *names()))}."
-        )
+        raise _unknown(name)
     return found
 
 
@@ -204,11 +259,6 @@ def resolve_preference(wish: Preference) -> Preference:
         raise
     mode = "prefer" if found == (AUTO,) else wish.mode
     return Preference(found, mode, wish.source, wish.precision)
-
-
-def known(wanted: Iterable[str]) -> list[tuple[str, Backend | None]]:
-    """Give the backends for some canonical names, None for those without an adapter."""
-    return [(name, get(name)) for name in wanted]
 
 
 def given() -> dict[str, Backend]:

@@ -9,20 +9,10 @@ from anyattn.backend.protocol import Backend, Lowering, Plan
 from anyattn.environment import Environment
 from anyattn.lowering.dense import ALIGNED, is_copied_for
 from anyattn.selection.choice import Choice
-from anyattn.selection.registry import not_built
 from anyattn.types.decision import Candidate, Decision, Preference, carry
-from anyattn.types.names import AUTO, BY_NAME
+from anyattn.types.names import AUTO
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
-
-AUTO_ORDER: Mapping[str, tuple[str, ...]] = {
-    "cuda": ("native", "flash4", "flash3", "flash2", "native_efficient", "aiter", "xformers", "flex", "native_math"),
-    "cpu": ("native", "flex", "native_math"),
-    "npu": ("npu", "native", "native_math"),
-    "xla": ("xla", "native_math"),
-}
-"""What `auto` tries, per type of device, where nothing was measured and no rule applies. torch's own pick is first:
-on an H100 it is the fastest for short calls, which are bound by the Python in front of a kernel."""
 
 _LONG = 1 << 35
 _VERY_LONG = 1 << 40
@@ -48,25 +38,31 @@ def rule(spec: AttentionSpec) -> tuple[str, ...]:
     return (*quantised, "flash3", "flash4") if work >= _LONG else ()
 
 
-_DEFAULT_ORDER = ("native", "native_math", "flex")
 _LOOSER = {"exact": (), "int8": ("int8",), "fp8": ("int8", "fp8"), "fp4": ("int8", "fp8", "fp4")}
 
 NO_FAULTS: Mapping[str, Reason] = {}
 
 
-def order(device_type: str, available: Sequence[str], spec: AttentionSpec | None = None) -> tuple[tuple[str, ...], str]:
-    """Give the names that `auto` tries, in order, and what the order rests on."""
-    fixed = AUTO_ORDER.get(device_type, _DEFAULT_ORDER)
-    first = () if spec is None else rule(spec)
-    rest = (name for name in available if name not in fixed and name not in BY_NAME)
-    return tuple(dict.fromkeys((*first, *fixed, *rest))), "rule by size and mask" if first else "fixed order"
+def order(
+    device_type: str, available: Sequence[Backend], spec: AttentionSpec | None = None
+) -> tuple[tuple[str, ...], str]:
+    """Return the names that `auto` tries, in order, and what the order rests on.
+
+    Where no rule applies that is the order of their `auto_rank`. torch's own pick is first: on an H100 it is the
+    fastest for short calls, which are bound by the Python in front of a kernel.
+    """
+    serving = [backend for backend in available if device_type in backend.declarations] or available
+    ranked = [backend.name for backend in sorted(serving, key=lambda backend: backend.auto_rank)]
+    at_hand = [backend.name for backend in available]
+    first = () if spec is None else tuple(name for name in rule(spec) if name in at_hand)
+    return tuple(dict.fromkeys((*first, *ranked))), "rule by size and mask" if first else "fixed order"
 
 
 def resolve(
     spec: AttentionSpec,
     env: Environment,
     preference: Preference,
-    known: Mapping[str, Backend | None],
+    known: Mapping[str, Backend],
     *,
     overruled: str = "",
     faults: Mapping[str, Reason] = NO_FAULTS,
@@ -80,7 +76,7 @@ def resolve(
         spec: The call.
         env: The machine.
         preference: What was asked for, with canonical names.
-        known: Every known backend by name; None for one without an adapter.
+        known: Every known backend by name.
         overruled: What to report as overruled.
         faults: Backends that failed before, with the reason: for this call, which lists and `auto` go past and a name
             that is required doesn't, or when they were loaded, which nothing gets past.
@@ -97,7 +93,7 @@ def resolve(
     refused: list[Candidate] = []
     choice: Choice | None = None
     for name in wanted:
-        candidate = _judge(name, known.get(name), spec, env, limits, holding)
+        candidate = _judge(name, known[name], spec, env, limits, holding)
         if candidate.admits:
             choice = _choice(name, known[name], spec, env, tuple(refused))
             break
@@ -108,7 +104,7 @@ def resolve(
         if choice is not None:
             judged.append(Candidate(choice.plan.backend))
         left = [name for name in wanted if name not in {candidate.name for candidate in judged}]
-        judged += (_judge(name, known.get(name), spec, env, limits, holding) for name in left)
+        judged += (_judge(name, known[name], spec, env, limits, holding) for name in left)
         others = [name for name in known if name not in set(wanted)]
         judged += (_judge(name, known[name], spec, env, None, faults) for name in others)
         return tuple(judged)
@@ -152,9 +148,7 @@ def _conversions(choice: Choice, spec: AttentionSpec) -> tuple[Conversion, ...]:
     return conversions
 
 
-def _wanted(
-    spec: AttentionSpec, preference: Preference, known: Mapping[str, Backend | None]
-) -> tuple[tuple[str, ...], str]:
+def _wanted(spec: AttentionSpec, preference: Preference, known: Mapping[str, Backend]) -> tuple[tuple[str, ...], str]:
     if preference.mode == "require":
         return preference.names, "required"
     names: list[str] = []
@@ -162,8 +156,7 @@ def _wanted(
     for name in preference.names:
         if name == AUTO:
             # What would be downloaded is taken where its own name was given, and never by `auto`.
-            others = [other for other in known if other not in BY_NAME]
-            at_hand = [other for other in others if (found := known[other]) and not found.downloads]
+            at_hand = [backend for backend in known.values() if not backend.downloads]
             automatic, basis = order(spec.device_type, at_hand, spec)
             names.extend(automatic)
         else:
@@ -173,18 +166,16 @@ def _wanted(
 
 def _judge(
     name: str,
-    backend: Backend | None,
+    backend: Backend,
     spec: AttentionSpec,
     env: Environment,
     limits: Preference | None,
     faults: Mapping[str, Reason],
 ) -> Candidate:
-    if backend is None:
-        return Candidate(name, (not_built(name),))
     caps = backend.capabilities(spec, env) if spec.packed or limits is not None else None
     reasons = backend.reasons(as_run(caps, spec), env)
     if limits is not None and caps is not None and not caps.exact and caps.quantised not in _LOOSER[limits.precision]:
-        hint = f"allow it with precision={caps.quantised or 'int8'!r}, or ask for {name} alone"
+        hint = f"allow it with precision={caps.quantised or 'int8'!r}, or require it by name"
         reasons = (*reasons, Reason("precision", "an exact kernel", f"one quantised to {caps.quantised}", hint))
     if name in faults:
         reasons = (*reasons, faults[name])

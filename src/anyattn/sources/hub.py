@@ -3,6 +3,11 @@
 Sources: `kernels` 0.17.2 (`load.py`, `hf_hub.py`, `resolver.py`, `archs.py`, `python_deps.py`, `validate.py`), its
 0.12 to 0.17.0. It enforces by itself, from 0.14, that the publisher is one that the Hub trusts; it is never told to
 trust more.
+
+An adapter names the repository of its kernel, and at which revision. A revision is given where public projects record
+that they ran it; for the others no commit of the Hub's own repository is on record, and the version, a branch that may
+move, is what there is. None was downloaded or run while this was written: the machines at hand reach no Hub. How each
+differs from the package was read in github.com/huggingface/kernels-community.
 """
 
 from __future__ import annotations
@@ -12,18 +17,19 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from packaging.version import Version
 
-from anyattn.backend.protocol import Backend
 from anyattn.environment import Environment, detect, variables_now
 from anyattn.errors import BackendUnavailableError
-from anyattn.sources.packages import FUNCTIONS, Package, functions_of
-from anyattn.types.names import BY_NAME
+from anyattn.sources.packages import Package, functions_of
 from anyattn.types.reasons import Reason
 
-KERNELS = Package("kernels", "kernels", ("get_kernel",), ">=0.12", BY_NAME["flash2_hub"].install)
+KERNELS = Package("kernels", "kernels", ("get_kernel",), ">=0.12")
+
+DIFFUSERS = "diffusers 0.42.1, models/attention_dispatch.py"
+"""Where the repositories are named, and the versions of those without a known revision."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHECKS_PUBLISHERS = Version("0.14")
@@ -105,7 +111,7 @@ class HubKernel:
         try:
             get_kernel = KERNELS.load().get_kernel
         except Exception as error:
-            hint = f"mend the package kernels, or get it and what it needs anew ({KERNELS.install})"
+            hint = f"mend the package kernels, or get it and what it needs anew ({KERNELS.command})"
             raise _unavailable(backend, "an importable package kernels", error, hint) from error
         try:
             self._agrees(detect())
@@ -136,30 +142,6 @@ def _unavailable(backend: str, need: str, error: Exception, hint: str) -> Backen
     reason = Reason("broken_import", need, _said(error), hint)
     text = f"The attention backend {backend} can't be loaded from the Hub:\n  - {reason}"
     return BackendUnavailableError(text, backend=backend, reasons=(reason,))
-
-
-class FromHub(Backend):
-    """A mixin: an adapter whose kernel comes from the Hub; put it before the adapter's class and set `hub`.
-
-    What the adapter reads from its own package's version must be left to a method that the subclass overrides, since
-    that package, installed or not, is not what is called (see `Flash2.kernel_version`).
-    """
-
-    downloads = True
-    hub: ClassVar[HubKernel]
-
-    def availability(self, env: Environment) -> Iterator[Reason]:
-        """Yield why the kernel isn't to be had; that a package of the same kernel is missing is no ground."""
-        yield from Backend.availability(self, env)
-        yield from self.hub.reasons(env)
-
-    def origin(self, env: Environment) -> str:
-        """Say which revision, or which local folder in its place."""
-        return self.hub.origin(env)
-
-    def load(self) -> None:
-        """Fetch the kernel where it isn't on this machine, and import it."""
-        FUNCTIONS[self.name] = self.hub.load(self.name)
 
 
 def is_offline(env: Environment) -> bool:

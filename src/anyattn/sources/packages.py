@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,45 +22,68 @@ FUNCTIONS: dict[str, Any] = {}
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One distribution that brings a kernel.
+    """One distribution that brings a kernel: the one place for its versions and the command that installs it.
 
     Attributes:
-        distribution: Its name, as pip knows it; empty where only the module tells (a build without metadata).
+        distribution: Its name, as pip knows it; empty if only the module tells (a build without metadata).
         module: The module that holds the functions.
         functions: The functions that must be there.
         versions: The versions that serve, as a specifier such as `">=2.6.3"`; empty is any.
-        install: The command that installs it.
-        found_by: A module of `anyattn.environment.MODULES` that must be there too; empty asks for none.
+        install: What installs it. `{requirement}` stands for the distribution with its versions, quoted for a shell,
+            and `{versions}` for the versions.
+        found_by: A module that must be there too, as far as files tell; empty asks for none.
         note: What else to say where it is missing.
+        others: Other distributions that bring the same module, or share its name; reports list them too.
     """
 
     distribution: str
     module: str
     functions: tuple[str, ...]
     versions: str = ""
-    install: str = ""
+    install: str = "pip install {requirement}"
     found_by: str = ""
     note: str = ""
+    others: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> str:
+        """What has to be there, in words."""
+        return f"{self.distribution or self.module} {self.versions}".strip()
+
+    @property
+    def command(self) -> str:
+        """The command, or the words, that get the versions that serve."""
+        if "{requirement}" in self.install and not self.distribution:
+            return ""
+        return self.install.replace("{requirement}", self._requirement).replace("{versions}", self.versions)
+
+    @property
+    def _requirement(self) -> str:
+        return f"'{self.distribution}{self.versions}'" if self.versions else self.distribution
+
+    def origin(self, env: Environment) -> str:
+        """Say which distribution brings the kernel on a machine, with its version. Pure."""
+        names = (self.distribution,) if self.distribution else self.others
+        found = next((name for name in names if name in env.packages), "")
+        return f"{found} {env.packages[found]}" if found else self.distribution or self.module
 
     def reasons(self, env: Environment) -> Iterator[Reason]:
         """Yield why the package doesn't serve on a machine, as far as its metadata tells. Pure."""
         version = env.packages.get(self.distribution) if self.distribution else None
-        wanted = f"{self.distribution or self.module} {self.versions}".strip()
+        missing = "; ".join(part for part in (self.command, self.note) if part)
         if self.distribution and version is None:
-            hint = "; ".join(part for part in (self.install, self.note) if part)
-            yield Reason("not_installed", wanted, f"no distribution {self.distribution}", hint)
+            yield Reason("not_installed", self.wanted, f"no distribution {self.distribution}", missing)
         elif self.versions and version is not None and not _serves(self.versions, version):
-            yield Reason("wrong_version", wanted, version, self._pinned())
+            yield Reason("wrong_version", self.wanted, version, self._pinned())
         elif self.found_by and self.found_by not in env.modules:
             got = f"no module {self.found_by}" + (f" beside {self.distribution} {version}" if version else "")
-            yield Reason("not_installed", wanted, got, "; ".join(part for part in (self.install, self.note) if part))
+            yield Reason("not_installed", self.wanted, got, missing)
 
     def _pinned(self) -> str:
-        """Give the command with the versions that serve in it: without them pip may keep, or get, one that doesn't."""
-        wanted = f"'{self.distribution}{self.versions}'"
-        name = rf"(?<![\w.-])'?{re.escape(self.distribution)}(?![\w-])(?:[<>=!~][^'\s]*)?'?"
-        found, count = re.subn(name, wanted, self.install, count=1)
-        return found if count else "; ".join(part for part in (self.install, f"it has to be {wanted}") if part)
+        """Return the command with the versions that serve: without them pip may keep or get one that doesn't."""
+        if self._requirement in self.command:
+            return self.command
+        return "; ".join(part for part in (self.command, f"it has to be {self._requirement}") if part)
 
     def load(self) -> Any:
         """Import the module and give its functions as a namespace.

@@ -210,7 +210,7 @@ def verify(
         device = "cuda" if env.device("cuda") is not None else "cpu"
     found = env.device(device)
     if backend is None:
-        names: list[str] = [name for name in registry.names() if registry.get(name) is not None]
+        names: list[str] = list(registry.names())
     else:
         names = [registry.resolve_name(name) for name in ([backend] if isinstance(backend, str) else backend)]
     chosen = [LAWS[name] for name in laws] if laws is not None else list(LAWS.values())
@@ -237,8 +237,6 @@ def _backend(
     named: bool,
 ) -> BackendReport:
     backend = registry.get(name)
-    if backend is None:
-        return BackendReport(name, unusable=(registry.not_built(name),))
     caps = backend.declarations.get(device)
     reasons = tuple(backend.availability(detect()))
     if caps is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from anyattn.types.folding import folded
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
 
@@ -15,7 +16,7 @@ Precision = Literal["exact", "int8", "fp8", "fp4"]
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Which backends a person wants.
+    """Which backends a user wants.
 
     Attributes:
         names: Backend names in order; `"auto"` stands for the library's own order.
@@ -75,11 +76,11 @@ class Decision(Carrier):
         chosen: The backend that runs it, or None.
         kernel: Which entry of the backend's kernel.
         conversions: What is done to the call so that the kernel can take it, all of it exact.
-        preference: What was asked for, and where.
+        preference: What was requested, and by which setting.
         basis: What the choice rests on: `"required"`, `"preferred"`, `"fixed order"`, `"rule by size and mask"`.
         candidates: Every backend that was considered, in order, with every reason against it.
         overruled: A wish that a more specific one overruled, in words.
-        origin: Where the chosen kernel's code comes from; empty where it is part of torch.
+        origin: Where the chosen kernel's code comes from; empty if it is part of torch.
     """
 
     spec: AttentionSpec
@@ -93,7 +94,7 @@ class Decision(Carrier):
     origin: str = ""
 
     def reasons(self, name: str) -> tuple[Reason, ...]:
-        """Give the reasons against one candidate.
+        """Return the reasons against one candidate.
 
         Raises:
             KeyError: If it was not considered.
@@ -104,7 +105,7 @@ class Decision(Carrier):
         raise KeyError(name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {
             "spec": self.spec.to_dict(),
             "chosen": self.chosen,
@@ -130,17 +131,20 @@ class Decision(Carrier):
             lines = [f"nothing runs {self.spec}"]
         else:
             lines = [f"{self.chosen} ({self.kernel}) runs {self.spec}"]
-        lines.append(f"  asked for: {self.preference} by {self.preference.source}; choice: {self.basis}")
+        source = "the default" if self.preference.source == "built-in" else f"by {self.preference.source}"
+        lines.append(f"  requested: {self.preference} ({source}); choice: {self.basis}")
         if self.origin:
             lines.append(f"  from: {self.origin}")
         if self.overruled:
             lines.append(f"  overruled: {self.overruled}")
         lines += [f"  converted: {conversion}" for conversion in self.conversions]
-        for candidate in self.candidates:
-            if candidate.name != self.chosen:
-                state = "admits the call" if candidate.admits else "refuses"
-                lines.append(f"  {candidate.name}: {state}")
-                lines += [f"    {reason}" for reason in candidate.reasons]
+        others = [candidate for candidate in self.candidates if candidate.name != self.chosen]
+        admit = [candidate.name for candidate in others if candidate.admits]
+        if admit:
+            lines.append(f"  {', '.join(admit)}: {'admits' if len(admit) == 1 else 'admit'} the call")
+        for names, reasons in folded((candidate.name, candidate.reasons) for candidate in others):
+            lines.append(f"  {', '.join(names)}: {'refuses' if len(names) == 1 else 'refuse'}")
+            lines += [f"    {reason}" for reason in reasons]
         return "\n".join(lines)
 
 
@@ -153,5 +157,5 @@ def carry(decision: Decision, choice: object, judge: Callable[[], tuple[Candidat
 
 
 def carried(decision: Decision) -> object:
-    """Return what runs a decision; None where nothing was chosen, or where the decision is a copy."""
+    """Return what runs a decision; None if nothing was chosen, or if the decision is a copy."""
     return getattr(decision, "_choice", None)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 ReasonCode = Literal[
-    "not_built",
     "not_installed",
     "wrong_version",
     "broken_import",

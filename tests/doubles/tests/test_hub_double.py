@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from anyattn.sources.hub_kernels import FLASH2
+from anyattn.adapters.flash2 import Flash2Hub
 from doubles import hub
 from doubles.kernels import flash2
 
@@ -22,15 +22,15 @@ def test_signature_is_the_real_packages() -> None:
 
 def test_exactly_one_pin_is_needed() -> None:
     get_kernel = hub.FLASH2.modules()["kernels"].get_kernel
-    for pins in ({}, {"revision": FLASH2.revision, "version": 1}):
+    for pins in ({}, {"revision": Flash2Hub.hub.revision, "version": 1}):
         with pytest.raises(ValueError, match="Only one of"):
-            get_kernel(FLASH2.repo, **pins)
+            get_kernel(Flash2Hub.hub.repo, **pins)
     with pytest.raises(TypeError):
-        get_kernel(FLASH2.repo, FLASH2.revision)
+        get_kernel(Flash2Hub.hub.repo, Flash2Hub.hub.revision)
 
 
 @pytest.mark.parametrize(
-    ("repo", "pins"), [("someone/else", {"revision": FLASH2.revision}), (FLASH2.repo, {"version": 3})]
+    ("repo", "pins"), [("someone/else", {"revision": Flash2Hub.hub.revision}), (Flash2Hub.hub.repo, {"version": 3})]
 )
 def test_other_repositories_and_states_are_not_there(repo: str, pins: dict[str, object]) -> None:
     with pytest.raises(FileNotFoundError, match="Cannot find a build variant"):
@@ -38,6 +38,6 @@ def test_other_repositories_and_states_are_not_there(repo: str, pins: dict[str, 
 
 
 def test_functions_are_those_of_the_packages_double() -> None:
-    module = hub.FLASH2.modules()["kernels"].get_kernel(FLASH2.repo, revision=FLASH2.revision)
+    module = hub.FLASH2.modules()["kernels"].get_kernel(Flash2Hub.hub.repo, revision=Flash2Hub.hub.revision)
     assert module.flash_attn_func is flash2.flash_attn_func
     assert module.flash_attn_varlen_func is flash2.flash_attn_varlen_func

@@ -24,44 +24,29 @@ from anyattn.adapters._flash import KernelCall
 from anyattn.adapters.flash3.builds import (
     BUILD,
     FORWARD_ONLY,
-    OWN,
     PACKAGES,
     Build,
     config_of,
-    distribution_of,
+    is_own,
     of_build,
     rejected,
 )
 from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.from_hub import FromHub
 from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.sources import hub_kernels
-from anyattn.sources.hub import FromHub
-from anyattn.sources.packages import FUNCTIONS, Package, first_that_serves, package_reasons
+from anyattn.sources.hub import HubKernel
+from anyattn.sources.packages import FUNCTIONS, Package
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
 
-_CUDA = Capabilities(
-    dtypes=frozenset((torch.float16, torch.bfloat16)),
+_CUDA = _flash.DECLARED.replace(
     arch_min=(9, 0),
     arch_max=(9, 0),
     head_dim_max=512,
     head_dim_v=True,
-    causal=frozenset(("lower_right",)),
-    window=frozenset(("lower_right",)),
-    realigns=True,
-    key_mask=True,
-    dead_rows=True,
-    gqa=True,
+    window_any_right=True,
     softcap=True,
-    lse=True,
-    backward=True,
-    deterministic=True,
-    exact=True,
-    unit_stride=False,
-    batch_max=65535,
-    varlen=True,
-    device_guard=True,
     compile=True,
     cuda_graph=True,
 )
@@ -72,33 +57,28 @@ class Flash3(Backend):
 
     name = "flash3"
     family = "flash3"
-    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
+    aliases: ClassVar[tuple[str, ...]] = ("_flash_3", "_flash_varlen_3", "flash_attn_3")
+    auto_rank = 30
     packages: ClassVar[tuple[Package, ...]] = PACKAGES
-
-    def availability(self, env: Environment) -> Iterator[Reason]:
-        yield from super().availability(env)
-        yield from package_reasons(self.packages, env)
+    declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
 
     def origin(self, env: Environment) -> str:
-        package = first_that_serves(self.packages, env)
+        package = self.package(env)
         if package is None:
             return ""
-        distribution = package.distribution or distribution_of(env)
-        version = env.packages.get(distribution, "")
-        named = f"{distribution} {version}" if distribution else package.module
         flags = env.builds.get(config_of(package))
         absent = [] if flags is None else sorted(name for name, is_out in flags.items() if is_out)
         without = f", built without {', '.join(absent)}" if absent else ""
-        unknown = flags is None and package is not FORWARD_ONLY and distribution != OWN
-        return f"{named}{without}{', which may be built without anything' if unknown else ''}"
+        unknown = flags is None and package is not FORWARD_ONLY and not is_own(package, env)
+        return f"{super().origin(env)}{without}{', which may be built without anything' if unknown else ''}"
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = super().capabilities(spec, env)
-        package = first_that_serves(self.packages, env)
+        package = self.package(env)
         return caps if caps is None or package is None else of_build(caps, Build(package, env))
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        package = first_that_serves(self.packages, env)
+        package = self.package(env)
         yield from rejected(spec, None if package is None else Build(package, env))
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
@@ -109,22 +89,14 @@ class Flash3(Backend):
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
         return _flash.lower(entry, caps, spec, packs=packs)
 
-    def load(self) -> None:
-        from anyattn.environment import detect
-
-        package = first_that_serves(self.packages, detect())
-        assert package is not None
-        FUNCTIONS[self.name] = package.load()
-        _look_at_lse(FUNCTIONS[self.name])
+    def prepare(self, functions: Any) -> Any:
+        # A build is asked for lse, or it comes unasked or not at all.
+        functions.asks_for_lse = "return_attn_probs" in inspect.signature(functions.flash_attn_func).parameters
+        return functions
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         return _flash.attend(plan, query, key, value, parts, _call)
-
-
-def _look_at_lse(functions: Any) -> None:
-    """Note whether a build is asked for lse; if not, it comes unasked or not at all."""
-    functions.asks_for_lse = "return_attn_probs" in inspect.signature(functions.flash_attn_func).parameters
 
 
 def _call(plan: Plan, call: KernelCall, **descale: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -191,13 +163,13 @@ class Flash3Fp8(Flash3):
 
     def availability(self, env: Environment) -> Iterator[Reason]:
         yield from super().availability(env)
-        package = first_that_serves(self.packages, env)
+        package = self.package(env)
         if package is not None and not Build(package, env).has("FP8"):
             yield Reason("not_installed", "FlashAttention-3 with FP8", self.origin(env), f"{BUILD} whole")
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = self.declarations.get(spec.device_type)
-        package = first_that_serves(self.packages, env)
+        package = self.package(env)
         if caps is None or package is None:
             return caps
         # What is quantised reaches the kernel in fp8, whatever dtype it was.
@@ -238,14 +210,20 @@ class Flash3Hub(FromHub, Flash3):
     """The same from the Hub: a build of `hopper/` against torch's stable ABI."""
 
     name = "flash3_hub"
-    hub = hub_kernels.FLASH3
+    aliases = ("_flash_3_hub", "_flash_3_varlen_hub")
+    # Signatures and conventions are those of flash_attn_interface since 2025-08-29: `return_attn_probs=True` gives
+    # `(out, lse)`, and without it there is a tensor alone. CUDA 12.6 to 13.0, sm90.
+    hub = HubKernel(
+        "kernels-community/flash-attn3",
+        _flash.FUNCTIONS,
+        revision="43f0bd269777115d94ff826e0d113ce9c1c9087b",
+        source="a build against torch's stable ABI (2.9 and newer); the public projects wan-trainer and lightx2v_train "
+        "record that they run it",
+        note="lse comes with return_attn_probs=True",
+    )
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         return self.declarations.get(spec.device_type)  # whatever package is installed beside it
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         yield from rejected(spec, None)
-
-    def load(self) -> None:
-        super().load()
-        _look_at_lse(FUNCTIONS[self.name])

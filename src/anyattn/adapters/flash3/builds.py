@@ -11,24 +11,33 @@ from dataclasses import dataclass
 
 import torch
 
+from anyattn.adapters import _flash
 from anyattn.backend.capabilities import Capabilities
 from anyattn.environment import Environment
 from anyattn.sources.packages import Package
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
 
-_NAMES = ("flash_attn_func", "flash_attn_varlen_func")
 BUILD = "build hopper/ of github.com/Dao-AILab/flash-attention"
 
 # Distributions that bring flash_attn_interface: one of them at a time, since the modules' names are the same.
 OWN, TOKENSPEED = "flash-attn-3", "tokenspeed-fa3"
 
-FORWARD_ONLY = Package("fa3-fwd", "fa3_fwd_interface", _NAMES, ">=0.0.3", "pip install fa3-fwd (forward only)")
+FORWARD_ONLY = Package(
+    "fa3-fwd", "fa3_fwd_interface", _flash.FUNCTIONS, ">=0.0.3", "pip install {requirement} (forward only)"
+)
 
 PACKAGES = (
-    Package("", "flash_attn_interface", _NAMES, install=BUILD, found_by="flash_attn_interface"),
+    Package(
+        "",
+        "flash_attn_interface",
+        _flash.FUNCTIONS,
+        install=BUILD,
+        found_by="flash_attn_interface",
+        others=(TOKENSPEED, OWN),
+    ),
     # The package itself holds the functions since July 2026, and the extension alone before.
-    Package("flash-attn-3", "flash_attn_3", _NAMES, install=BUILD, found_by="flash_attn_3"),
+    Package(OWN, "flash_attn_3", _flash.FUNCTIONS, install=BUILD, found_by="flash_attn_3"),
     FORWARD_ONLY,
 )
 
@@ -38,9 +47,9 @@ def config_of(package: Package) -> str:
     return "fa3_fwd_config" if package is FORWARD_ONLY else "flash_attn_config"
 
 
-def distribution_of(env: Environment) -> str:
-    """Name the distribution that flash_attn_interface comes in, as far as one is there that brings it."""
-    return next((name for name in (TOKENSPEED, OWN) if name in env.packages), "")
+def is_own(package: Package, env: Environment) -> bool:
+    """Whether a package is flash-attention's own distribution, as far as that can be told."""
+    return package.origin(env).split()[0] == OWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class Build:
             return not left_out
         if self.package is FORWARD_ONLY:
             return feature not in ("BACKWARD", "LOCAL", "FP16")  # seen with 0.0.3 on an H100
-        return distribution_of(self.env) == OWN
+        return is_own(self.package, self.env)
 
     def tells(self, feature: str) -> bool:
         """Whether the build itself says that it has a feature."""

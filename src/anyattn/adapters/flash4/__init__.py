@@ -16,62 +16,35 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from anyattn.adapters import _flash
 from anyattn.adapters._flash import KernelCall
 from anyattn.adapters.flash4 import kernels
 from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.from_hub import FromHub
 from anyattn.backend.head_dims import HeadDims
 from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Arch, Environment
-from anyattn.sources import hub_kernels
-from anyattn.sources.hub import FromHub
-from anyattn.sources.packages import FUNCTIONS, Package, package_reasons
-from anyattn.types.names import BY_NAME
+from anyattn.sources.hub import DIFFUSERS, HubKernel
+from anyattn.sources.packages import Package
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
 
-PACKAGES = (
-    Package(
-        "flash-attn-4",
-        "flash_attn.cute",
-        ("flash_attn_func", "flash_attn_varlen_func"),
-        install=BY_NAME["flash4"].install,
-        note="flash-attn 2.8.0 to 2.8.3.post1 bring an old flash_attn.cute that shadows it",
-    ),
-)
-
-_CUDA = Capabilities(
-    dtypes=frozenset((torch.float16, torch.bfloat16)),
+_CUDA = _flash.DECLARED.replace(
     arch_min=(9, 0),
     # sm120 and sm121 take another kernel, which betas up to b29 had wrong, or with illegal accesses (flash-attention
     # issues 2386, 2453 and pull request 2860); nobody ran a later one there, nor anything on sm110.
     arch_max=(10, 3),
-    head_dim_max=256,
     # `_validate_head_dims`.
     head_dims=(
         HeadDims(9, 256),
         HeadDims(10, 128, pairs=((192, 128),), plain_pairs=((256, 256),)),
     ),
     head_dim_v=True,
-    causal=frozenset(("lower_right",)),
-    window=frozenset(("lower_right",)),
-    realigns=True,
-    key_mask=True,
-    dead_rows=True,
-    gqa=True,
+    window_any_right=True,
     softcap=True,
     sinks=True,
-    lse=True,
-    backward=True,
-    deterministic=True,
-    exact=True,
-    unit_stride=False,
-    batch_max=65535,
-    varlen=True,
-    device_guard=True,
     # Through operators of ours: the package's own call is a function that torch.compile skips.
     compile=True,
     cuda_graph=True,
@@ -83,22 +56,23 @@ class Flash4(Backend):
 
     name = "flash4"
     family = "flash4"
+    aliases: ClassVar[tuple[str, ...]] = ("flash_attn_4", "_flash_4")
+    auto_rank = 20
+    packages: ClassVar[tuple[Package, ...]] = (
+        Package(
+            "flash-attn-4",
+            "flash_attn.cute",
+            _flash.FUNCTIONS,
+            install="pip install --pre {requirement}",
+            note="flash-attn 2.8.0 to 2.8.3.post1 bring an old flash_attn.cute that shadows it",
+        ),
+    )
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
-    packages: ClassVar[tuple[Package, ...]] = PACKAGES
-
-    def availability(self, env: Environment) -> Iterator[Reason]:
-        yield from super().availability(env)
-        yield from package_reasons(self.packages, env)
-
-    def origin(self, env: Environment) -> str:
-        return f"flash-attn-4 {env.packages.get('flash-attn-4', '')}".strip()
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         if spec.needs_grad and spec.is_gqa and spec.head_dim != spec.head_dim_v:
             got = f"{spec.head_dim} and {spec.head_dim_v} with {spec.num_heads} heads on {spec.num_kv_heads}"
             yield Reason("head_dim_v", "head_dim_v == head_dim for gradients of shared heads", got)
-        if "sinks" in spec.requires_grad:
-            yield Reason("backward", "sinks that need no gradient", "sinks that require one", "detach them")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
@@ -110,9 +84,6 @@ class Flash4(Backend):
             lowering = _flash.lower(entry, caps, spec)
         note = Conversion("compiles_first", "the first call of a kind compiles its kernel, which takes seconds")
         return dataclasses.replace(lowering, conversions=(*lowering.conversions, note))
-
-    def load(self) -> None:
-        FUNCTIONS[self.name] = self.packages[0].load()
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
@@ -132,4 +103,15 @@ class Flash4Hub(FromHub, Flash4):
     """The same from the Hub, an earlier beta; everything goes by keyword, so that its other order doesn't matter."""
 
     name = "flash4_hub"
-    hub = hub_kernels.FLASH4
+    aliases = ("flash_4_hub",)
+    # A beta of FlashAttention-4 before beta9 (`torch-ext/flash_attn4/__init__.py` says which): the fourth positional
+    # argument is softmax_scale, and there are no qv, gather_kv_indices, min_seqlen_k and aux_scalars, so that
+    # everything goes by keyword and those aren't passed. It always gives a tuple. Importing it replaces
+    # `cutlass.cute.compile` for the whole process. It needs the Python package nvidia-cutlass-dsl.
+    hub = HubKernel(
+        "kernels-community/flash-attn4",
+        _flash.FUNCTIONS,
+        version=0,
+        source=DIFFUSERS,
+        note="4.0.0.beta8 at most: the fourth argument is softmax_scale, not qv",
+    )

@@ -26,6 +26,7 @@ _CPU = Capabilities(
     head_dim_v=True,
     causal=BOTH,
     window=BOTH,
+    window_any_right=True,
     key_mask=True,
     key_and_pattern=True,
     boolean=True,
@@ -48,6 +49,7 @@ _CUDA = _CPU.replace(
     dtypes=frozenset((torch.float16, torch.bfloat16, torch.float32)),
     arch_min=(7, 5),
     head_dim_max=256,
+    head_dim_min=16,
     backward=True,
     deterministic=False,
     # A dimension of the launch is batch * heads: in every kernel before torch 2.9, in the one for short queries since.
@@ -66,12 +68,12 @@ class Flex(Backend):
 
     name = "flex"
     family = "flex"
+    aliases = ("flex_attn",)
+    auto_rank = 80
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cpu": _CPU, "cuda": _CUDA}
     run = staticmethod(kernels.run)
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        if spec.device_type == "cuda" and min(spec.head_dim, spec.head_dim_v) < 16:
-            yield Reason("head_dim", "head_dim >= 16 on CUDA", str(min(spec.head_dim, spec.head_dim_v)))
         if spec.device_type == "cpu" and spec.compiled and (spec.return_lse or spec.sinks):
             yield Reason("lse", "no lse under torch.compile on a CPU (inductor has none)", "return_lse or sinks")
         dense = spec.mask.dense

@@ -48,6 +48,7 @@ class NativeFlash(_Kernel):
     """SDPA's flash kernel alone."""
 
     name = "native_flash"
+    aliases = ("_native_flash",)
     entries = {"cpu": "flash_cpu", "cuda": "flash"}
     declarations = FLASH
     avoids = frozenset(
@@ -76,6 +77,8 @@ class NativeEfficient(_Kernel):
     """SDPA's memory-efficient kernel alone."""
 
     name = "native_efficient"
+    aliases = ("_native_efficient",)
+    auto_rank = 50
     entries = {"cuda": "efficient"}
     declarations = EFFICIENT
     avoids = frozenset(("efficient-expanded-kv", "dropout-of-everything"))
@@ -85,10 +88,15 @@ class NativeCudnn(_Kernel):
     """SDPA's cuDNN kernel alone."""
 
     name = "native_cudnn"
+    aliases = ("_native_cudnn",)
     entries = {"cuda": "cudnn"}
     declarations = CUDNN
     # What is wrong there is SDPA's way of making the mask additive, which the op isn't reached through.
     avoids = frozenset(("cudnn-dead-rows", "dropout-of-everything"))
+
+    @property
+    def needs(self) -> str:
+        return f"{super().needs}, with cuDNN"
 
     def origin(self, env: Environment) -> str:
         return replaced.origin(env, ("native_cudnn",))
@@ -99,13 +107,6 @@ class NativeCudnn(_Kernel):
             yield Reason("not_installed", "cuDNN", "a torch without it", "install a CUDA build of torch with cuDNN")
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        device = env.device(spec.device_type, spec.device_index)
-        wide = max(spec.head_dim, spec.head_dim_v)
-        hopper = device is not None and device.arch is not None and device.arch[0] in (9, 10)
-        if wide > 128 and (spec.needs_grad or not hopper):
-            # Forward to 256 was seen on an H100; torch's own rule for other chips, and for training, is 128.
-            need = "head_dim <= 128 with gradients" if hopper else "head_dim <= 128 outside sm90 and sm100"
-            yield Reason("head_dim", need, str(wide))
         if spec.deterministic:
             yield Reason("deterministic", "torch.use_deterministic_algorithms(False)", "True")
         if spec.dropout_p and (spec.dropout_p * 16) % 1:
@@ -120,6 +121,8 @@ class NativeMath(_Kernel):
     """SDPA's plain computation: every feature, memory for all the scores."""
 
     name = "native_math"
+    aliases = ("_native_math",)
+    auto_rank = 90
     entries = {"cpu": "math", "cuda": "math", "mps": "math", "xpu": "math"}
     declarations = MATH
 
@@ -132,6 +135,7 @@ class Native(Backend):
     """torch's own pick among the SDPA kernels, kept away from those that are wrong for the call."""
 
     name = "native"
+    auto_rank = 10
     family = "native"
     declarations = NATIVE
     run = staticmethod(kernels.run)

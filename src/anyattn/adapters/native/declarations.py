@@ -11,6 +11,7 @@ import torch
 from packaging.version import Version
 
 from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.head_dims import HeadDims
 from anyattn.environment import Environment
 from anyattn.types.spec import Align, AttentionSpec
 
@@ -98,6 +99,14 @@ EFFICIENT: Mapping[str, Capabilities] = {
 
 CUDNN: Mapping[str, Capabilities] = {
     "cuda": _FUSED_CUDA.replace(
+        # Forward to 256 was seen on an H100; torch's own rule for other chips, and for training, is 128.
+        head_dims=(
+            HeadDims(8, 128),
+            HeadDims(9, 256, largest_grad=128),
+            HeadDims(10, 256, largest_grad=128),
+            HeadDims(11, 128),
+            HeadDims(12, 128),
+        ),
         head_dim_v=True,
         causal=_UPPER,
         boolean=True,

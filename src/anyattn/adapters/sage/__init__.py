@@ -26,20 +26,20 @@ import dataclasses
 import importlib
 import types
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from anyattn.adapters import _flash
 from anyattn.adapters.sage import packed, tiles
 from anyattn.adapters.sage.declarations import FP8, FP16, PACKED, PICKS, TRITON
-from anyattn.adapters.sage.kernels import INSTALL, REACH, call_dense, that_knows_its_parameters
+from anyattn.adapters.sage.kernels import REACH, SAGEATTENTION, call_dense, that_knows_its_parameters
 from anyattn.backend.capabilities import Capabilities
+from anyattn.backend.from_hub import FromHub
 from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Environment
-from anyattn.sources import hub_kernels
-from anyattn.sources.hub import FromHub
-from anyattn.sources.packages import FUNCTIONS, Package
+from anyattn.sources.hub import DIFFUSERS, HubKernel
+from anyattn.sources.packages import Package, functions_of
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
 
@@ -56,22 +56,10 @@ class _Sage(Backend):
     """
 
     family = "sage"
+    packages: ClassVar[tuple[Package, ...]] = (SAGEATTENTION,)
     function: ClassVar[str]
     flag: ClassVar[str] = ""
     packs: ClassVar[bool] = False
-
-    @property
-    def package(self) -> Package:
-        """The distribution."""
-        return Package("sageattention", "sageattention", (self.function,), ">=2.1.1,<3", INSTALL, "sageattention")
-
-    def availability(self, env: Environment) -> Iterator[Reason]:
-        yield from super().availability(env)
-        for reason in self.package.reasons(env):
-            yield Reason(reason.code, reason.need, reason.got, INSTALL)
-
-    def origin(self, env: Environment) -> str:
-        return "" if any(self.package.reasons(env)) else f"sageattention {env.packages['sageattention']}"
 
     def goes_packed(self, spec: AttentionSpec) -> bool:
         """Whether a call goes to `sageattn_varlen`. Law: pure."""
@@ -100,16 +88,17 @@ class _Sage(Backend):
         """Say which kernel it will be where the call isn't packed. Law: pure."""
         return self.function
 
-    def load(self) -> None:
-        found = self.package.load()
+    def prepare(self, functions: Any) -> Any:
+        found = functions_of(functions.module, (self.function,), SAGEATTENTION.module)
         function = that_knows_its_parameters(getattr(found, self.function), self.function)
         if self.flag and not getattr(importlib.import_module("sageattention.core"), self.flag):
             # The package hides what the extension's import raised, and asserts at the call.
             arch = self.flag.removesuffix("_ENABLED").lower()
             raise ImportError(f"This sageattention was built without its kernels for {arch}, or they can't be loaded")
-        FUNCTIONS[self.name] = types.SimpleNamespace(attend=function)
+        made = types.SimpleNamespace(attend=function)
         if self.packs:
-            FUNCTIONS[self.name].varlen = packed.entry_of(found.module)
+            made.varlen = packed.entry_of(found.module)
+        return made
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
@@ -137,6 +126,7 @@ class Sage(_Sage):
     """What SageAttention itself picks for the GPU, by its compute capability alone; else `sageattn_varlen`."""
 
     name = "sage"
+    aliases = ("sage_attn", "sage_varlen")
     function = "sageattn"
     packs = True
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _PICK.replace(key_mask=True, varlen=True)}
@@ -174,6 +164,7 @@ class SageInt8Fp16(_Sage):
     """Scores in int8, values in fp16, summed in fp32."""
 
     name = "sage_int8_fp16"
+    aliases = ("_sage_qk_int8_pv_fp16_cuda",)
     function = "sageattn_qk_int8_pv_fp16_cuda"
     flag = "SM80_ENABLED"
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": FP16}
@@ -183,6 +174,7 @@ class SageInt8Fp16Triton(_Sage):
     """Scores in int8, values in fp16, in Triton; causal needs as many queries as keys, once idle ones are left out."""
 
     name = "sage_int8_fp16_triton"
+    aliases = ("_sage_qk_int8_pv_fp16_triton",)
     function = "sageattn_qk_int8_pv_fp16_triton"
     packs = True
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": TRITON.replace(key_mask=True, varlen=True)}
@@ -192,6 +184,7 @@ class SageInt8Fp8(_Sage):
     """Scores in int8, weights and values in fp8."""
 
     name = "sage_int8_fp8"
+    aliases = ("_sage_qk_int8_pv_fp8_cuda",)
     function = "sageattn_qk_int8_pv_fp8_cuda"
     flag = "SM89_ENABLED"
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": FP8}
@@ -201,6 +194,7 @@ class SageInt8Fp8Sm90(_Sage):
     """Scores in int8, weights and values in fp8, for Hopper."""
 
     name = "sage_int8_fp8_sm90"
+    aliases = ("_sage_qk_int8_pv_fp8_cuda_sm90",)
     function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
     flag = "SM90_ENABLED"
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": FP8.replace(arch_min=(9, 0), arch_max=(9, 0))}
@@ -210,11 +204,16 @@ class SageHub(FromHub, Sage):
     """SageAttention's own pick from the Hub, where there is nothing for packed sequences."""
 
     name = "sage_hub"
-    hub = hub_kernels.SAGE
+    # `sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs)`: what isn't
+    # named is swallowed, attn_mask, scale and dropout_p with it. It has no kernel for sm100, no varlen entry and no
+    # backward: its output is detached. It raises RuntimeError where the build lacks the GPU's kernel. Causal is upper
+    # left.
+    hub = HubKernel(
+        "SageAttention/sage-attention",
+        ("sageattn",),
+        version=3,
+        source=DIFFUSERS,
+        note="sageattn alone: the single kernels of SageAttention aren't exported",
+    )
     packs = False
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _PICK}
-
-    def load(self) -> None:
-        super().load()
-        function = that_knows_its_parameters(FUNCTIONS[self.name].sageattn, "sageattn")
-        FUNCTIONS[self.name] = types.SimpleNamespace(attend=function)

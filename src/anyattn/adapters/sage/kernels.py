@@ -12,14 +12,20 @@ from torch import Tensor
 from anyattn.adapters._flash import KernelCall
 from anyattn.adapters.sage import tiles
 from anyattn.backend.protocol import Plan
-from anyattn.sources.packages import FUNCTIONS
-from anyattn.types.names import BY_NAME
+from anyattn.sources.packages import FUNCTIONS, Package
 
 PARAMETERS = ("tensor_layout", "is_causal", "sm_scale", "return_lse")
 """The keywords that are passed; nothing is left to `**kwargs`."""
 
-# PyPI's 1.0.6 gives no lse, and writes to the caller's key.
-INSTALL = BY_NAME["sage"].install
+SAGEATTENTION = Package(
+    "sageattention",
+    "sageattention",
+    (),
+    ">=2.1.1,<3",
+    # PyPI's 1.0.6 gives no lse, and writes to the caller's key.
+    "build SageAttention {versions} from its sources (github.com/thu-ml/SageAttention); PyPI has 1.0.6 alone",
+    found_by="sageattention",
+)
 
 REACH = 1 << 31
 """The elements that 32-bit offsets reach (`triton/quant_per_thread.py`: a block's index times a stride)."""
@@ -31,7 +37,7 @@ def what_lacks(function: Any, name: str, parameters: Sequence[str]) -> str:
     missing = [parameter for parameter in parameters if parameter not in known]
     if not missing:
         return ""
-    return f"{name} has no parameter {' and '.join(missing)}, and would swallow it. {INSTALL}"
+    return f"{name} has no parameter {' and '.join(missing)}, and would swallow it. {SAGEATTENTION.command}"
 
 
 def that_knows_its_parameters(function: Any, name: str) -> Any:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from anyattn.adapters._flash import KernelCall
-from anyattn.adapters.sage.kernels import INSTALL, readable, what_lacks
+from anyattn.adapters.sage.kernels import SAGEATTENTION, readable, what_lacks
 from anyattn.backend.protocol import Plan
 from anyattn.sources.packages import FUNCTIONS
 
@@ -41,7 +41,7 @@ _Pair = tuple[_Span, _Span]
 def entry_of(module: Any) -> Callable[..., Any]:
     """Give a package's function for packed sequences; where it has none, one that says so when it is called."""
     found = getattr(module, ENTRY, None)
-    text = f"This sageattention has no function {ENTRY}. {INSTALL}"
+    text = f"This sageattention has no function {ENTRY}. {SAGEATTENTION.command}"
     if callable(found):
         text = what_lacks(found, ENTRY, PARAMETERS)
         if not text:

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from anyattn.adapters import _flash
 from anyattn.adapters.xformers import kernels
-from anyattn.backend.capabilities import Capabilities, kernel_pattern, needs_dense
+from anyattn.backend.capabilities import Capabilities, needs_dense
 from anyattn.backend.patterns import KernelPattern
 from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
 from anyattn.environment import Arch, Environment
 from anyattn.lowering import host_lengths
 from anyattn.lowering.dense import mask_conversions
-from anyattn.sources.packages import FUNCTIONS, Package, package_reasons
-from anyattn.types.names import BY_NAME
+from anyattn.sources.packages import FUNCTIONS, Package
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import UNKNOWN, AttentionSpec, MaskSpec
 
@@ -44,9 +43,7 @@ _BIASES = (
     "BlockDiagonalMask",
 )
 
-PACKAGE = Package(
-    "xformers", "xformers.ops.fmha", _CALLS, ">=0.0.29", BY_NAME["xformers"].install, found_by="xformers.ops"
-)
+PACKAGE = Package("xformers", "xformers.ops.fmha", _CALLS, ">=0.0.29", found_by="xformers.ops")
 MSLK = Package("", "mslk.attention.fmha", _CALLS)
 """Where xformers 0.0.36 keeps attention."""
 
@@ -82,11 +79,12 @@ class XFormers(Backend):
 
     name = "xformers"
     family = "xformers"
+    auto_rank = 70
+    packages = (PACKAGE,)
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
 
     def availability(self, env: Environment) -> Iterator[Reason]:
         yield from super().availability(env)
-        yield from package_reasons((PACKAGE,), env)
         version = env.version("xformers")
         if version is None:
             return
@@ -96,9 +94,6 @@ class XFormers(Backend):
         if only_flash4 and Version("0.0.31.dev0") <= version < Version("0.0.36.dev0"):
             got = f"flash-attn-4 {env.packages['flash-attn-4']} alone, whose namespace flash_attn xformers trips over"
             yield Reason("broken_import", "flash-attn-4 beside flash-attn", got, "install flash-attn >= 2.7.1 too")
-
-    def origin(self, env: Environment) -> str:
-        return f"xformers {env.packages['xformers']}" if "xformers" in env.packages else ""
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = self.declarations.get(spec.device_type)
@@ -111,10 +106,8 @@ class XFormers(Backend):
         if asked.is_causal and asked.align == "upper_left" and known and spec.seqlen_q < spec.seqlen_kv:
             # Without the keys that no row sees it is a square, which flash takes.
             return caps.replace(causal=_LOWER_RIGHT)
-        found = kernel_pattern(caps, spec)
-        misread = found is not None and _flash.misreads_right_side(spec, found)
         # Windows are flash's alone; one that it doesn't take is given to CUTLASS as a dense mask.
-        return caps.replace(window=frozenset()) if misread or not _flash_takes(spec) else caps
+        return caps if _flash_takes(spec) else caps.replace(window=frozenset())
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         device = env.device(spec.device_type, spec.device_index)

@@ -16,7 +16,7 @@ from anyattn.cli.words import checked_device
 __all__ = ["DemoReport", "demo"]
 
 SHEET = "contact_sheet.png"
-"""The file that `demo` writes into the folder it is given."""
+"""The file that `demo` writes into its folder."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DemoReport:
         return 0 if self.result.ok else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {**self.result.to_dict(), "sheet": str(self.sheet)}
 
 
@@ -55,14 +55,14 @@ def demo(
     """Run the demo, and write the contact sheet.
 
     Args:
-        folder: Where the contact sheet goes; made where it doesn't exist.
+        folder: Where the contact sheet goes; made if it doesn't exist.
         models: Which models; empty is all.
         backends: Which backends, by name or alias; empty is every exact one that can run.
-        device: Where; None is the CUDA device where there is one, else the CPU.
+        device: Where; None is the CUDA device if there is one, else the CPU.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
         steps: Denoising steps.
-        seed: Of weights and inputs.
-        progress: Told about each run.
+        seed: Random seed of weights and inputs.
+        progress: Called for each run.
 
     Raises:
         UsageError: If there is no such model, device or dtype, or the folder is a file.
@@ -79,7 +79,7 @@ def demo(
     if not isinstance(found, torch.dtype):
         raise UsageError(f"--dtype {dtype}: no such dtype; write float32, bfloat16 or float16.")
 
-    def told(step: demos.Progress) -> None:
+    def report_progress(step: demos.Progress) -> None:
         if progress is not None:
             progress(Step(f"{step.model}: {step.run}" if step.model else "done", step.done, step.total))
 
@@ -90,6 +90,6 @@ def demo(
         dtype=found,
         steps=steps,
         seed=seed,
-        progress=told,
+        progress=report_progress,
     )
     return DemoReport(result, demos.write_contact_sheet(result, folder / SHEET))

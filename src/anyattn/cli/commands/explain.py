@@ -1,4 +1,4 @@
-"""`anyattn explain`: what would run for a call given in words, on this machine or a supposed one."""
+"""`anyattn explain`: what would run for a call described in words, on this machine or a supposed one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import anyattn
 from anyattn.cli.words import CallWords, device_type_of, machine_of, spec_of
 from anyattn.environment import Environment
+from anyattn.selection import registry
 from anyattn.types.decision import Decision
 
 __all__ = ["Explanation", "explain"]
@@ -20,7 +21,7 @@ class Explanation:
 
     Attributes:
         machine: The machine.
-        supposed: The preset's name; empty where it is this machine.
+        supposed: The preset's name; empty if it is this machine.
         decision: What runs, and every other backend with its reasons.
     """
 
@@ -30,11 +31,11 @@ class Explanation:
 
     @property
     def exit_code(self) -> int:
-        """0 if something that was asked for admits the call, else 1."""
+        """0 if a requested backend admits the call, else 1."""
         return 0 if self.decision.chosen is not None else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {
             "ok": self.exit_code == 0,
             "supposed": self.supposed,
@@ -52,14 +53,14 @@ def explain(
     packages: Sequence[str] = (),
     torch_version: str | None = None,
 ) -> Explanation:
-    """Explain a call that is given in words; nothing is run and no tensor made.
+    """Explain a call that is described in words; no kernel is run and no tensor is made.
 
     Args:
         words: The call.
         backend: A name, an alias, `"auto"`, or several with commas in order of preference; None is what the
             environment variables and the library's default say.
         preset: A machine to suppose, one of `anyattn.environment.PRESET_NAMES`; None is this one.
-        device: The type of device; None is the machine's accelerator, or its CPU where it has none.
+        device: The type of device; None is the machine's accelerator, or its CPU if it has none.
         packages: Distributions to suppose installed, each `name=version`.
         torch_version: The version of torch to suppose.
 
@@ -73,6 +74,8 @@ def explain(
     names = None if backend is None else [name.strip() for name in backend.split(",") if name.strip()]
     wish: str | list[str] | None = names[0] if names is not None and len(names) == 1 else names
     if wish == []:
-        raise anyattn.UnknownBackendError("--backend names nothing; give a name, or several with commas.")
+        raise anyattn.UnknownBackendError(
+            f"--backend {backend!r} names no backend; write a name, or several with commas."
+        )
     decision = anyattn.explain(spec, backend=wish, env=machine)
-    return Explanation(machine, preset or "", decision)
+    return Explanation(machine.holding(registry.distributions(), registry.modules()), preset or "", decision)

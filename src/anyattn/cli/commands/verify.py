@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["CASES", "Verification", "verify"]
 
 CASES = 60
-"""How many cases are drawn from each declaration, beside the adversarial ones, where nothing is said."""
+"""How many cases are drawn from each declaration, besides the adversarial ones, by default."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What became of the laws.
+    """The result of the laws.
 
     Attributes:
         report: Each law for each backend.
@@ -38,11 +38,11 @@ class Verification:
         return 0 if judged and all(row.status == "passed" for row in judged) else 1
 
     def skipped(self) -> tuple[BackendReport, ...]:
-        """Give the backends for which nothing was executed."""
+        """Return the backends for which nothing was executed."""
         return tuple(row for row in self.report.backends if row.status == "not verified")
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {"ok": self.exit_code == 0, **self.report.to_dict()}
 
 
@@ -59,11 +59,11 @@ def verify(
 
     Args:
         backends: Names or aliases; empty is every backend with an adapter.
-        device: `"cpu"`, `"cuda"`, ...; None is `"cuda"` where there is one, else `"cpu"`.
-        cases: How many cases to draw from each declaration, beside the adversarial ones.
+        device: `"cpu"`, `"cuda"`, ...; None is `"cuda"` if there is one, else `"cpu"`.
+        cases: How many cases to draw from each declaration, besides the adversarial ones.
         laws: The names of the laws to run; empty is all.
-        seed: Of the drawn cases.
-        progress: Told about each law.
+        seed: Random seed of the drawn cases.
+        progress: Called for each law.
 
     Raises:
         UsageError: If there is no such device or law here, or a package of `anyattn[testing]` is missing.
@@ -75,17 +75,17 @@ def verify(
         if (error.name or "").startswith("anyattn"):
             raise
         raise UsageError(f"The laws need {error.name}, which isn't installed: pip install 'anyattn[testing]'") from None
-    where = checked_device(device)
-    if ":" in where:
-        raise UsageError(f"--device {where}: the laws run on the first device of a type; write {where.split(':')[0]}.")
+    place = checked_device(device)
+    if ":" in place:
+        raise UsageError(f"--device {place}: the laws run on the first device of a type; write {place.split(':')[0]}.")
     unknown = [law for law in laws if law not in suite.LAWS]
     if unknown:
         raise UsageError(f"--law {unknown[0]}: no such law. There are: {', '.join(suite.LAWS)}.")
 
-    def told(backend: str, law: str, done: int, total: int) -> None:
+    def report_progress(backend: str, law: str, done: int, total: int) -> None:
         if progress is not None:
             progress(Step(f"{backend}: {law}" if backend else "done", done, total))
 
     names, chosen = tuple(backends) or None, tuple(laws) or None
-    report = suite.verify(names, device=where, cases=cases, laws=chosen, seed=seed, progress=told)
+    report = suite.verify(names, device=place, cases=cases, laws=chosen, seed=seed, progress=report_progress)
     return Verification(report, bool(backends))

@@ -1,4 +1,4 @@
-"""What people read of the demo."""
+"""The terminal view of the demo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STYLES = {"passed": GOOD, "failed": BAD, "refused": "yellow", "measured": ""}
 
 
 def show(found: DemoReport) -> RenderableType:
-    """Make what people read: a line for each model and backend, what was allowed, and where the pictures are."""
+    """Build the view: a line for each model and backend, what was allowed, and where the pictures are."""
     result = found.result
     head = f"{result.device}, {result.dtype}, {result.steps} denoising steps, seed {result.seed}"
     lines = [line for model in result.models for line in _model(model)]

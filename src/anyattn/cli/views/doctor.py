@@ -1,4 +1,4 @@
-"""What people read of the doctor's report: short where all is well, complete where it isn't."""
+"""The terminal view of the doctor's report: short if all is well, complete if it isn't."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from anyattn.cli.commands.doctor.trial import STEPS, Trial
 from anyattn.cli.commands.doctor.variables import VariableReport
 from anyattn.cli.views.parts import BAD, GOOD, PALE, facts, grouped, section, table, under
 from anyattn.environment import Device, Environment
+from anyattn.types.folding import folded
+from anyattn.types.reasons import Reason
 
 _OUTPUT = 5
 _WORDS = {
@@ -27,20 +29,23 @@ _WORDS = {
 
 
 def show(found: DoctorReport) -> RenderableType:
-    """Make what people read: machine, variables, default, then the backends by how they fare."""
+    """Build the view: machine, variables, default, then the backends by state."""
     parts: list[RenderableType] = [Text(f"anyattn {__version__}", style="bold"), _machine(found.environment)]
     if found.variables:
         parts.append(section("Environment variables", *(_variable(row) for row in found.variables)))
-    parts.append(section("Default", _default(found.default), note="what a call gets that names no backend"))
+    parts.append(section("Default", _default(found.default), note="for calls that name no backend"))
     usable = [row for row in found.backends if not row.reasons]
     if usable:
-        parts.append(section("Usable here", _trials(usable), note="tried on tiny inputs, compared with the reference"))
+        tried = any(row.trials or row.ended for row in usable)
+        note = "tried on tiny inputs, compared with the reference" if tried else "not tried"
+        parts.append(section("Usable here", _trials(usable) if tried else _untried(usable), note=note))
     waiting = [row for row in usable if row.downloads and not row.trials]
     if waiting:
         said = (under(Text(row.name, style="bold"), row.origin) for row in waiting)
-        parts.append(section("From the Hub", *said, note="downloaded and tried where named: anyattn doctor NAME"))
+        parts.append(section("From the Hub", *said, note="downloaded and tried only if named: anyattn doctor NAME"))
     troubled = [row for row in usable if _complaints(row)]
-    named = [row for row in usable if row.origin and not row.downloads]
+    # The table has the package and its version.
+    named = [row for row in usable if row.origin not in ("", f"{row.package} {row.found}") and not row.downloads]
     if named:
         said = (under(Text(row.name, style="bold"), row.origin) for row in named)
         parts.append(section("Whose kernels", *said, note="packages, and what their builds leave out"))
@@ -52,7 +57,7 @@ def show(found: DoctorReport) -> RenderableType:
             section(
                 "Known to be wrong on a machine like this",
                 *map(_known_bad, found.known_bad),
-                note="seen to by every choice; links: --json",
+                note="avoided automatically; links: --json",
             )
         )
     return Group(*parts)
@@ -111,15 +116,22 @@ def _default(row: DefaultReport) -> RenderableType:
     return under(works, Text.assemble("in torch.compile: ", (word, style), detail))
 
 
+def _untried(rows: Sequence[BackendReport]) -> RenderableType:
+    return table(("backend", "package"), [(row.name, _package(row)) for row in rows])
+
+
+def _package(row: BackendReport) -> str:
+    return f"{'contract double of ' if row.double else ''}{row.package} {row.found}".strip()
+
+
 def _trials(rows: Sequence[BackendReport]) -> RenderableType:
     lines: list[Sequence[RenderableType]] = []
     for row in rows:
-        version = f"{'contract double of ' if row.double else ''}{row.package} {row.found}".strip()
         devices = tuple(dict.fromkeys(trial.device for trial in row.trials)) or ("",)
         for device in devices:
             tried = {trial.step: trial for trial in row.trials if trial.device == device}
             cells = [_cell(tried.get(step), row) for step in STEPS]
-            lines.append((row.name, device or "not tried", *cells, version))
+            lines.append((row.name, device or "not tried", *cells, _package(row)))
     return table(("backend", "device", *STEPS, "package"), lines)
 
 
@@ -153,33 +165,47 @@ def _output(row: BackendReport) -> list[RenderableType]:
 
 
 def _absent(rows: Iterable[BackendReport]) -> list[RenderableType]:
-    """Show the backends that can't be used, one entry for all that share reasons and cure."""
-    parts: list[RenderableType] = []
+    """Show why backends can't be used, each reason once, and then what installs the packages that are missing."""
     unusable = [row for row in rows if row.state == "unusable"]
-    if unusable:
-        # What is merely not installed needs no more than a line: the command that installs it.
-        absent = [row for row in unusable if row.cure and {reason.code for reason in row.reasons} == {"not_installed"}]
-        lines = [(_names(group), f"cure: {group[0].cure}") for group in grouped(absent, lambda row: row.cure)]
-        groups = grouped((row for row in unusable if row not in absent), lambda row: (row.reasons, row.cure, row.ended))
-        broken = table(
-            ("backend", "why, and the cure"), [(_names(group), _unusable(group[0])) for group in groups], first=24
-        )
-        parts.append(section("Not usable here", facts(lines), *([broken] if groups else [])))
-    unbuilt = [row for row in rows if row.state == "not built"]
-    if unbuilt:
-        groups = grouped(unbuilt, lambda row: (row.wanted, row.found))
-        known = [(_names(group), group[0].found or "no", group[0].wanted) for group in groups]
-        headings = ("backend", "installed", "will need")
-        parts.append(section("Known, but not in this release of anyattn", table(headings, known, first=24)))
+    missing = [row for row in unusable if row.install and _codes(row) & {"not_installed"}]
+    # What a process wrote before it ended belongs to its own backend.
+    broken = [row for row in unusable if row.output]
+    quiet = [row for row in unusable if row not in broken]
+    shared = folded((row.name, [one for one in row.reasons if not _installs(row, one)]) for row in quiet)
+    cures = {row.name: row.cure for row in quiet if row.cure and not (row in missing and row.cure == row.install)}
+    lines: list[RenderableType] = []
+    for names, reasons in shared:
+        # A backend's cure stands below its first reason.
+        said = dict.fromkeys(cures.pop(name) for name in names if name in cures)
+        if len(reasons) == 1 and not said:
+            lines.append(Text.assemble(f"{', '.join(names)}: ", _needs(reasons[0])))
+        else:
+            lines.append(under(", ".join(names), *map(_needs, reasons), *map(_cure, said)))
+    for group in grouped(broken, lambda row: (row.reasons, row.cure, row.output)):
+        cure = [_cure(group[0].cure)] if group[0].cure else []
+        lines.append(under(_names(group), *map(_needs, group[0].reasons), *cure, *_output(group[0])))
+    parts = [section("Not usable here", *lines)] if lines else []
+    if missing:
+        commands = [(_names(group), group[0].install) for group in grouped(missing, lambda row: row.install)]
+        parts.append(section("Not installed", facts(commands), note="backends, and what installs their kernels"))
     return parts
 
 
-def _unusable(row: BackendReport) -> RenderableType:
-    # One paragraph for all reasons: two dozen backends with a line for each would be a wall.
-    lines: list[RenderableType] = [Text("; ".join(f"needs {reason.need}, got {reason.got}" for reason in row.reasons))]
-    if row.cure:
-        lines.append(Text.assemble(("cure: ", PALE), row.cure))
-    return Group(*lines, *_output(row))
+def _codes(row: BackendReport) -> set[str]:
+    return {reason.code for reason in row.reasons}
+
+
+def _installs(row: BackendReport, reason: Reason) -> bool:
+    """Whether the install command says all that a reason says: that a package is missing."""
+    return bool(row.install) and reason.code == "not_installed" and reason.got.startswith("no ")
+
+
+def _needs(reason: Reason) -> Text:
+    return Text(f"needs {reason.need}, got {reason.got}")
+
+
+def _cure(text: str) -> Text:
+    return Text.assemble(("cure: ", PALE), text)
 
 
 def _names(group: Sequence[BackendReport]) -> str:
@@ -189,6 +215,6 @@ def _names(group: Sequence[BackendReport]) -> str:
 def _known_bad(row: KnownBadReport) -> RenderableType:
     return Text.assemble(
         (f"{', '.join(row.backends)} on {row.device}", PALE),
-        f": {row.what}, for {row.when}",
+        f": {row.what}; when: {row.when}",
         (f"; instead: {row.instead}", PALE),
     )

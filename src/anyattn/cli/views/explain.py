@@ -1,4 +1,4 @@
-"""What people read of an explanation."""
+"""The terminal view of an explanation."""
 
 from __future__ import annotations
 
@@ -8,42 +8,35 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from anyattn.cli.commands.explain import Explanation
-from anyattn.cli.views.parts import BAD, GOOD, PALE, facts, grouped, section, under
+from anyattn.cli.views.parts import BAD, GOOD, PALE, facts, section, under
 from anyattn.environment import Environment
-from anyattn.types.decision import Candidate, Decision
+from anyattn.types.decision import Decision
+from anyattn.types.folding import Shared, folded
 from anyattn.types.reasons import Reason
 
 _BASIS = {
-    "required": "required: no other is taken in its place",
-    "preferred": "the first of those asked for that admits the call",
-    "fixed order": "the first of the library's order that admits the call; nothing was measured",
-    "rule by size and mask": "the first that admits the call of an order by size and mask; nothing was measured here",
+    "required": "required: no other backend is used instead",
+    "preferred": "the first requested backend that admits the call",
+    "fixed order": "the first in the library's fixed order that admits the call",
+    "rule by size and mask": "the first in the order for this size and mask that admits the call",
 }
 
 
 def show(found: Explanation) -> RenderableType:
-    """Make what people read: what runs, how, what else could, and every reason against the others."""
+    """Build the view: what runs, how, what else could, and every reason against the others."""
     decision = found.decision
     parts: list[RenderableType] = [_verdict(decision), _facts(found)]
     admits = [candidate.name for candidate in decision.candidates if candidate.admits]
     others = [name for name in admits if name != decision.chosen]
     if others:
         parts.append(section("Would run it" if decision.chosen is None else "Would run it too", ", ".join(others)))
-    refusing = [candidate for candidate in decision.candidates if not candidate.admits]
-    built = [candidate for candidate in refusing if candidate.reasons[0].code != "not_built"]
-    if built:
-        groups = grouped(built, lambda candidate: candidate.reasons)
-        parts.append(section("Refuse it", *(_refusal(group) for group in groups)))
-    absent = [candidate.name for candidate in refusing if candidate.reasons[0].code == "not_built"]
-    if absent:
-        note = "what each will need: anyattn doctor"
-        parts.append(section("Not in this release of anyattn", ", ".join(absent), note=note))
+    parts += _refusals(decision)
     return Group(*parts)
 
 
 def _verdict(decision: Decision) -> RenderableType:
     if decision.chosen is None:
-        return Text("Nothing that was asked for runs this call.", style=BAD)
+        return Text("No requested backend runs this call.", style=BAD)
     return Text.assemble((decision.chosen, GOOD), f" runs this call, through {decision.kernel}.")
 
 
@@ -53,9 +46,10 @@ def _facts(found: Explanation) -> RenderableType:
     rows: list[tuple[str, RenderableType]] = [
         ("  call", str(decision.spec)),
         ("  machine", _machine(found.machine, found.supposed, decision.spec.device_type)),
-        ("  asked for", f"{wish} ({_source(wish.source)})"),
-        ("  choice", _BASIS.get(decision.basis, decision.basis)),
+        ("  requested", f"{wish} ({_source(wish.source)})"),
     ]
+    if decision.chosen is not None:
+        rows.append(("  choice", _BASIS.get(decision.basis, decision.basis)))
     if decision.origin:
         rows.append(("  from", decision.origin))
     rows += [("  converted", str(conversion)) for conversion in decision.conversions]
@@ -78,17 +72,58 @@ def _machine(machine: Environment, supposed: str, kind: str) -> str:
     return ", ".join(parts) + (f" (supposed: {supposed})" if supposed else " (this machine)")
 
 
-def _refusal(group: Sequence[Candidate]) -> RenderableType:
-    """Show backends that share all their reasons."""
-    names = ", ".join(candidate.name for candidate in group)
-    return under(Text(names, style="bold"), *(_reason(reason) for reason in group[0].reasons))
+def _refusals(decision: Decision) -> list[RenderableType]:
+    """Write every reason once, under the backends that have it; missing packages are listed together."""
+    groups = folded((candidate.name, candidate.reasons) for candidate in decision.candidates)
+    without_device = {name for group in groups if _has(group, "no_device") for name in group.names}
+    shown: list[RenderableType] = []
+    missing: list[RenderableType] = []
+    for names, reasons in groups:
+        others = [reason for reason in reasons if reason.code != "not_installed"]
+        if others:
+            shown.append(_refusal(names, others))
+        packages = [reason for reason in reasons if reason.code == "not_installed"]
+        if packages:
+            # A package helps only if there is a device for it.
+            hints = dict.fromkeys(reason.hint for reason in packages if reason.hint)
+            lines = [] if without_device.issuperset(names) else [Text(f"hint: {hint}") for hint in hints]
+            needs = ", ".join(_package(reason) for reason in packages)
+            missing.append(under(Text.assemble(_names(names), f": {needs}"), *lines))
+    parts = [section("Refuse it", *shown)] if shown else []
+    if missing:
+        hidden = any(_has(group, "not_installed") and without_device.issuperset(group.names) for group in groups)
+        parts.append(section("Not installed", *missing, note="how to install each: anyattn doctor" if hidden else ""))
+    return parts
 
 
-def _reason(reason: Reason) -> RenderableType:
-    """Make what people read of a reason: need and got, then what to do and where it is documented."""
+def _package(reason: Reason) -> str:
+    """Write what is needed; that there is none of it needs no words."""
+    return reason.need if reason.got.startswith("no ") else f"{reason.need} (got {reason.got})"
+
+
+def _has(group: Shared, code: str) -> bool:
+    return any(reason.code == code for reason in group.reasons)
+
+
+def _names(names: Sequence[str]) -> Text:
+    return Text(", ".join(names), style="bold")
+
+
+def _refusal(names: Sequence[str], reasons: Sequence[Reason]) -> RenderableType:
+    """Write reasons under the backends that have them, or beside them if there is one short reason."""
+    first = reasons[0]
+    if len(reasons) == 1 and not first.hint and not first.link:
+        return Text.assemble(_names(names), ": ", _said(first))
+    return under(_names(names), *(under(_said(reason), *_help(reason)) for reason in reasons))
+
+
+def _said(reason: Reason) -> Text:
     said = f"needs {reason.need}; got {reason.got}"
-    if reason.code == "known_bad":  # such a reason says which calls the kernel is wrong for, and how
-        said = f"{reason.got}, for {reason.need}"
-    text = Text.assemble((f"{reason.code}: ", PALE), said)
-    more = [f"{name} {value}" for name, value in (("hint:", reason.hint), ("see:", reason.link)) if value]
-    return under(text, *(Text(one) for one in more))
+    if reason.code == "known_bad":  # such a reason says for which calls the kernel is wrong, and how
+        said = f"{reason.got}; when: {reason.need}"
+    return Text.assemble((f"{reason.code}: ", PALE), said)
+
+
+def _help(reason: Reason) -> list[Text]:
+    """Write what to do about a reason, and where it is documented."""
+    return [Text(f"{name} {value}") for name, value in (("hint:", reason.hint), ("see:", reason.link)) if value]

@@ -1,4 +1,4 @@
-"""What people read of the laws: one line a backend, one column a law, and every way in which one was broken."""
+"""The terminal view of the laws: a line for each backend, a column for each law, and every failure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 2
 
 
 def show(found: Verification) -> RenderableType:
-    """Make what people read: the table, what the laws are, what broke them, and what couldn't be verified."""
+    """Build the view: the table, the laws in words, what broke them, and what couldn't be verified."""
     report = found.report
     parts: list[RenderableType] = [
         Text(f"{report.device}: {report.machine}, torch {report.torch}, seed {report.seed}", style=PALE)
@@ -27,9 +27,9 @@ def show(found: Verification) -> RenderableType:
         kernels = [row for row in ran if row.ran == "kernel"]
         parts += ["", _table(kernels)] if kernels else []
         if doubles:
-            note = "fakes of kernels: these counts prove the adapters, and no kernel"
+            note = "fakes of kernels: these counts test adapters, not kernels"
             parts.append(section("Contract doubles", _table(doubles), note=note))
-        note = "cases passed; n/m: n of m broke it; -: no case was one for it"
+        note = "cases passed; n/m: n of m broke it; -: no case applied"
         parts.append(section("The laws", facts(_legend(ran)), note=note))
     broken = [(row, law) for row in ran for law in row.laws if law.failures]
     if broken:

@@ -92,7 +92,7 @@ def rejected(backend: str, case: Case) -> LawResult:
     return LawResult("rejected", backend, case, "passed", reasons=against)
 
 
-UNAVAILABLE = frozenset(("not_built", "not_installed", "wrong_version", "broken_import", "setting", "no_device"))
+UNAVAILABLE = frozenset(("not_installed", "wrong_version", "broken_import", "setting", "no_device"))
 
 
 def _of_machine(reasons: tuple[Any, ...]) -> bool:

@@ -1,35 +1,24 @@
-"""What is known of each backend before anything is tried: its package, its reasons, and what would cure them."""
+"""What is known of each backend before anything is tried: its package, its reasons, and what would fix them."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from anyattn.backend.known_bad import table
+from anyattn.backend.protocol import Backend
 from anyattn.environment import Environment
 from anyattn.selection import registry
-from anyattn.types.names import BY_NAME
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
 
-# The distribution that each family's kernel comes in, the likeliest first; hub backends share one.
-_PACKAGES: Mapping[str, tuple[str, ...]] = {
-    "native": ("torch",),
-    "flex": ("torch",),
-    "flash2": ("flash-attn",),
-    "flash3": ("flash-attn-3", "tokenspeed-fa3", "fa3-fwd"),
-    "flash4": ("flash-attn-4",),
-    "sage": ("sageattention",),
-    "xformers": ("xformers",),
-    "aiter": ("amd-aiter",),
-    "xla": ("torch-xla",),
-    "npu": ("torch-npu",),
-}
+BESIDE = ("diffusers", "transformers", "triton")
+"""Distributions that no choice depends on, and that reports list too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +29,13 @@ class Listed:
         name: Its name.
         family: The group that shares a kernel source; `"third party"` for other packages' backends.
         package: The distribution its kernel comes in.
-        found: That distribution's version here; empty where it isn't installed.
+        found: That distribution's version here; empty if it isn't installed.
         wanted: What it needs, in words.
-        install: The command that installs that; empty where it comes with torch.
+        install: The command that installs that; empty if it comes with torch.
         exact: Whether it computes in the inputs' precision.
-        reasons: Why it isn't usable here; None where only importing it would tell (another package's).
+        reasons: Why it isn't usable here; None if only importing it would tell (another package's).
         double: Whether a contract double stands for its kernel in this process.
-        downloads: Whether its kernel may be downloaded, so that it is tried only where it is named.
+        downloads: Whether its kernel may be downloaded, so that it is tried only if it is named.
         origin: Where its kernel's code comes from.
     """
 
@@ -66,7 +55,7 @@ class Listed:
 def listed(env: Environment) -> tuple[Listed, ...]:
     """List every known backend, without importing any kernel or any other package's backend."""
     third = {point.name: point for point in importlib.metadata.entry_points(group=registry.ENTRY_POINT_GROUP)}
-    rows = [_ours(name, env) for name in BY_NAME]
+    rows = [_ours(backend, env) for _, backend in registry.known(registry.built_in_names())]
     for name in registry.third_parties():
         origin = third[name].dist if name in third else None
         package, version = (origin.name, origin.version) if origin is not None else ("", "")
@@ -75,42 +64,42 @@ def listed(env: Environment) -> tuple[Listed, ...]:
     return tuple(rows)
 
 
-def _ours(name: str, env: Environment) -> Listed:
-    known = BY_NAME[name]
-    backend = registry.get(name)
-    packages = ("kernels",) if name.endswith("_hub") else _PACKAGES.get(known.family, ())
-    versions = {"torch": str(env.torch), **env.packages}
-    package = next((package for package in packages if package in versions), packages[0] if packages else "")
-    if backend is None:
-        reasons: tuple[Reason, ...] = (registry.not_built(name),)
-        exact = known.family != "sage"
-        downloads, origin = False, ""
-    else:
-        reasons = tuple(backend.availability(env))
-        exact = all(caps.exact for caps in backend.declarations.values())
-        downloads, origin = backend.downloads, backend.origin(env)
-    found = versions.get(package, "")
-    double = backend is not None and backend.is_double
+def machine(env: Environment) -> Environment:
+    """Return a machine with what a report lists of it looked up."""
+    return env.holding((*registry.distributions(), *BESIDE), registry.modules())
+
+
+def _ours(backend: Backend, env: Environment) -> Listed:
+    names = [name for package in backend.packages for name in (package.distribution, *package.others) if name]
+    package = next((name for name in names if name in env.packages), next(iter(names), "torch"))
     return Listed(
-        name, known.family, package, found, known.needs, known.install, exact, reasons, double, downloads, origin
+        backend.name,
+        backend.family,
+        package,
+        str(env.torch) if package == "torch" else env.packages.get(package, ""),
+        backend.needs,
+        backend.install,
+        all(caps.exact for caps in backend.declarations.values()),
+        tuple(backend.availability(env)),
+        backend.is_double,
+        backend.downloads,
+        backend.origin(env),
     )
 
 
 def cure(reasons: Sequence[Reason], install: str, env: Environment) -> str:
-    """Say what would make a backend usable: a command where one does; empty where nothing does."""
+    """Return what would make a backend usable: a command if there is one; empty if nothing helps."""
     codes = {reason.code for reason in reasons}
-    if "not_built" in codes:
-        return ""
-    mends = [reason.hint for reason in reasons if reason.code in ("wrong_version", "broken_import") and reason.hint]
-    if mends:
-        return "; ".join(dict.fromkeys(mends))
+    fixes = [reason.hint for reason in reasons if reason.code in ("wrong_version", "broken_import") and reason.hint]
+    if fixes:
+        return "; ".join(dict.fromkeys(fixes))
     if "not_installed" in codes and install:
         return install
     hints = [reason.hint for reason in reasons if reason.hint]
     wants_cuda = any(reason.code == "no_device" and "cuda" in reason.need for reason in reasons)
     if wants_cuda and env.torch.local == "cpu":
         # The commonest cause of all: pip's CPU wheel on a machine with an NVIDIA GPU.
-        hints.append("this torch is built for CPUs alone; with an NVIDIA GPU, install the build for it (pytorch.org)")
+        hints.append("this torch is built for CPUs only; with an NVIDIA GPU, install the build for it (pytorch.org)")
     return "; ".join(dict.fromkeys(hints))
 
 
@@ -137,12 +126,12 @@ class KnownBadReport:
     link: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {**dataclasses.asdict(self), "backends": list(self.backends)}
 
 
 def known_bad_here(env: Environment) -> tuple[KnownBadReport, ...]:
-    """Give the rows of the known-bad table that concern a machine, whatever the call."""
+    """Return the rows of the known-bad table that concern a machine, whatever the call."""
     found = []
     for row in table.TABLE:
         # The row's own test of versions and devices decides; only its condition on the call is left open.

@@ -1,4 +1,4 @@
-"""`anyattn doctor`: this machine, every known backend, what each does when it is tried, and what cures it."""
+"""`anyattn doctor`: this machine, every known backend, what each does when it is tried, and what fixes it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from anyattn import __version__
-from anyattn.cli.commands.doctor.catalogue import KnownBadReport, Listed, cure, known_bad_here, listed
+from anyattn.cli.commands.doctor.catalogue import KnownBadReport, Listed, cure, known_bad_here, listed, machine
 from anyattn.cli.commands.doctor.probe import Job, Probe, run_all
 from anyattn.cli.commands.doctor.trial import Trial, main_device
 from anyattn.cli.commands.doctor.variables import CHECKING, CHOOSING, VariableReport, variables
@@ -18,7 +18,7 @@ from anyattn.scopes import defaults
 from anyattn.selection import registry
 from anyattn.selection.faults import broken_import
 from anyattn.selection.resolve import order
-from anyattn.types.names import AUTO, canonical
+from anyattn.types.names import AUTO
 from anyattn.types.reasons import Reason
 
 __all__ = ["STEP_TIMEOUT", "BackendReport", "DefaultReport", "DoctorReport", "doctor"]
@@ -26,7 +26,7 @@ __all__ = ["STEP_TIMEOUT", "BackendReport", "DefaultReport", "DoctorReport", "do
 STEP_TIMEOUT = 120.0
 """Seconds that one step of a trial may take; compiling a kernel for the first time is the slowest."""
 
-BackendState = Literal["works", "fails", "not tried", "unusable", "not built"]
+BackendState = Literal["works", "fails", "not tried", "unusable"]
 _BAD = frozenset(("wrong", "raised", "died", "hung"))
 
 
@@ -38,22 +38,22 @@ class BackendReport:
         name: Its name.
         family: The group that shares a kernel source.
         state: `"works"`: some step passed and none went wrong; `"fails"`: one did; `"not tried"`: usable as
-            far as is known; `"unusable"`: see `reasons`; `"not built"`: this release has no adapter for it.
+            far as is known; `"unusable"`: see `reasons`.
         installed: Whether its kernel's package is there.
         package: That package.
-        found: Its version here; empty where it isn't there.
+        found: Its version here; empty if it isn't installed.
         wanted: What the backend needs.
-        install: The command that installs that; empty where it comes with torch.
+        install: The command that installs that; empty if it comes with torch.
         exact: Whether it computes in the inputs' precision.
         reasons: Everything that keeps it from being usable.
-        cure: What to do about them; empty where nothing helps.
+        cure: What to do about them; empty if nothing helps.
         trials: What came of each step.
-        ended: How its process ended, where that was before it was done.
+        ended: How its process ended, if it ended early.
         output: The last lines that the process wrote then.
         double: Whether a contract double stands for its kernel in this process, which says nothing of the kernel: it
             isn't tried.
-        downloads: Whether its kernel may be downloaded, so that it is tried only where it is named.
-        origin: Where its kernel's code comes from; empty where it is part of torch.
+        downloads: Whether its kernel may be downloaded, so that it is tried only if it is named.
+        origin: Where its kernel's code comes from; empty if it is part of torch.
     """
 
     name: str
@@ -75,7 +75,7 @@ class BackendReport:
     origin: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {
             "name": self.name,
             "family": self.family,
@@ -105,12 +105,12 @@ class DefaultReport:
         names: The backends in force by default, in order of preference.
         source: What puts them in force: an environment variable, or `"built-in"`.
         device: The type of device that was looked at.
-        works: Whether such a call runs and is right; where nothing was tried, whether a backend is usable.
+        works: Whether such a call runs and is right; if nothing was tried, whether a backend is usable.
         tried: Whether such a call was made.
         chosen: The backend that ran it.
         kernel: The entry of that backend's kernel.
-        detail: What is wrong; empty where it works.
-        compiled: What came of the same call inside torch.compile, as in a trial's outcome; empty where it wasn't tried.
+        detail: What is wrong; empty if it works.
+        compiled: What came of the same call inside torch.compile, as in a trial's outcome; empty if it wasn't tried.
         compiled_detail: Why it isn't `"passed"`.
     """
 
@@ -126,7 +126,7 @@ class DefaultReport:
     compiled_detail: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {
             "names": list(self.names),
             "source": self.source,
@@ -165,7 +165,7 @@ class DoctorReport:
         return 0 if self.default.works else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {
             "ok": self.exit_code == 0,
             "anyattn": __version__,
@@ -191,13 +191,13 @@ def doctor(
         only: The backends to try, by name or alias; empty is every one that is usable, but for those that would
             download their kernel.
         try_kernels: Whether to try them. Backends of other packages are imported in a process of their own
-            even where not, since nothing else tells what they are.
+            even if not, because nothing else tells what they are.
         timeout: Seconds that one step may take.
         environ: The environment variables; None is this process's.
-        progress: Told about each process that finished.
+        progress: Called for each process that finished.
 
     Raises:
-        UnknownBackendError: If a backend named has no such name.
+        UnknownBackendError: If no backend has such a name.
     """
     environ = os.environ if environ is None else environ
     wanted = {registry.resolve_name(name) for name in only}
@@ -209,7 +209,7 @@ def doctor(
     jobs = [] if not try_kernels else [Job("", environ=environ)]
     for row in rows:
         named = row.name in wanted
-        # A double is of this process alone, and no kernel.
+        # A double exists in this process only, and is no kernel.
         tried = try_kernels and not row.double and (named or (not wanted and not row.downloads))
         if row.reasons is None or (tried and not row.reasons):
             jobs.append(Job(row.name, tried, calm, named))
@@ -223,19 +223,19 @@ def doctor(
     probes = run_all(jobs, timeout=timeout, finished=finished)
     backends = tuple(_backend(row, probes.get(row.name), env) for row in rows)
     default = _default(found_variables, probes.get(""), backends, env, environ)
-    return DoctorReport(env, found_variables, default, backends, known_bad_here(env))
+    return DoctorReport(machine(env), found_variables, default, backends, known_bad_here(env))
 
 
 def _backend(row: Listed, probe: Probe | None, env: Environment) -> BackendReport:
     """Join what is known of a backend with how far its process came."""
     reasons, family, exact = row.reasons or (), row.family, row.exact
     if probe is not None:
-        told = probe.described
-        if probe.broke_import or (told is None and row.reasons is None):
-            reasons = (broken_import(row.name, probe.ended),)
-        elif told is not None:
-            family, exact = told["family"] or family, told["exact"]
-            reasons = tuple(Reason(**reason) for reason in told["reasons"])
+        described = probe.described
+        if probe.broke_import or (described is None and row.reasons is None):
+            reasons = (broken_import(row.name, probe.ended, row.install),)
+        elif described is not None:
+            family, exact = described["family"] or family, described["exact"]
+            reasons = tuple(Reason(**reason) for reason in described["reasons"])
     if row.reasons is None and _uninstall(row):
         reasons = tuple(
             replace(reason, hint=_uninstall(row)) if reason.code == "broken_import" else reason for reason in reasons
@@ -265,16 +265,16 @@ def _backend(row: Listed, probe: Probe | None, env: Environment) -> BackendRepor
 
 def _cure_of_failing(row: Listed) -> str:
     fits = f", or get a build that fits this torch and device: {row.install}" if row.install else ""
-    return f"choose another backend (auto and lists go past it where it raises){fits}"
+    return f"choose another backend (auto and lists skip it if it raises){fits}"
 
 
 def _uninstall(row: Listed) -> str:
-    return f"mend or uninstall {row.package}: anyattn imports it at its first call" if row.package else ""
+    return f"fix or uninstall {row.package}: anyattn imports it at its first call" if row.package else ""
 
 
 def _state(reasons: Sequence[Reason], trials: Sequence[Trial]) -> BackendState:
     if reasons:
-        return "not built" if reasons[0].code == "not_built" else "unusable"
+        return "unusable"
     outcomes = {trial.outcome for trial in trials}
     if outcomes & _BAD:
         return "fails"
@@ -289,8 +289,7 @@ def _default(
     environ: Mapping[str, str],
 ) -> DefaultReport:
     wish = defaults.from_environment(environ)
-    extra = registry.third_parties()
-    names = tuple(canonical(name, extra) or name for name in wish.names)
+    names = tuple(registry.canonical(name) or name for name in wish.names)
     report = DefaultReport(names, wish.source, main_device(env), False, probe is not None)
     ours = (*CHOOSING, *CHECKING)
     wrong = [variable for variable in found if variable.state == "wrong" and variable.name in ours]
@@ -317,11 +316,12 @@ def _default(
 def _untried(report: DefaultReport, backends: Sequence[BackendReport], env: Environment) -> DefaultReport:
     """Say what can be said without running anything."""
     usable = {row.name for row in backends if not row.reasons and not row.double}
+    at_hand = [found for name, found in registry.known(registry.built_in_names()) if name in usable]
     wanted: list[str] = []
     for name in report.names:
-        wanted += order(report.device, sorted(usable))[0] if name == AUTO else (name,)
+        wanted += order(report.device, at_hand)[0] if name == AUTO else (name,)
     chosen = next((name for name in wanted if name in usable), "")
     if chosen:
         return replace(report, works=True, chosen=chosen)
     reasons = next((row.reasons for row in backends if row.name in wanted), ())
-    return replace(report, detail="; ".join(map(str, reasons)) or "no backend that was asked for is usable")
+    return replace(report, detail="; ".join(map(str, reasons)) or "no requested backend is usable")

@@ -1,4 +1,4 @@
-"""The parent's side of a trial: start the child, watch it, and tell how far it came."""
+"""The parent's side of a trial: start the child, watch it, and report how far it came."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AT_A_TIME = 2
 """Children that run side by side: most of each one's time is spent importing torch."""
 
 _POLL = 0.05
-# A child ends itself when a step takes too long, and shows where it hung; the parent steps in where it can't.
+# A child ends itself when a step takes too long, and shows where it hung; the parent ends it if it can't.
 _GRACE = 5.0
 _TAIL = 12
 _FRAMES = 3
@@ -46,7 +46,7 @@ class Job:
         name: The backend; empty for whatever is in force by default.
         run: Whether to call its kernel, or only to import and describe it.
         environ: The environment variables; None is this process's.
-        named: Whether a person named it: only then is a kernel downloaded.
+        named: Whether the user named it: only then is a kernel downloaded.
     """
 
     name: str
@@ -61,10 +61,10 @@ class Probe:
 
     Attributes:
         name: The backend; empty for the default.
-        described: What it said of the backend (family, exact, reasons), or None where it never came to that.
+        described: What it said of the backend (family, exact, reasons), or None if it never came to that.
         trials: What came of each step.
-        ended: How it ended, in words; empty where it finished.
-        output: The last lines that it wrote, where it didn't finish.
+        ended: How it ended, in words; empty if it finished.
+        output: The last lines that it wrote, if it didn't finish.
         broke_import: Whether it ended while the kernel, or the package that brings the backend, was imported.
     """
 
@@ -134,7 +134,7 @@ def _run(job: Job, timeout: float, stop: threading.Event) -> Probe:
 
 
 def _watch(child: subprocess.Popen[bytes], events: Path, timeout: float, stop: threading.Event) -> bool:
-    """Wait for a child, and end it where a step takes too long; say whether that was so."""
+    """Wait for a child, and end it if a step takes too long; return whether it did."""
     size, since = 0, time.monotonic()
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -149,7 +149,7 @@ def _watch(child: subprocess.Popen[bytes], events: Path, timeout: float, stop: t
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     if os.name == "posix":
-        # The whole session, not the child alone: torch.compile has worker processes of its own.
+        # The whole session, not only the child: torch.compile has worker processes of its own.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
     else:
@@ -190,7 +190,7 @@ def _read(job: Job, text: str, returncode: int, timeout: float | None, said: Seq
 
 def _telling(said: Sequence[str]) -> tuple[str, ...]:
     """Keep what tells of the end: what the kernel wrote last, and the innermost frames of faulthandler's dump."""
-    kept: list[str] = []
+    lines: list[str] = []
     frames = 0
     for line in said:
         if line.startswith(("Thread 0x", "Current thread 0x")):
@@ -198,10 +198,10 @@ def _telling(said: Sequence[str]) -> tuple[str, ...]:
         elif line.startswith('  File "'):
             frames += 1
             if frames <= _FRAMES and not line.startswith(f'  File "{trial.__file__}"'):
-                kept.append(line)
+                lines.append(line)
         elif line.strip() and not line.startswith("Extension modules: "):
-            kept.append(line)
-    return tuple(kept[-_TAIL:])
+            lines.append(line)
+    return tuple(lines[-_TAIL:])
 
 
 def _where(step: Mapping[str, str]) -> str:

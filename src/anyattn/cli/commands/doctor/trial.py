@@ -40,7 +40,7 @@ Outcome = Literal["passed", "wrong", "raised", "refused", "died", "hung"]
 
 STEPS = ("forward", "padding", "backward", "gqa")
 """What is tried: a plain call, one with a key padding mask, one with gradients, and one with fewer key/value heads
-(with lse where the backend gives it)."""
+(with lse if the backend returns it)."""
 
 COMPILED = "compiled"
 """The step that only the default is tried with: tracing takes seconds, and nearly all of it is the same code."""
@@ -65,8 +65,8 @@ class Trial:
         outcome: What came of it.
         kernel: Which entry of the backend's kernel ran.
         dtype: What it computed in.
-        error: The largest error as a multiple of what is allowed; None where nothing was compared.
-        seconds: Wall time, compiling included; None where it didn't finish.
+        error: The largest error as a multiple of what is allowed; None if nothing was compared.
+        seconds: Wall time, compiling included; None if it didn't finish.
         detail: What went wrong, in words.
     """
 
@@ -81,26 +81,26 @@ class Trial:
     detail: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return asdict(self)
 
 
 def main(path: str, name: str, run: bool, timeout: float, named: bool = False) -> None:
-    """Try one backend, or the default where the name is empty, and write what happens to a file.
+    """Try one backend, or the default if the name is empty, and write what happens to a file.
 
     Args:
         path: The file.
         name: The backend.
         run: Whether to call its kernel, or only to import and describe it.
         timeout: Seconds that a step may take; after that the process shows where it hangs, and ends.
-        named: Whether a person named it: only then is a kernel downloaded.
+        named: Whether the user named it: only then is a kernel downloaded.
     """
     faulthandler.enable()
     _leave_no_core()
     with open(path, "a", encoding="utf-8") as file:
 
         def tell(event: dict[str, Any]) -> None:
-            # Its own clock and not the parent's alone: it ends even where the parent was killed.
+            # Its own clock, not only the parent's: it ends even if the parent was killed.
             faulthandler.dump_traceback_later(timeout, exit=True)
             file.write(json.dumps(event) + "\n")
             file.flush()
@@ -200,7 +200,7 @@ def _try_compiled(ran: Trial, call: _Call) -> Trial:
 
 
 def main_device(env: Environment) -> str:
-    """Give the type of device that a program most likely uses here: the first accelerator, else the CPU."""
+    """Return the type of device that a program most likely uses here: the first accelerator, else the CPU."""
     return next((device.type for device in env.devices if device.type != "cpu"), "cpu")
 
 
@@ -220,7 +220,7 @@ class _Call:
         return str(self.query.dtype).removeprefix("torch.")
 
     def compute(self, run: Callable[..., Any]) -> tuple[Tensor, ...]:
-        """Give the output and, where wanted, lse `(B, S_q, H, 1)`, or the gradients of query, key and value."""
+        """Compute the output and, if requested, lse `(B, S_q, H, 1)`, or the gradients of query, key and value."""
         inputs = (self.query, self.key, self.value)
         result = run(*inputs, self.mask)
         out: Tensor = result[0] if isinstance(result, tuple) else result
@@ -252,7 +252,7 @@ def _calls(kind: str, step: str, lse: bool = True) -> Iterator[_Call]:
 
 
 def _try(backend: Backend, exact: bool, kind: str, step: str, env: Environment, *, lse: bool) -> Trial:
-    """Run one step with one backend alone: nothing else that is installed is imported or chosen."""
+    """Run one step with only one backend: nothing else that is installed is imported or chosen."""
     refused: tuple[Reason, ...] = ()
     for call in _calls(kind, step, lse):
         try:
@@ -274,7 +274,7 @@ def _try(backend: Backend, exact: bool, kind: str, step: str, env: Environment, 
 
 
 def _judged(ran: Trial, call: _Call, results: tuple[Tensor, ...], exact: bool, seconds: float) -> Trial:
-    """Compare what a step gave with the reference."""
+    """Compare the results of a step with the reference."""
     error = _worst(call, results, exact)
     detail = "" if error <= 1 else f"its error is {error:.3g} times what is allowed"
     outcome: Outcome = "passed" if error <= 1 else "wrong"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from anyattn.scopes import defaults
 from anyattn.selection import registry
 from anyattn.sources.hub import malformed
-from anyattn.types.names import AUTO, canonical, nearest
+from anyattn.types.names import AUTO
 
 CHOOSING = (defaults.ENV_BACKEND, defaults.ENV_BACKEND_DIFFUSERS)
 CHECKING = (defaults.ENV_CHECKS, defaults.ENV_CHECKS_DIFFUSERS)
@@ -27,7 +27,7 @@ class VariableReport:
     Attributes:
         name: Its name.
         value: What it holds.
-        state: Whether it decides; `"wrong"` where it holds what has no meaning.
+        state: Whether it decides; `"wrong"` if its value has no meaning.
         note: What that means.
         nearest: What was perhaps meant, the likeliest first.
     """
@@ -39,7 +39,7 @@ class VariableReport:
     nearest: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {**asdict(self), "nearest": list(self.nearest)}
 
 
@@ -63,17 +63,16 @@ def variables(environ: Mapping[str, str]) -> tuple[VariableReport, ...]:
 def _choosing(name: str, value: str, decides: str) -> VariableReport:
     words = [word.strip() for word in value.split(",") if word.strip()]
     if not words or words == ["anyattn"]:
-        return VariableReport(name, value, "no effect", "names no backend of anyattn's")
-    extra = registry.third_parties()
-    unknown = [word for word in words if canonical(word, extra) is None]
+        return VariableReport(name, value, "no effect", "names no backend of anyattn")
+    unknown = [word for word in words if registry.canonical(word) is None]
     if unknown:
-        near = tuple(dict.fromkeys(close for word in unknown for close in nearest(word, extra)))
+        near = tuple(dict.fromkeys(close for word in unknown for close in registry.like(word)))
         beaten = "" if name == decides else f"; {decides} decides"
         state: State = "wrong" if name == decides else "overruled"
         return VariableReport(name, value, state, f"no backend is called {' or '.join(unknown)}{beaten}", near)
     if name != decides:
         return VariableReport(name, value, "overruled", f"{decides} decides")
-    if len(words) == 1 and canonical(words[0], extra) != AUTO:
+    if len(words) == 1 and registry.canonical(words[0]) != AUTO:
         return VariableReport(name, value, "in force", "required: another backend is never taken instead")
     return VariableReport(name, value, "in force", "the first that admits a call runs it")
 
@@ -82,7 +81,7 @@ def _local_kernels(value: str) -> VariableReport:
     """Report the variable of the package `kernels` that puts folders in the place of the Hub's repositories."""
     wrong = malformed(value)
     if wrong is not None:
-        note = f"{wrong!r} isn't repo=folder; every hub backend is refused until it is mended"
+        note = f"{wrong!r} isn't repo=folder; every hub backend is refused until it is fixed"
         return VariableReport(LOCAL_KERNELS, value, "wrong", note)
     note = "hub backends load these folders, with neither the revision nor the publisher checked"
     return VariableReport(LOCAL_KERNELS, value, "in force", note)
