@@ -1,1 +1,1 @@
-"""What people read of each report: rich renderables, printed by `render`."""
+"""The terminal view of each report: rich renderables, printed by `render`."""
