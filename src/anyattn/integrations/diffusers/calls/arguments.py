@@ -32,7 +32,7 @@ INSTEAD: dict[str, str] = {
     "return_attn_probs": "return_lse=True returns the log-sum-exp",
     "deterministic": "torch.use_deterministic_algorithms(True) asks for it",
     "backend": "name the backend with anyattn.set_attention_backend or anyattn.attention_backend",
-    "_parallel_config": "parallel attention isn't built yet",
+    "_parallel_config": "parallel attention doesn't work through anyattn yet",
 }
 
 
@@ -58,8 +58,8 @@ def to_call(
     """
     if parallel_config is not None:
         raise InvalidCallError(
-            "anyattn has no context parallelism yet; each rank would attend only to its own shard. Leave out "
-            "enable_parallelism, or run this model without anyattn: anyattn.reset_attention_backend(model)."
+            "Context parallelism doesn't work through anyattn yet: each rank would attend only to its own shard. Leave "
+            "out enable_parallelism, or run this model without anyattn: anyattn.reset_attention_backend(model)."
         )
     call = dict(explicit)
     window = None
