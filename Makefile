@@ -48,7 +48,7 @@ matrix-%: $(MATRIX)/%/.done
 $(MATRIX)/%/.done: pyproject.toml
 	$(PYTHON) -m venv $(MATRIX)/$*
 	$(MATRIX)/$*/bin/python -m pip install --quiet torch==$*
-	$(MATRIX)/$*/bin/python -m pip install --quiet --editable ".[all]" pytest-xdist torch==$*
+	$(MATRIX)/$*/bin/python -m pip install --quiet --editable ".[all]" pytest-xdist hatchling torch==$*
 	touch $@
 
 .PRECIOUS: $(MATRIX)/%/.done

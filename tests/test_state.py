@@ -11,7 +11,8 @@ import anyattn
 
 PACKAGE = Path(anyattn.__file__).parent
 GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-CONTAINERS = {"dict", "set", "list", "Bounded", "WeakSet", "WeakKeyDictionary", "WeakValueDictionary", "ContextVar"}
+CONTAINERS = {"dict", "set", "list", "deque", "count", "Bounded", "ContextVar"}
+CONTAINERS |= {"WeakSet", "WeakKeyDictionary", "WeakValueDictionary"}
 CACHES = {"lru_cache", "cache"}
 
 
@@ -69,6 +70,14 @@ def test_planted_state_is_found() -> None:
     }
 
 
-def test_every_folder_is_on_the_map() -> None:
-    folders = {str(path.parent.relative_to(PACKAGE)) for path in PACKAGE.rglob("__init__.py")} - {"."}
-    assert set(_table("Map")) == folders
+def sentences() -> dict[str, str]:
+    """Return the first sentence of each folder's docstring."""
+    found = {}
+    for path in PACKAGE.rglob("__init__.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        found[str(path.parent.relative_to(PACKAGE))] = (docstring or "").split("\n\n")[0].replace("\n", " ")
+    return {folder: sentence for folder, sentence in found.items() if folder != "."}
+
+
+def test_map_says_of_each_folder_what_its_docstring_says() -> None:
+    assert _table("Map") == sentences()

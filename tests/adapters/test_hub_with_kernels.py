@@ -108,7 +108,7 @@ def test_build_for_another_torch_is_said_with_what_there_is(repository: Callable
     repository("torch21-cxx11-cu118-x86_64-linux")
     text = failure()
     assert "torch21-cxx11-cu118-x86_64-linux" in text
-    assert "take a torch and CUDA that it has a build for" in text
+    assert "use a torch and CUDA that it has a build for" in text
 
 
 def test_missing_python_dependency_is_said_with_the_command(repository: Callable[..., Path]) -> None:
@@ -142,7 +142,7 @@ def test_kernel_for_newer_kernels_is_said_with_the_command(repository: Callable[
 
 def test_kernel_that_fails_to_import_is_unavailable(repository: Callable[..., Path]) -> None:
     repository(source="raise ImportError('_flash.abi3.so: undefined symbol: _ZN3c10')\n")
-    assert "the build doesn't fit this torch" in failure()
+    assert "the build is for another torch" in failure()
 
 
 def test_kernel_without_the_functions_is_unavailable(repository: Callable[..., Path]) -> None:

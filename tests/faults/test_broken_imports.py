@@ -220,7 +220,7 @@ def test_doctor_tells_a_broken_import_once_with_its_cure(name: str, way: str) ->
     report = command._backend(row, found, env)
     assert report.state == "unusable"
     assert [reason.code for reason in report.reasons] == ["broken_import"]
-    assert report.reasons[0].got == (hub._said(error) if name in FROM_HUB else told(error))
+    assert report.reasons[0].got == (hub._one_line(error) if name in FROM_HUB else told(error))
     assert report.cure == report.reasons[0].hint != ""
 
 

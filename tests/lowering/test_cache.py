@@ -1,4 +1,4 @@
-"""Biases worked out of masks are kept while the mask is the same, and no longer."""
+"""Biases made from masks are cached while the mask is the same, and no longer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from anyattn.lowering import cache as module
 from anyattn.lowering import dense
-from anyattn.lowering.dense import HUGE, kept_key_bias, kept_within_base_2, within_base_2
+from anyattn.lowering.dense import HUGE, cached_key_bias, cached_within_base_2, within_base_2
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_kept() -> Iterator[None]:
+def _nothing_is_cached() -> Iterator[None]:
     module.forget()
     yield
     module.forget()
@@ -27,43 +27,43 @@ def test_bias_of_keys_is_made_once_and_follows_writes(kind: str, seqlen_kv: int)
     lengths = torch.tensor([3, 9])
     padding = torch.arange(seqlen_kv) < lengths[:, None]
     key = {"padding": padding, "wide": padding[:, None, None], "lengths": lengths}[kind].clone()
-    bias = kept_key_bias(key, seqlen_kv, torch.bfloat16)
-    assert kept_key_bias(key, seqlen_kv, torch.bfloat16) is bias
+    bias = cached_key_bias(key, seqlen_kv, torch.bfloat16)
+    assert cached_key_bias(key, seqlen_kv, torch.bfloat16) is bias
     assert bias.shape == (2, 1, 1, seqlen_kv)
     assert bias.stride(0) % 16 == 0
     assert torch.equal(bias[:, 0, 0] == 0, padding)
     assert bias[:, 0, 0][~padding].isneginf().all()
-    assert kept_key_bias(key, seqlen_kv, torch.float32).dtype == torch.float32
+    assert cached_key_bias(key, seqlen_kv, torch.float32).dtype == torch.float32
     key.fill_(1)
     allowed = 2 * (1 if kind == "lengths" else seqlen_kv)
-    assert int((kept_key_bias(key, seqlen_kv, torch.bfloat16) == 0).sum()) == allowed
+    assert int((cached_key_bias(key, seqlen_kv, torch.bfloat16) == 0).sum()) == allowed
 
 
 def test_drawn_bias_is_made_once_and_follows_writes() -> None:
     bias = torch.full((1, 2, 3, 4), torch.finfo(torch.float32).min)
-    drawn = kept_within_base_2(bias)
-    assert kept_within_base_2(bias) is drawn
+    drawn = cached_within_base_2(bias)
+    assert cached_within_base_2(bias) is drawn
     assert torch.equal(drawn, within_base_2(bias))
     bias.zero_()
-    assert not kept_within_base_2(bias).any()
+    assert not cached_within_base_2(bias).any()
 
 
 def test_drawn_bias_goes_with_its_mask() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         bias = torch.zeros(2, 2, dtype=dtype)
         alive = weakref.ref(bias)
-        kept_within_base_2(bias)
+        cached_within_base_2(bias)
         del bias
         gc.collect()
         assert alive() is None
         assert not module._slots
 
 
-def test_biases_that_need_gradients_or_much_memory_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_biases_that_need_gradients_or_much_memory_are_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     leaf = torch.zeros(2, 2, requires_grad=True)
-    assert kept_within_base_2(leaf).requires_grad
-    monkeypatch.setattr(dense, "_MOST_KEPT_BYTES", 15)
-    kept_within_base_2(torch.zeros(2, 2))
+    assert cached_within_base_2(leaf).requires_grad
+    monkeypatch.setattr(dense, "_MOST_CACHED_BYTES", 15)
+    cached_within_base_2(torch.zeros(2, 2))
     assert not module._slots
 
 

@@ -1,4 +1,4 @@
-"""How keys move: right for every mask, kept while the mask lives and isn't written to, and never stale."""
+"""How keys move: right for every mask, cached while the mask lives and isn't written to, and never stale."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_freed_mask_is_forgotten_and_its_storage_reused_safely() -> None:
         assert not module._slots
 
 
-def test_kept_layouts_are_bounded() -> None:
+def test_cached_layouts_are_bounded() -> None:
     masks = [torch.rand(1, 4) > 0.5 for _ in range(module._MOST_MASKS + 20)]
     for mask in masks:
         key_layout(mask, 1, 4, prefix=False)

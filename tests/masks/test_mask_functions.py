@@ -1,4 +1,4 @@
-"""Masks from functions: right with flex and native, looked at once, kept while what they read is unchanged."""
+"""Masks from functions: right with flex and native, called once, cached while what they read is unchanged."""
 
 from __future__ import annotations
 
@@ -99,31 +99,31 @@ def test_rebinding_what_the_function_captures_is_noticed(backend: str) -> None:
     assert_right(mask, backend)
 
 
-def test_a_shape_is_made_once_and_few_shapes_are_kept() -> None:
+def test_a_shape_is_made_once_and_few_shapes_are_cached() -> None:
     function = function_of(masks.frame_causal(4))
     cpu = torch.device("cpu")
     first = written_out(function, 2, 2, 9, 9, cpu)
     assert written_out(function, 2, 2, 9, 9, cpu) is first
     for seqlen in range(10, 40):
         written_out(function, 2, 2, seqlen, seqlen, cpu)
-    assert len(function._kept) == 8
+    assert len(function._cached) == 8
     assert written_out(function, 2, 2, 9, 9, cpu) is not first
 
 
-def test_nothing_is_kept_under_transforms_traces_or_of_inference_tensors() -> None:
+def test_nothing_is_cached_under_transforms_traces_or_of_inference_tensors() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     mask = masks.frame_causal(4)
     q = torch.randn(3, 2, 9, 2, 16)
     torch.vmap(lambda a: anyattn.attention(a, a, a, mask))(q)
     make_fx(lambda a: anyattn.attention(a, a, a, mask), tracing_mode="real")(q[0])
-    assert not function_of(mask)._kept
+    assert not function_of(mask)._cached
     with torch.inference_mode():
         born_there = masks.document(torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]]))
         assert_right(born_there, "flex")
-        assert not function_of(born_there)._kept
+        assert not function_of(born_there)._cached
         assert_right(mask, "flex")
-    assert function_of(mask)._kept
+    assert function_of(mask)._cached
 
 
 def test_what_was_made_goes_with_the_mask() -> None:

@@ -52,7 +52,7 @@ def test_window_size_of_attention_kwargs_is_honoured(dispatch: Attend) -> None:
 def test_argument_given_twice_is_refused(dispatch: Attend) -> None:
     q, k, v = tensors()
     for explicit, again in (({"scale": 0.5}, {"scale": 0.1}), ({"dropout_p": 0.1}, {"dropout_p": 0.5})):
-        with pytest.raises(anyattn.InvalidCallError, match="given twice"):
+        with pytest.raises(anyattn.InvalidCallError, match="passed twice"):
             dispatch(q, k, v, **explicit, attention_kwargs=again)
     assert_right(dispatch(q, k, v, attention_kwargs={"scale": 0.1}), truth(q, k, v, scale=0.1))
 

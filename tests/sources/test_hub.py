@@ -68,7 +68,7 @@ def test_call_with_malformed_local_kernels_is_unavailable_with_the_cure() -> Non
     assert decision.chosen is None
     env = dataclasses.replace(environment.detect(), packages={"kernels": "0.17.2"}, variables={"LOCAL_KERNELS": "x"})
     query = torch.randn(1, 8, 2, 16, dtype=torch.bfloat16)
-    with environment.supposed(env), pytest.raises(BackendUnavailableError, match="mend the environment variable"):
+    with environment.supposed(env), pytest.raises(BackendUnavailableError, match="fix the environment variable"):
         anyattn.attention(query, query, query, backend="flash2_hub")
 
 
@@ -81,7 +81,7 @@ def test_call_with_malformed_local_kernels_is_unavailable_with_the_cure() -> Non
         (KERNEL, machine(TRANSFORMERS_OFFLINE="yes"), "with TRANSFORMERS_OFFLINE the publisher's trust isn't checked"),
         (KERNEL, machine(HF_HUB_OFFLINE="0"), f"owner/flash at {SHA}, from the Hub"),
         (KERNEL, machine("0.13.0"), "kernels 0.13.0 doesn't check the publisher's trust, 0.14 does"),
-        (KERNEL, machine(KERNELS_CACHE="/kept"), "kept in /kept, by KERNELS_CACHE"),
+        (KERNEL, machine(KERNELS_CACHE="/kept"), "cached in /kept, by KERNELS_CACHE"),
         (KERNEL, machine(LOCAL_KERNELS="other/one=/there"), f"owner/flash at {SHA}, from the Hub"),
         (
             KERNEL,
@@ -190,13 +190,13 @@ class HfHubHTTPError(OSError):
 HfHubHTTPError.__module__ = "huggingface_hub.errors"
 
 FAILURES = [
-    (ValueError("Invalid LOCAL_KERNELS entry: x. Expected format: repo_id_1=path_1"), "mend the environment variable"),
+    (ValueError("Invalid LOCAL_KERNELS entry: x. Expected format: repo_id_1=path_1"), "fix the environment variable"),
     (
         FileNotFoundError(
             "Cannot find a build variant for this system in owner/flash (revision: x):\n\n"
             "torch212-cxx11-cu126-x86_64-linux: Torch version (2.12) does not match environment Torch version (2.13)"
         ),
-        "take a torch and CUDA that it has a build for",
+        "use a torch and CUDA that it has a build for",
     ),
     (FileNotFoundError("Cannot find a local snapshot for owner/flash (revision: x)."), "go online once"),
     (ValueError("Version 1 of 'owner/flash' is not available in the local cache"), "go online once"),
@@ -211,11 +211,11 @@ FAILURES = [
     ),
     (ValueError("Kernel module `f` uses unsupported kernel dependency: new"), "pip install --upgrade kernels"),
     (ValueError("Kernel repository 'owner/flash' is not from a trusted publisher. Set"), "anyattn never trusts"),
-    (ValueError("Kernel repository 'owner/flash' could not verify publisher trust status."), "mend the network"),
-    (ImportError("_flash.abi3.so: undefined symbol: _ZN3c10"), "doesn't fit this torch"),
-    (HfHubHTTPError("404 Client Error"), "mend the network"),
-    (ConnectionError("no route to host"), "mend the network"),
-    (TimeoutError("timed out"), "mend the network"),
+    (ValueError("Kernel repository 'owner/flash' could not verify publisher trust status."), "fix the network"),
+    (ImportError("_flash.abi3.so: undefined symbol: _ZN3c10"), "the build is for another torch"),
+    (HfHubHTTPError("404 Client Error"), "fix the network"),
+    (ConnectionError("no route to host"), "fix the network"),
+    (TimeoutError("timed out"), "fix the network"),
     (ModuleNotFoundError("No module named 'cutlass'", name="cutlass"), "install the package that brings it"),
 ]
 
@@ -281,7 +281,7 @@ def test_offline_that_huggingface_hub_does_not_know_of_stops_the_load(
     monkeypatch.setitem(sys.modules, "huggingface_hub.constants", constants)  # type: ignore[arg-type]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     anyattn.reset()
-    with pytest.raises(BackendUnavailableError, match="holds it for False"):
+    with pytest.raises(BackendUnavailableError, match="read it as False"):
         KERNEL.load("flash2_hub")
     constants.HF_HUB_OFFLINE = True
     assert KERNEL.load("flash2_hub").flash_attn_func is len
@@ -388,7 +388,7 @@ def test_failing_load_is_passed_over_in_a_list_and_raised_for_a_name(monkeypatch
     query = torch.randn(1, 8, 2, 16, dtype=torch.bfloat16)
     with doubles.installed("flash2_hub"):
         monkeypatch.setattr(sys.modules["kernels"], "get_kernel", get_kernel)
-        with pytest.raises(BackendUnavailableError, match="take a torch and CUDA"):
+        with pytest.raises(BackendUnavailableError, match="use a torch and CUDA"):
             anyattn.attention(query, query, query, backend="flash2_hub")
         with pytest.warns(anyattn.AnyattnWarning, match="passed over"), anyattn.record() as calls:
             anyattn.attention(query, query, query, backend=["flash2_hub", "native"])
@@ -466,4 +466,4 @@ def test_malformed_local_kernels_is_reported_and_leaves_the_default_alone() -> N
     assert report.exit_code == 0
     (row,) = [row for row in report.backends if row.name == "flash2_hub"]
     assert row.state == "unusable"
-    assert row.cure == "mend the environment variable LOCAL_KERNELS, or unset it"
+    assert row.cure == "fix the environment variable LOCAL_KERNELS, or unset it"

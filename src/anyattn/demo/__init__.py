@@ -1,6 +1,6 @@
 """Real Diffusers pipelines, small and with random weights, run through every backend and against float64.
 
-The command `anyattn demo` prints what `run_demo` gives. Needs the extra `anyattn[demo]`.
+The command `anyattn demo` prints what `run_demo` returns. Needs the extra `anyattn[demo]`.
 """
 
 from anyattn.demo.extras import MissingExtraError

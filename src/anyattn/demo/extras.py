@@ -1,4 +1,4 @@
-"""Import what the demo needs beyond torch, or say which extra brings it."""
+"""Import what the demo needs beyond torch, or raise an error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def require(module: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != package:
             raise
         raise MissingExtraError(
-            f"The demo needs the package that gives '{package}', and it isn't installed; install the demo's "
+            f"The demo needs the package that provides '{package}', and it isn't installed; install the demo's "
             "packages with: pip install 'anyattn[demo]'"
         ) from error
 
 
 def load_diffusers(*names: str) -> tuple[Any, ...]:
-    """Give classes of Diffusers by name.
+    """Return classes of Diffusers by name.
 
     Args:
         names: Attributes of the `diffusers` module, such as `"FluxPipeline"`.
@@ -60,7 +60,7 @@ def load_diffusers(*names: str) -> tuple[Any, ...]:
 @contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
     # Diffusers' pipelines import image processors that the demo never uses, and Transformers 5 prints a line
-    # for each of them where torchvision isn't installed.
+    # for each of them if torchvision isn't installed.
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

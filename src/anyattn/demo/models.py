@@ -34,7 +34,7 @@ class DemoPipeline:
     Attributes:
         name: Which model of the demo it is.
         pipeline: The Diffusers pipeline.
-        arguments: What it is called with: latents and prompt embeddings, so that nothing is drawn or encoded.
+        arguments: What it is called with: latents and prompt embeddings, so the pipeline draws and encodes nothing.
     """
 
     name: ModelName
@@ -74,7 +74,7 @@ def build_pipeline(
 
     Args:
         name: One of `MODELS`.
-        device: Where it runs.
+        device: The device it runs on.
         dtype: What its weights and inputs are rounded to.
         widen: Afterwards turn all of it into float64, so that it is the same model in exact arithmetic.
         steps: Denoising steps, at least 1.

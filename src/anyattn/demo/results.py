@@ -36,12 +36,12 @@ class Errors:
         return self.latents <= allowed.latents and self.image <= allowed.image
 
     def to_dict(self) -> dict[str, float]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {"latents": self.latents, "image": self.image}
 
 
 def measure(output: Output, truth: Output) -> Errors:
-    """Give the largest absolute differences between a run and the float64 truth."""
+    """Compute the largest absolute differences between a run and the float64 truth."""
     return Errors(
         latents=float((output.latents.double() - truth.latents).abs().max()),
         image=float((output.image.double() - truth.image).abs().max()),
@@ -75,13 +75,13 @@ class BackendRun:
     Attributes:
         backend: Its name.
         exact: Whether it claims to be exact, so that the budget judges it.
-        status: What came of it.
+        status: The result.
         reason: Why it was refused or failed; empty otherwise.
         calls: Attention calls of the model that this backend made, as recorded by anyattn.
         kernels: How often each kernel ran, by name.
-        seconds: Wall time of the run, the first calls of its kernels included; None where it didn't finish.
-        errors: Largest differences to the truth; None where it didn't finish.
-        image: Its images or frames `(n, 3, height, width)` on the CPU, in [0, 1]; None where it didn't
+        seconds: Wall time of the run, including the first calls of its kernels; None if it didn't finish.
+        errors: Largest differences from the truth; None if it didn't finish.
+        image: Its images or frames `(n, 3, height, width)` on the CPU, in [0, 1]; None if it didn't
             finish.
     """
 
@@ -96,7 +96,7 @@ class BackendRun:
     image: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all but the image as plain data, for JSON."""
+        """Return all but the image as plain data, for JSON."""
         return {
             "backend": self.backend,
             "exact": self.exact,
@@ -115,7 +115,7 @@ class ModelResult:
 
     Attributes:
         name: Which model.
-        title: Its name for people.
+        title: Its name for display.
         calls: Attention calls that the model makes.
         image: The truth's images or frames `(n, 3, height, width)` on the CPU, in [0, 1].
         truth_seconds: Wall time of the float64 run.
@@ -140,7 +140,7 @@ class ModelResult:
         return "failed" not in statuses and "passed" in statuses
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all but the image as plain data, for JSON."""
+        """Return all but the image as plain data, for JSON."""
         return {
             "name": self.name,
             "title": self.title,
@@ -158,7 +158,7 @@ class DemoResult:
     """What the demo found.
 
     Attributes:
-        device: Where it ran.
+        device: The device it ran on.
         dtype: What the judged runs computed in.
         steps: Denoising steps per run.
         seed: Of weights and inputs.
@@ -177,7 +177,7 @@ class DemoResult:
         return all(model.ok for model in self.models)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all but the images as plain data, for JSON."""
+        """Return all but the images as plain data, for JSON."""
         return {
             "ok": self.ok,
             "device": self.device,

@@ -45,7 +45,7 @@ def usable_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     """Name the exact backends that can run on a device of this machine, in the library's order.
 
     Args:
-        device: Where the tensors will be.
+        device: The device of the tensors.
     """
     kind = torch.device(device).type
     rows = [row.name for row in anyattn.backends() if row.usable and row.exact]
@@ -67,7 +67,7 @@ def run_demo(
     Args:
         models: Which models; all of them by default.
         backends: Which backends, by name or alias; None is every exact one that can run on `device`.
-        device: Where everything runs, the float64 truth included.
+        device: The device of every run, including the float64 truth.
         dtype: float32, bfloat16 or float16: what the judged runs compute in.
         steps: Denoising steps, at least 1.
         seed: Of weights and inputs.
@@ -110,7 +110,7 @@ def _check(models: Sequence[ModelName], steps: int, device: torch.device, dtype:
 
 
 class _Ticker:
-    """Counts runs and tells the caller's function about each."""
+    """Counts runs, and calls the caller's function for each."""
 
     def __init__(self, progress: Callable[[Progress], None] | None, models: int, backends: int) -> None:
         self.progress = progress

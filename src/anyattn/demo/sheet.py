@@ -30,7 +30,7 @@ def write_contact_sheet(result: DemoResult, path: str | Path) -> Path:
 
     Args:
         result: What `run_demo` gave.
-        path: Where to write; folders that don't exist are made.
+        path: The file to write; folders that don't exist are made.
 
     Returns:
         The path.

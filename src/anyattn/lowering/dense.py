@@ -1,4 +1,4 @@
-"""Exact ways to say one thing in terms of another: shared by the backends, free of kernels."""
+"""Exact conversions of masks and biases to dense tensors, shared by the backends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anyattn.backend.capabilities import Capabilities, needs_dense
 from anyattn.backend.protocol import Lowering, Parts
-from anyattn.lowering.cache import kept
+from anyattn.lowering.cache import cached
 from anyattn.lowering.storage import realigned, starts_aligned
 from anyattn.masks.block_masks import written_out
 from anyattn.masks.functions import MaskFunction
@@ -29,8 +29,8 @@ def pattern_mask(
 ) -> Tensor:
     """Make the boolean `(S_q, S_kv)` mask of a pattern, True = attend.
 
-    `like` is query and key `(B, H, S, D)`: where a graph is recorded, lengths are counted in it, since it may run with
-    others, and make_fx takes lengths that are equal now for one.
+    `like` is query and key `(B, H, S, D)`. While a graph is recorded, the lengths are computed from them by operations
+    of the graph: it may run with other lengths later, and make_fx treats two lengths that are equal now as one.
     """
     if like is not None and not torch.compiler.is_compiling() and records():
         rows, columns = _places(like[0]).unsqueeze(1), _places(like[1]).unsqueeze(0)
@@ -57,7 +57,7 @@ def _places(tensor: Tensor) -> Tensor:
 
 
 def key_mask(key: Tensor, seqlen_kv: int) -> Tensor:
-    """Turn a key mask, or lengths `(B,)`, into a boolean `(B or 1, 1, 1, S_kv)`."""
+    """Convert a key mask, or lengths `(B,)`, to a boolean `(B or 1, 1, 1, S_kv)`."""
     if key.dim() == 4:
         return key
     if key.dtype != torch.bool:
@@ -66,7 +66,7 @@ def key_mask(key: Tensor, seqlen_kv: int) -> Tensor:
 
 
 def wide(attn_mask: Any) -> Tensor:
-    """Give the one tensor of a mask (a tensor itself, key padding, or a dense mask) with four dimensions."""
+    """Return the one tensor of a mask (a tensor itself, key padding, or a dense mask) with four dimensions."""
     if isinstance(attn_mask, Mask):
         if attn_mask.key is not None:
             return attn_mask.wide_key()
@@ -93,14 +93,13 @@ def joined_mask(
         parts: Its tensors.
         seqlen_q: S_q.
         seqlen_kv: S_kv.
-        device: Where to make it.
-        pattern: Whether the pattern belongs in it.
-        batch: B, for a backend that is traced with a batch that isn't known; None is the spec's.
+        device: The device to make it on.
+        pattern: Whether to include the pattern.
+        batch: B, for a backend that is traced with an unknown batch; None is the spec's.
         like: Query and key `(B, H, S, D)`, for a backend that may be recorded in a graph: see `pattern_mask`.
 
     Returns:
-        Boolean (True = attend) or floating (added), broadcastable to `(B, H, S_q, S_kv)`; None where
-        nothing is masked.
+        Boolean (True = attend) or floating (added), broadcastable to `(B, H, S_q, S_kv)`; None if nothing is masked.
     """
     allowed: Tensor | None = None
     if pattern and spec.mask.pattern is not None:
@@ -123,36 +122,36 @@ def joined_mask(
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a boolean mask into an additive one of the given dtype; leave an additive one as it is."""
+    """Convert a boolean mask to an additive one of the given dtype; an additive one is returned unchanged."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
 
 
 HUGE = 1e38
-"""From minus this on, biases are drawn together by `within_base_2`."""
+"""Biases below minus this are compressed by `within_base_2`."""
 
 
-_DRAWN = (torch.bfloat16, torch.float32)
-"""The dtypes whose finfo.min is below what base 2 has room for, and what isn't computed in float64."""
+_COMPRESSED = (torch.bfloat16, torch.float32)
+"""The dtypes whose finfo.min times log2(e) overflows the float32 that kernels compute in."""
 
 
 def within_base_2(bias: Tensor) -> Tensor:
-    """Draw biases near finfo.min together, so that the factor log2(e) doesn't make -inf of them.
+    """Compress biases near finfo.min, so that the factor log2(e) doesn't turn them into -inf.
 
-    Kernels take exponentials to base 2, and so lose what is below finfo.min / log2(e): a row whose every bias is
-    finfo.min counts as a row without a key. Scores are below the last place beside such biases, so that only the order
-    of these matters, which is kept: below -HUGE, distances are halved. Gradients pass unchanged; -inf stays.
+    Kernels compute exponentials to base 2. A bias below finfo.min / log2(e) overflows to -inf, and a row filled with
+    finfo.min counts as a row without a key. Beside such biases the scores are below the last place, so only the order
+    of the biases matters. It is preserved: below -HUGE, distances are halved. Gradients pass unchanged; -inf stays.
     """
-    if bias.dtype not in _DRAWN:
+    if bias.dtype not in _COMPRESSED:
         return bias
     plain = _once(bias.detach())
-    drawn = torch.maximum(plain, torch.rsub(plain, -HUGE / 2, alpha=-0.5))
-    return bias + (drawn - plain).nan_to_num(0.0) if bias.requires_grad else drawn.expand(bias.shape)
+    closer = torch.maximum(plain, torch.rsub(plain, -HUGE / 2, alpha=-0.5))
+    return bias + (closer - plain).nan_to_num(0.0) if bias.requires_grad else closer.expand(bias.shape)
 
 
 def _once(tensor: Tensor) -> Tensor:
-    """Give a tensor without its repetitions: length 1 where the stride is 0."""
+    """Return a tensor without repetitions: a dimension of stride 0 gets the length 1."""
     if not torch.compiler.is_compiling() and not records():
         for axis, stride in enumerate(tensor.stride()):
             if stride == 0 and tensor.shape[axis] > 1:
@@ -160,37 +159,37 @@ def _once(tensor: Tensor) -> Tensor:
     return tensor
 
 
-_MOST_KEPT_BYTES = 1 << 25
-"""The largest bias whose drawn copy is kept; for a larger one it is made at each call."""
+_MOST_CACHED_BYTES = 1 << 25
+"""The largest bias whose compressed copy is cached; for a larger one it is made at each call."""
 
 
-def kept_within_base_2(bias: Tensor) -> Tensor:
-    """Give `within_base_2` of a caller's tensor, worked out once where that takes at most 32 MiB and no gradient."""
-    if bias.dtype not in _DRAWN or bias.requires_grad or bias.numel() * bias.element_size() > _MOST_KEPT_BYTES:
+def cached_within_base_2(bias: Tensor) -> Tensor:
+    """Return `within_base_2` of a caller's tensor; cached if it takes at most 32 MiB and needs no gradient."""
+    if bias.dtype not in _COMPRESSED or bias.requires_grad or bias.numel() * bias.element_size() > _MOST_CACHED_BYTES:
         return within_base_2(bias)
-    return kept(bias, ("base 2",), lambda: within_base_2(bias))  # type: ignore[no-any-return]
+    return cached(bias, ("base 2",), lambda: within_base_2(bias))
 
 
-def kept_key_bias(key: Tensor, seqlen_kv: int, dtype: torch.dtype) -> Tensor:
-    """Give a key mask as a bias `(B or 1, 1, 1, S_kv)` of 0 and -inf with aligned rows, worked out once per mask."""
+def cached_key_bias(key: Tensor, seqlen_kv: int, dtype: torch.dtype) -> Tensor:
+    """Return a key mask as a bias `(B or 1, 1, 1, S_kv)` of 0 and -inf with aligned rows; cached per mask."""
 
     def make() -> Tensor:
         bias = key_mask(key, seqlen_kv).to(dtype).log_()
         return F.pad(bias, (0, -seqlen_kv % 16))[..., :seqlen_kv] if seqlen_kv % 16 else bias
 
-    return kept(key, ("bias", seqlen_kv, dtype), make)  # type: ignore[no-any-return]
+    return cached(key, ("bias", seqlen_kv, dtype), make)
 
 
 def aligned_bias(mask: Tensor, query: Tensor, key: Tensor, *, strict: bool = False) -> Tensor:
-    """Make the bias that fused kernels take: full shape, its rows starting at multiples of 16 elements.
+    """Make the bias that fused kernels take: full shape, with rows that start at multiples of 16 elements.
 
     Args:
         mask: Boolean or floating, with four dimensions, each full or 1.
         query: `(B, H, S_q, D)`.
         key: `(B, H_kv, S_kv, D)`.
-        strict: Whether strides have to be such multiples along dimensions of length 1 too.
+        strict: Whether the strides of dimensions of length 1 must be such multiples too.
     """
-    # The logarithm of 1 and 0 is 0 and -inf, in fewer launches than a choice between the two.
+    # The logarithm of 1 and 0 is 0 and -inf; this takes fewer launches than torch.where.
     made_here = mask.dtype == torch.bool
     bias = mask.to(query.dtype).log_() if made_here else mask
     length = key.shape[2]
@@ -205,14 +204,14 @@ def aligned_bias(mask: Tensor, query: Tensor, key: Tensor, *, strict: bool = Fal
 def _rows_are_aligned(bias: Tensor, strict: bool, *, made_here: bool) -> bool:
     if bias.stride(-1) != 1:
         return False
-    # One that was just made starts where its memory does.
+    # A new tensor starts at the start of its storage.
     if not made_here and not starts_aligned(bias, 16 * bias.element_size()):
         return False
     return all((bias.shape[axis] == 1 and not strict) or bias.stride(axis) % 16 == 0 for axis in range(bias.dim() - 1))
 
 
 def mask_conversions(caps: Capabilities, spec: AttentionSpec) -> tuple[Conversion, ...]:
-    """Record what a backend with these capabilities does to a call's mask."""
+    """Return what a backend with these capabilities does to a call's mask, for the decision."""
     if not needs_dense(caps, spec):
         return ()
     text = f"{describe_mask(spec.mask)} given to the kernel as one dense mask"
@@ -225,4 +224,4 @@ def is_copied_for(caps: Capabilities, spec: AttentionSpec, lowering: Lowering) -
 
 
 ALIGNED = Conversion("copy", "query, key and value copied to 16-byte aligned storage")
-"""What `is_copied_for` has done."""
+"""The conversion of calls for which `is_copied_for` is true."""

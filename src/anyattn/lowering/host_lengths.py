@@ -1,7 +1,7 @@
 """Packed sequences for kernels whose interface takes lengths as integers.
 
-Cumulative lengths are read on the host once per tensor. With integers at hand they are also checked, and a kernel is
-given only the sequences that have queries and keys: what it does with the others is never asked.
+Cumulative lengths are read on the host once per tensor. Since they are integers then, they are also checked, and the
+kernel gets only the sequences that have both queries and keys.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anyattn.backend.protocol import Parts
 from anyattn.errors import InvalidCallError
-from anyattn.lowering.cache import kept
+from anyattn.lowering.cache import cached
 from anyattn.lowering.lse import empty_attention
 from anyattn.types.reasons import Conversion
 from anyattn.types.spec import AttentionSpec
@@ -26,12 +26,12 @@ READ = Conversion(
 
 
 class Sequences(NamedTuple):
-    """The sequences that a kernel is given, each of which has queries and keys.
+    """The sequences that a kernel gets; each has queries and keys.
 
     Attributes:
-        lengths_q: How many queries each has.
-        lengths_k: How many keys each has.
-        whole: Whether they hold every token of the call, so that each of the two follows from one tensor alone.
+        lengths_q: The number of queries of each.
+        lengths_k: The number of keys of each.
+        whole: Whether they hold every token of the call; then each follows from its own cumulative lengths.
     """
 
     lengths_q: tuple[int, ...]
@@ -40,7 +40,7 @@ class Sequences(NamedTuple):
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Sequences], tuple[Tensor, Tensor | None]]
-"""Gives the output `(T_q, H, D_v)` and, where asked for, the natural lse `(H, T_q)`."""
+"""Returns the output `(T_q, H, D_v)` and the natural lse `(H, T_q)`, or None if no lse is wanted."""
 
 
 class _Lengths(NamedTuple):
@@ -51,10 +51,10 @@ class _Lengths(NamedTuple):
 
 
 def check_starts(name: str, starts: Sequence[int], most: int, total: int) -> None:
-    """Check cumulative lengths of queries (`"q"`) or keys (`"k"`); tokens may be left over after the last sequence.
+    """Check the cumulative lengths of queries (`"q"`) or keys (`"k"`); tokens may follow the last sequence.
 
     Raises:
-        InvalidCallError: If they don't cut the first of `total` tokens into sequences of at most `most`.
+        InvalidCallError: If they don't split the first of `total` tokens into sequences of at most `most` tokens.
     """
     found = list(starts)
     if found[0] != 0 or found[-1] > total or sorted(found) != found:
@@ -69,7 +69,7 @@ def check_starts(name: str, starts: Sequence[int], most: int, total: int) -> Non
 
 def on_host(starts: Tensor) -> tuple[int, ...]:
     """Read cumulative lengths, once per tensor; a tensor made in inference mode is read at each call."""
-    return kept(starts, ("host",), lambda: tuple(starts.tolist()))  # type: ignore[no-any-return]
+    return cached(starts, ("host",), lambda: tuple(starts.tolist()))
 
 
 def attend(
@@ -93,11 +93,11 @@ def attend(
         starts_q: int32 `(B + 1,)`.
         starts_k: int32 `(B + 1,)`.
         kernel: Called at most once.
-        with_lse: Whether lse is wanted.
+        with_lse: Whether to return lse.
 
     Returns:
-        The output and lse of every row: 0 and -inf, and no gradients, where a sequence has no keys, or a token no
-        sequence.
+        The output and lse of every row: 0 and -inf, and no gradients, for tokens of a sequence without keys and for
+        tokens of no sequence.
 
     Raises:
         InvalidCallError: If the cumulative lengths are wrong.
@@ -132,11 +132,11 @@ def _lengths(name: str, starts: Tensor, most: int, total: int) -> _Lengths:
         present = tuple(length for length in each if length)
         return _Lengths(each, present, bytes(length == 0 for length in each), total - found[-1])
 
-    return kept(starts, ("lengths", most, total), make)  # type: ignore[no-any-return]
+    return cached(starts, ("lengths", most, total), make)
 
 
 def _tokens(own: tuple[int, ...], other: tuple[int, ...], device: torch.device) -> Tensor:
-    """Give the places of the tokens whose sequence has tokens on the other side too."""
+    """Return the indices of the tokens whose sequence has both queries and keys."""
     ends = itertools.accumulate(own)
     parts = [
         torch.arange(end - length, end) for end, length, there in zip(ends, own, other, strict=True) if length and there
@@ -147,7 +147,7 @@ def _tokens(own: tuple[int, ...], other: tuple[int, ...], device: torch.device) 
 def _zeros(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Answer a call in which no sequence has both queries and keys; the graph is kept."""
+    """Compute a call in which no sequence has both queries and keys; the result is part of the autograd graph."""
     result = empty_attention(spec, query[None], key[None, :0], value[None, :0], Parts())
     out = result[0] if isinstance(result, tuple) else result
     if not with_lse:

@@ -1,7 +1,7 @@
 """Key masks for kernels that take lengths: the allowed keys are moved to the front, on the device.
 
-Attention doesn't care for the order of keys, so a kernel that is told "the first n keys of each batch entry" does any
-key mask once the allowed keys are the first n. No value is read. How they move is worked out once per mask, and kept.
+The order of keys doesn't matter to attention. So a kernel that takes lengths can compute any key mask, once the allowed
+keys come first in each batch entry. No value is read on the host. The order is computed once per mask, and cached.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anyattn.lowering.cache import kept
+from anyattn.lowering.cache import cached
 from anyattn.lowering.dense import key_mask
 
 
 class KeyLayout(NamedTuple):
-    """Where the keys that a mask allows are, per batch entry.
+    """The lengths and the order with which a kernel computes a key mask.
 
     Attributes:
         lengths: int32 `(B,)`: how many keys each entry has.
-        allowed: Boolean `(B, S_kv)`, in the caller's order of keys; None where no gradient is to be kept from the rest.
-        order: int64 `(B, S_kv)`: which key comes at each place; None where they stay where they are.
-        back: int64 `(B, S_kv)`: at which place each key comes.
+        allowed: Boolean `(B, S_kv)`, in the caller's order of keys; None if no gradient flows to the keys.
+        order: int64 `(B, S_kv)`: the key at each place; None if no key is moved.
+        back: int64 `(B, S_kv)`: the place of each key; None if no key is moved.
     """
 
     lengths: Tensor
@@ -32,13 +32,13 @@ class KeyLayout(NamedTuple):
 
 
 class PackedKeys(NamedTuple):
-    """Where the keys that a mask allows are when all entries' keys stand one after the other.
+    """The cumulative lengths and the order with which a kernel computes a key mask on packed keys.
 
     Attributes:
-        cu_seqlens: int32 `(B + 1,)`: where each entry's keys begin, and where the last's end.
+        cu_seqlens: int32 `(B + 1,)`: the index at which each entry's keys begin, and the end of the last.
         allowed: Boolean `(B, S_kv)`, in the caller's order of keys.
-        order: int64 `(1, B * S_kv)`: which key comes at each place; those that aren't allowed come last.
-        back: int64 `(1, B * S_kv)`: at which place each key comes.
+        order: int64 `(1, B * S_kv)`: the key at each place; keys that aren't allowed come last.
+        back: int64 `(1, B * S_kv)`: the place of each key.
     """
 
     cu_seqlens: Tensor
@@ -48,7 +48,7 @@ class PackedKeys(NamedTuple):
 
 
 def key_layout(key: Tensor, batch: int, seqlen_kv: int, *, prefix: bool, grad: bool = True) -> KeyLayout:
-    """Work out a mask's layout, or give the one that is kept.
+    """Return a mask's layout, computed once per mask.
 
     Args:
         key: Boolean `(B, S_kv)` or `(B or 1, 1, 1, S_kv)`, or integer lengths `(B,)`.
@@ -58,27 +58,27 @@ def key_layout(key: Tensor, batch: int, seqlen_kv: int, *, prefix: bool, grad: b
         grad: Whether gradients flow back to key or value.
     """
     what = ("front", batch, seqlen_kv, prefix, grad)
-    return kept(key, what, lambda: _front(key, batch, seqlen_kv, prefix, grad))  # type: ignore[no-any-return]
+    return cached(key, what, lambda: _front(key, batch, seqlen_kv, prefix, grad))
 
 
 def packed_keys(key: Tensor, batch: int, seqlen_kv: int) -> PackedKeys:
-    """Work out how a mask's keys stand one after the other, or give what is kept; arguments as for `key_layout`."""
-    return kept(key, ("packed", batch, seqlen_kv), lambda: _packed(key, batch, seqlen_kv))  # type: ignore[no-any-return]
+    """Return the layout of a mask's keys when packed, computed once per mask; arguments as for `key_layout`."""
+    return cached(key, ("packed", batch, seqlen_kv), lambda: _packed(key, batch, seqlen_kv))
 
 
-def kept_padding(key: Tensor, seqlen_kv: int) -> Tensor:
-    """Give a key mask as boolean `(B or 1, 1, 1, S_kv)`: a view of padding, and of lengths what was worked out once."""
+def cached_padding(key: Tensor, seqlen_kv: int) -> Tensor:
+    """Return a key mask as boolean `(B or 1, 1, 1, S_kv)`: a view of padding; for lengths on a GPU it is cached."""
     if key.dtype == torch.bool:
         return key_mask(key, seqlen_kv)
     if key.is_cpu:
-        return key_mask(key, seqlen_kv)  # NumPy writes to it without torch's counting, and it costs little
-    return kept(key, ("padding", seqlen_kv), lambda: key_mask(key, seqlen_kv))  # type: ignore[no-any-return]
+        return key_mask(key, seqlen_kv)  # torch doesn't count writes by NumPy, and this costs little
+    return cached(key, ("padding", seqlen_kv), lambda: key_mask(key, seqlen_kv))
 
 
 def _front(key: Tensor, batch: int, seqlen_kv: int, prefix: bool, grad: bool) -> KeyLayout:
     if key.dtype != torch.bool:
         allowed = _allowed(key, batch, seqlen_kv) if grad else None
-        # Lengths beyond S_kv would have a kernel read past the keys.
+        # With lengths beyond S_kv a kernel would read past the keys.
         return KeyLayout(key.clamp(0, seqlen_kv).to(torch.int32, copy=True), allowed, None, None)
     if prefix and not grad:
         lengths = key_mask(key, seqlen_kv)[:, 0, 0].sum(-1, dtype=torch.int32)
@@ -100,12 +100,12 @@ def _packed(key: Tensor, batch: int, seqlen_kv: int) -> PackedKeys:
 
 
 def _allowed(key: Tensor, batch: int, seqlen_kv: int) -> Tensor:
-    # Copied: a view would keep the mask alive, and what is kept for it with that.
+    # Copied: a view would keep the mask alive, and so its cache entry.
     return key_mask(key, seqlen_kv)[:, 0, 0].expand(batch, seqlen_kv).clone(memory_format=torch.contiguous_format)
 
 
 def _moves(allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the order that has the allowed ones first, each kind in the order it had, and its inverse."""
+    """Compute the stable order that has the allowed keys first, and its inverse."""
     before = allowed.cumsum(-1)
     place = torch.arange(allowed.shape[-1], device=allowed.device)
     back = torch.where(allowed, before - 1, before[..., -1:] + place - before)
@@ -114,7 +114,7 @@ def _moves(allowed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Moved(torch.autograd.Function):
-    """Key and value in another order of keys; gradients go back in the old one, zero where a key isn't allowed."""
+    """Reorder key and value; gradients are returned in the old order, with zeros for keys that aren't allowed."""
 
     @staticmethod
     def forward(
@@ -130,13 +130,13 @@ class _Moved(torch.autograd.Function):
         found = []
         for grad in grads:
             moved = _take(grad, back).reshape(batch, seqlen, *grad.shape[2:])
-            # A kernel may leave anything in the rows that it doesn't use: chosen, not multiplied by zero.
+            # A kernel may leave anything in rows that it doesn't use, NaN too: replaced, not multiplied by zero.
             found.append(torch.where(allowed[:, :, None, None], moved, 0))
         return (*found, None, None, None)
 
 
 class _Guarded(torch.autograd.Function):
-    """Key and value as they are; gradients are zero where a key isn't allowed, whatever the kernel wrote there."""
+    """Pass key and value through; gradients of keys that aren't allowed are zero, whatever the kernel wrote there."""
 
     @staticmethod
     def forward(ctx: Any, key: Tensor, value: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,9 +150,10 @@ class _Guarded(torch.autograd.Function):
 
 
 def _take(tensor: Tensor, order: Tensor) -> Tensor:
-    """Put the rows `(B, S)` of `(B, S, H, D)` in another order; one order `(1, B * S)` goes over all of them.
+    """Reorder the rows `(B, S)` of `(B, S, H, D)`; an order `(1, B * S)` is over all entries' rows.
 
-    One index over whole rows is what torch copies fastest; heads that lie outside the sequence keep lying there.
+    torch copies fastest with one index over whole rows. If heads come before the sequence in memory, they still do
+    in the result.
     """
     batch, seqlen, heads, dim = tensor.shape
     if order.shape[0] == 1 and batch > 1:
@@ -167,7 +168,7 @@ def _take(tensor: Tensor, order: Tensor) -> Tensor:
 
 
 def to_front(layout: KeyLayout, key: Tensor, value: Tensor, *, grad: bool) -> tuple[Tensor, Tensor]:
-    """Move the allowed keys to the front; `grad` says whether gradients will flow back.
+    """Move the allowed keys to the front.
 
     Args:
         layout: From `key_layout`.
@@ -189,7 +190,7 @@ def to_front(layout: KeyLayout, key: Tensor, value: Tensor, *, grad: bool) -> tu
 
 
 def to_packed(packed: PackedKeys, key: Tensor, value: Tensor, *, grad: bool) -> tuple[Tensor, Tensor]:
-    """Put the allowed keys of all entries one after the other, as `(B * S_kv, H_kv, D)`; the others come last."""
+    """Pack the allowed keys of all entries one after the other, as `(B * S_kv, H_kv, D)`; the others come last."""
     if grad:
         key, value = _Moved.apply(key, value, packed.order, packed.back, packed.allowed)  # type: ignore[no-untyped-call]
     else:

@@ -1,4 +1,4 @@
-"""lse as every backend returns it, sinks applied after a kernel that has none, and calls without keys."""
+"""lse as every backend returns it, sinks for kernels without them, and calls without keys."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from anyattn.types.spec import AttentionSpec
 
 
 def with_huge_biases(lse: Tensor, mask: Tensor) -> Tensor:
-    """Give rows whose every bias was drawn together the lse that they have: the largest bias."""
+    """Set the lse of rows in which every bias was compressed by `within_base_2`: it is the largest bias."""
     largest = mask.detach().amax(-1).to(lse.dtype).expand_as(lse)
     return torch.where((largest < -HUGE) & (largest > float("-inf")), largest, lse)
 
 
 def normalise_lse(lse: Tensor, mask: Tensor | None, *, keep: bool = False) -> Tensor:
-    """Give lse as float32, detached, with -inf in rows without a key whatever the kernel wrote there.
+    """Return lse as float32, detached, with -inf in rows without a key, whatever the kernel wrote there.
 
-    `keep` leaves float64 as it is, for `apply_sinks`, whose output would be no better than float32 otherwise.
+    With `keep`, float64 stays float64: `apply_sinks` needs it for a float64 output.
     """
     lse = lse.detach() if keep and lse.dtype == torch.float64 else lse.detach().float()
     if mask is not None:
@@ -29,14 +29,14 @@ def normalise_lse(lse: Tensor, mask: Tensor | None, *, keep: bool = False) -> Te
 
 
 def repeat_heads(tensor: Tensor, times: int) -> Tensor:
-    """Repeat each head of `(B, H_kv, S, D)` as often as needed, in memory (no stride of 0)."""
+    """Repeat each head of `(B, H_kv, S, D)` in memory (no stride of 0)."""
     return tensor if times == 1 else tensor.repeat_interleave(times, dim=1)
 
 
 def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """Add extra logits to the softmax's denominator after the fact, by rescaling with lse.
+    """Add extra logits to the softmax's denominator after a kernel ran, by rescaling its output with lse.
 
-    Exact: `softmax` over the scores and the sink gives each key `exp(s - lse) * sigmoid(lse - sink)`.
+    Exact: in a `softmax` over the scores and the sink, a key's weight is `exp(s - lse) * sigmoid(lse - sink)`.
 
     Args:
         out: The output without sinks, in `layout`.
@@ -46,7 +46,7 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor, layout: str) -> tuple[T
     """
     sink = sinks.to(lse.dtype)[None, :, None]
     # In float32 the factor keeps its accuracy; rounding happens once, when the product is stored.
-    # A row without a key has nothing to scale; both may be -inf there, whose difference is no number.
+    # A row without a key has nothing to scale; lse and sink may both be -inf there, and their difference is NaN.
     factor = torch.where(torch.isneginf(lse), 0.0, torch.sigmoid(lse - sink)).unsqueeze(-1)
     if layout == "BSHD":
         factor = factor.transpose(1, 2)
@@ -55,9 +55,9 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor, layout: str) -> tuple[T
 
 
 def empty_attention(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-    """Answer a call that has no batch entry, no query or no key: zeros, lse -inf (or the sinks).
+    """Compute a call that has no batch entry, no query or no key: zeros, lse -inf (or the sinks).
 
-    Products with an empty dimension give exactly that, and keep the graph for gradients.
+    Matrix products over an empty dimension are zeros, and they are part of the autograd graph.
     """
     if spec.layout == "BSHD":
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -1,8 +1,8 @@
-"""Where tensors start in memory, and copies that start at multiples of 16 bytes; in traced code too.
+"""The alignment of tensors in memory, and copies that start at multiples of 16 bytes; in traced code too.
 
-While torch.compile traces, a tensor's storage offset can be read by an operator's fake implementation alone, and what
-that says shows in the shape of its result. Inductor takes a contiguous tensor's clone for the tensor itself (torch 2.6
-to 2.13, `remove_noop_ops`), wherever that starts: the copy is an operator that it can't see into.
+While torch.compile traces, only an operator's fake implementation can read a tensor's storage offset; the shape of its
+result carries the answer. Inductor replaces the clone of a contiguous tensor by the tensor itself, however that is
+aligned (torch 2.6 to 2.13, `remove_noop_ops`). So the copy is an operator that inductor can't look into.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @torch.library.custom_op("anyattn::starts_off", mutates_args=())
 def starts_off(tensor: Tensor, elements: int) -> Tensor:
-    """Give one element where a tensor doesn't start at a multiple of so many elements of its storage, else none."""
+    """Return a tensor of one element if a tensor's storage offset isn't a multiple of `elements`, else an empty one."""
     return tensor.new_empty(1 if tensor.storage_offset() % elements else 0)
 
 
@@ -39,8 +39,8 @@ realign.register_autograd(lambda ctx, grad: grad)
 def starts_aligned(tensor: Tensor, size: int = 16) -> bool:
     """Whether a tensor starts at a multiple of `size` bytes of its storage, whose own start torch's allocators align.
 
-    Of an input of compiled code this is what it was when traced. Inductor copies inputs that are off by less than 16
-    bytes where those that were traced weren't (`copy_misaligned_inputs`).
+    For an input of compiled code this is the alignment of the tensor that was traced. If a later one is misaligned and
+    that one wasn't, inductor copies it (`copy_misaligned_inputs`).
     """
     elements = size // tensor.element_size()
     if torch.compiler.is_compiling():

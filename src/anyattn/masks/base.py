@@ -31,7 +31,7 @@ def join_patterns(first: Pattern, second: Pattern) -> Pattern:
     if first[2] != second[2]:
         raise InvalidCallError(
             f"Two patterns can only be joined with one alignment; {first[2]} and {second[2]} were given. "
-            "Give both the same align."
+            "Pass the same align to both."
         )
     sides = [max(a, b) if min(a, b) < 0 else min(a, b) for a, b in zip(first[:2], second[:2], strict=True)]
     return (sides[0], sides[1], first[2])
@@ -64,11 +64,11 @@ class Mask:
         self.block = block
         self._signature: tuple[Any, ...] | None = None
         self._wide_key: Tensor | None = None
-        # Names the mask in the table of decided calls, once that is known to be safe.
+        # The mask's key in the table of decided calls; -1 until it is known that the mask may have one.
         self.short = -1
 
     def wide_key(self) -> Tensor:
-        """Give the key padding as `(B, 1, 1, S_kv)`: a view made once per storage, which in-place writes reach."""
+        """Return the key padding as `(B, 1, 1, S_kv)`: a view, made once per storage, that follows in-place writes."""
         key = self.key
         assert key is not None
         if key.dim() == 4:
@@ -77,12 +77,12 @@ class Mask:
         if found is None or found.data_ptr() != key.data_ptr():
             found = key[:, None, None, :]
             if type(found) is torch.Tensor and is_plain():
-                self._wide_key = found  # a view made while tracing must not be met outside
+                self._wide_key = found  # a view made while tracing must not be used outside
         return found
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """All that the choice of a kernel may depend on, hashable; it reads no values."""
+        """All that the choice of a kernel may depend on, hashable; no value is read."""
         found = self._signature
         if found is None:
             found = (
@@ -133,7 +133,7 @@ _serial_by_block: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionar
 
 
 def serial_of(block: Any) -> int:
-    """Give a number that no other block mask has or will have, unlike its id."""
+    """Return a number that no other block mask has or will have; an `id` may be used again."""
     found = _serial_by_block.get(block)
     if found is None:
         found = _serial_by_block.setdefault(block, next(_serials))
@@ -150,7 +150,10 @@ _Parts = tuple["Tensor | None", "Tensor | None"]
 
 
 def _parts_to_join(first: Mask, second: Mask) -> tuple[_Parts, _Parts]:
-    """Give each side's key and dense mask; of two key masks, one that was given as a dense tensor is dense again."""
+    """Return each side's key mask and dense mask.
+
+    If both sides have a key mask, one that was passed as a dense tensor counts as dense again.
+    """
     parts: list[_Parts] = [(first.key, first.dense), (second.key, second.dense)]
     if first.key is not None and second.key is not None:
         for index, (key, dense) in enumerate(parts):
@@ -161,7 +164,7 @@ def _parts_to_join(first: Mask, second: Mask) -> tuple[_Parts, _Parts]:
 
 
 def is_key_mask(tensor: Tensor) -> bool:
-    """Whether a dense mask's shape alone shows that it is a key mask: boolean `(B or 1, 1, 1, S_kv)`."""
+    """Whether a dense mask is a key mask by its dtype and shape: boolean `(B or 1, 1, 1, S_kv)`."""
     if tensor.dtype != torch.bool or tensor.dim() != 4:
         return False
     shape = tensor.shape

@@ -1,4 +1,4 @@
-"""FlexAttention's block masks: what one's blocks speak for, and how they are made of functions."""
+"""FlexAttention's block masks: what their blocks cover, and how they are made from functions."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ _seen: weakref.WeakKeyDictionary[Any, BlockSpec] = weakref.WeakKeyDictionary()
 def block_at(address: int) -> Any:
     """Find a living block mask by its `id`.
 
-    While torch.compile traces, an object can't be handed to code that isn't traced (torch 2.11 refuses it), but its id
-    can. Every object that Python's garbage collector knows is looked through, so that an id that is none is no danger.
+    While torch.compile traces, an object can't be passed to code that isn't traced (torch 2.11 refuses it), but its id
+    can. All objects that Python's garbage collector knows are compared, so an id of no object does no harm.
 
     Raises:
-        InvalidCallError: If there is none, as where it is being made inside the traced code.
+        InvalidCallError: If there is none, as when the traced code makes it.
     """
     found = next((thing for thing in gc.get_objects() if id(thing) == address), None)
     if found is None or not hasattr(found, "kv_num_blocks"):
-        raise InvalidCallError("Make the block mask outside the compiled function: it has to be looked at once.")
+        raise InvalidCallError("Make the block mask outside the compiled function: its blocks have to be read once.")
     return found
 
 
 def block_spec(block_mask: Any) -> BlockSpec:
-    """Describe a block mask; looked at once, which may synchronise with its device.
+    """Describe a block mask; its blocks are read once, which may synchronise with its device.
 
     Raises:
-        InvalidCallError: If it is being made inside code that torch.compile traces.
+        InvalidCallError: If code that torch.compile traces makes it.
     """
     found = _seen.get(block_mask)
     if found is not None:
         return found
     if not isinstance(getattr(block_mask, "kv_num_blocks", None), Tensor):
-        raise InvalidCallError("Make the block mask outside the compiled function: it has to be looked at once.")
+        raise InvalidCallError("Make the block mask outside the compiled function: its blocks have to be read once.")
     batch, heads = (int(size) for size in block_mask.kv_num_blocks.shape[:2])
     per_batch, per_head, _ = looks_at(block_mask.mask_mod, block_mask.kv_num_blocks.device)
     undecided = (per_batch and batch == 1) or (per_head and heads == 1)
@@ -54,7 +54,7 @@ def block_spec(block_mask: Any) -> BlockSpec:
 
 
 def _is_of_first_entry(block_mask: Any, batch: int, heads: int) -> bool:
-    """Whether the blocks are what `create_block_mask` makes of the function with None for B or H."""
+    """Whether the blocks are what `create_block_mask` makes from the function with None as B or H."""
     device = block_mask.kv_num_blocks.device
     lengths = (int(block_mask.seq_lengths[0]), int(block_mask.seq_lengths[1]))
     made = make_block_mask(block_mask.mask_mod, batch, heads, *lengths, device, block_mask.BLOCK_SIZE)
@@ -77,7 +77,7 @@ def make_block_mask(
     device: torch.device,
     block_size: tuple[int, int] = BLOCK,
 ) -> Any:
-    """Make what torch's `create_block_mask` makes, a band of rows at a time where the whole would take much memory."""
+    """Make what torch's `create_block_mask` makes; a band of rows at a time if the whole would take much memory."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     options: dict[str, Any] = {"device": device, "BLOCK_SIZE": block_size}
@@ -104,15 +104,15 @@ def make_band_block_mask(
     high: int | None = None,
     keys: Tensor | None = None,
 ) -> Any:
-    """Make the block mask of a band and of keys, whose blocks are known without looking at every position.
+    """Make the block mask of a band of the diagonal and of allowed keys, without computing every position.
 
     Args:
-        mask_mod: What says of one position whether it is allowed.
+        mask_mod: Returns whether a position is allowed.
         seqlen_q: S_q.
         seqlen_kv: S_kv, as the kernel gets it.
-        device: Where it is made.
-        low: The least `column - row` that is allowed; None is any.
-        high: The largest.
+        device: The device to make it on.
+        low: The smallest `column - row` that is allowed; None is no limit.
+        high: The largest `column - row` that is allowed; None is no limit.
         keys: Boolean `(B or 1, S_kv)`: which keys are allowed; None is all.
     """
     some, whole = band_blocks(seqlen_q, seqlen_kv, device, low=low, high=high, keys=keys)
@@ -122,13 +122,13 @@ def make_band_block_mask(
 def band_blocks(
     seqlen_q: int, seqlen_kv: int, device: torch.device, *, low: int | None, high: int | None, keys: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Say which blocks may have an allowed position, and which have no other: `(B or 1, 1, rows, columns)` each."""
+    """Compute which blocks may hold an allowed position, and which hold no other: `(B or 1, 1, rows, columns)` each."""
     rows, columns = BLOCK
     top = torch.arange(0, seqlen_q, rows, device=device)[:, None]
     first = torch.arange(0, seqlen_kv, columns, device=device)
     least = first - (top + (rows - 1)).clamp(max=seqlen_q - 1)
     most = (first + (columns - 1)).clamp(max=seqlen_kv - 1) - top
-    # torch takes what lies beyond the ends for forbidden, so that blocks there are never whole.
+    # torch counts positions beyond the ends as forbidden, so blocks there are never whole.
     some, whole = most >= least, (top + rows <= seqlen_q) & (first + columns <= seqlen_kv)
     if low is not None:
         some, whole = some & (most >= low), whole & (least >= low)
@@ -142,7 +142,7 @@ def band_blocks(
 
 
 def _of_blocks(mask_mod: MaskMod, some: Tensor, whole: Tensor, lengths: tuple[int, int], size: tuple[int, int]) -> Any:
-    """Make a block mask of which blocks have any allowed position, and which have no other."""
+    """Make a block mask from two maps: blocks with an allowed position, and blocks with no other."""
     from torch.nn.attention.flex_attention import BlockMask
 
     partial = ordered(some & ~whole)
@@ -174,8 +174,8 @@ def block_counts(
 def positions(mask_mod: MaskMod, batch: int, heads: int, seqlen_q: int, seqlen_kv: int, device: torch.device) -> Tensor:
     """Call a mask function at every position: boolean `(B, H, S_q, S_kv)`.
 
-    In traced code this does what torch's `create_mask` does, whose look at the function's signature dynamo can't trace
-    before torch 2.10.
+    In traced code this does the same as torch's `create_mask`, which reads the function's signature: dynamo can't trace
+    that before torch 2.10.
     """
     from torch.nn.attention import flex_attention
 
@@ -193,14 +193,14 @@ def positions(mask_mod: MaskMod, batch: int, heads: int, seqlen_q: int, seqlen_k
 
 
 def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Give how many blocks each row has, and their columns first."""
+    """Return each row's number of blocks, and its columns in an order that has those of its blocks first."""
     number = blocks.sum(-1, dtype=torch.int32)
     order = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
     return number, order.to(torch.int32).contiguous()
 
 
-_MOST_KEPT_BYTES = 1 << 24
-"""The largest dense mask that is kept with its function; larger ones are written out at each call."""
+_MOST_CACHED_BYTES = 1 << 24
+"""The largest dense mask that is cached with its function; larger ones are made at each call."""
 
 
 def written_out(
@@ -209,26 +209,26 @@ def written_out(
     """Write a mask function out as a dense boolean mask `(B or 1, H or 1, S_q, S_kv)`."""
     entries, each = batch if function.per_batch else 1, heads if function.per_head else 1
     if not torch.compiler.is_compiling() and not is_plain():
-        # create_mask goes through torch.vmap, which doesn't go together with every tracer and transform.
+        # create_mask uses torch.vmap, which not every tracer and transform can handle.
         if function.broadcasts:
             return _broadcast(function, entries, each, seqlen_q, seqlen_kv, device)
         if torch._C._get_tracing_state() is not None:
             raise InvalidCallError(
-                "torch.jit.trace can't follow a mask made with masks.from_function. Give the mask as a boolean tensor."
+                "torch.jit.trace can't follow a mask made with masks.from_function. Pass the mask as a boolean tensor."
             )
 
     def make() -> Tensor:
         return positions(function.mask_mod, entries, each, seqlen_q, seqlen_kv, device)
 
-    if torch.compiler.is_compiling() or entries * each * seqlen_q * seqlen_kv > _MOST_KEPT_BYTES:
+    if torch.compiler.is_compiling() or entries * each * seqlen_q * seqlen_kv > _MOST_CACHED_BYTES:
         return make()
-    found: Tensor = function.kept(("dense", entries, each, seqlen_q, seqlen_kv), device, make)
+    found: Tensor = function.cached(("dense", entries, each, seqlen_q, seqlen_kv), device, make)
     return found
 
 
 def _broadcast(
     function: MaskFunction, entries: int, heads: int, seqlen_q: int, seqlen_kv: int, device: torch.device
 ) -> Tensor:
-    """Write a mask function out by one call, with indices that broadcast to `(B or 1, H or 1, S_q, S_kv)`."""
+    """Write a mask function out in one call, with indices that broadcast to `(B or 1, H or 1, S_q, S_kv)`."""
     b, h, q, kv = (torch.arange(size, device=device) for size in (entries, heads, seqlen_q, seqlen_kv))
     return function.mask_mod(b[:, None, None, None], h[:, None, None], q[:, None], kv)

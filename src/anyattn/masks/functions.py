@@ -1,4 +1,4 @@
-"""Masks given as functions of indices: what such a function looks at, and what is kept of what it becomes."""
+"""Masks given as functions of indices: which indices such a function reads, and a cache of the masks made from it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from anyattn.process.tracing import has_values
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """`fn(b, h, q_idx, kv_idx)`: a boolean tensor, True = attend."""
 
-_MOST_KEPT = 8
-"""How many shapes of one function are kept."""
+_MOST_CACHED = 8
+"""How many shapes of one function are cached."""
 
 _VALUELESS = frozenset(
     ("new_ones", "new_zeros", "new_full", "new_empty", "ones_like", "zeros_like", "full_like", "empty_like")
@@ -31,7 +31,7 @@ _VALUELESS = frozenset(
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which of some tensors' values any operation takes, and which tensors come from elsewhere."""
+    """Record which watched tensors' values an operation reads, and which other tensors it reads."""
 
     def __init__(self, *watched: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -59,10 +59,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def looks_at(mask_mod: MaskMod, device: Any) -> tuple[bool, bool, tuple[Tensor, ...]]:
-    """Find out by watching one call whether a function looks at the batch or head index, and what it captures.
+    """Call a function once, and return whether it reads the batch index, the head index, and which tensors it captures.
 
     Raises:
-        InvalidCallError: If it gives anything but a boolean tensor.
+        InvalidCallError: If it returns anything but a boolean tensor.
     """
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         b, h, q, kv = (torch.zeros((), dtype=torch.int32, device=device) for _ in range(4))
@@ -70,25 +70,25 @@ def looks_at(mask_mod: MaskMod, device: Any) -> tuple[bool, bool, tuple[Tensor, 
             result = mask_mod(b, h, q, kv)
     if not isinstance(result, Tensor) or result.dtype != torch.bool:
         given = result.dtype if isinstance(result, Tensor) else type(result).__name__
-        raise InvalidCallError(f"A mask function must give a boolean tensor, True = attend; {given} was given.")
+        raise InvalidCallError(f"A mask function must return a boolean tensor, True = attend; it returned {given}.")
     return watch.used[0], watch.used[1], tuple(watch.captured.values())
 
 
 class MaskFunction:
-    """A mask function with what is known of it, and the masks that were made of it, per shape.
+    """A mask function, what it reads, and the masks that were made from it, per shape.
 
     Attributes:
         mask_mod: `fn(b, h, q_idx, kv_idx)`.
-        per_batch: Whether it looks at the batch index.
-        per_head: Whether it looks at the head index.
-        sizes: B, S_q and S_kv where its tensors fix them, else None.
+        per_batch: Whether it reads the batch index.
+        per_head: Whether it reads the head index.
+        sizes: B, S_q and S_kv, each if its tensors fix it, else None.
         captured: The tensors that it reads.
         broadcasts: Whether it may be called with index tensors of several dimensions, as well as with single indices.
     """
 
     __slots__ = (
         "__weakref__",
-        "_kept",
+        "_cached",
         "_lock",
         "_state",
         "broadcasts",
@@ -116,22 +116,22 @@ class MaskFunction:
         self.captured = captured
         self.broadcasts = broadcasts
         self._state: Any = None
-        self._kept: dict[Any, Any] = {}
-        # Made where first needed: torch.compile traces no locks, and a function may be made while it traces.
+        self._cached: dict[Any, Any] = {}
+        # Made when first needed: torch.compile traces no locks, and a function may be made while it traces.
         self._lock: Any = None
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are; the CPU where it has none."""
+        """The device of its tensors; the CPU if it has none."""
         return self.captured[0].device if self.captured else torch.device("cpu")
 
-    def kept(self, key: Any, device: torch.device, make: Callable[[], Any]) -> Any:
-        """Give what was made under a key, or make it and keep it while the function reads what it read then.
+    def cached(self, key: Any, device: torch.device, make: Callable[[], Any]) -> Any:
+        """Return what is cached under a key, or make it; an entry is dropped once the function reads other values.
 
-        Nothing is kept that was traced, transformed or captured in a CUDA graph, nor if a tensor of the function's
-        counts no writes (one born in inference mode).
+        Nothing is cached while something traces, transforms or captures a CUDA graph, nor if the function reads a
+        tensor without a version counter (one made in inference mode).
         """
-        if not self._may_keep(device):
+        if not self._may_cache(device):
             return make()
         if self._lock is None:
             self._lock = threading.RLock()
@@ -141,31 +141,31 @@ class MaskFunction:
         state = [*_state(self.mask_mod, 0), *(_Seen(tensor) for tensor in self.captured)]
         with self._lock:
             if state != self._state:
-                self._kept.clear()
+                self._cached.clear()
                 self._state = state
-            found = self._kept.get(key)
+            found = self._cached.get(key)
         if found is not None:
             return found
-        # Born outside inference mode, so that a training step may meet it later.
+        # Made outside inference mode, since a training step may use it later.
         with torch.inference_mode(False), torch.no_grad():
             found = make()
         with self._lock:
             if state == self._state:
-                if len(self._kept) >= _MOST_KEPT:
-                    self._kept.pop(next(iter(self._kept)))
-                self._kept[key] = found
+                if len(self._cached) >= _MOST_CACHED:
+                    self._cached.pop(next(iter(self._cached)))
+                self._cached[key] = found
         return found
 
-    def _may_keep(self, device: torch.device) -> bool:
+    def _may_cache(self, device: torch.device) -> bool:
         if torch.compiler.is_compiling() or not has_values(*self.captured):
             return False
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False  # in a graph the work has to be replayed: the tensors may hold other values then
+            return False  # a graph must replay the work: its tensors may hold other values then
         return not any(tensor.is_inference() for tensor in self.captured)
 
 
 class _Seen:
-    """A value that was read: equal to another where it is the same object, not written to since."""
+    """A value that was read: equal to another if it is the same object and wasn't written to since."""
 
     __slots__ = ("reference", "version")
 
@@ -190,7 +190,7 @@ _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
 
 def _state(value: Any, depth: int) -> list[Any]:
-    """List what a function reads beside its arguments: its cells, defaults and the globals that it names."""
+    """List what a function reads besides its arguments: its cells, its defaults and the globals that it names."""
     if isinstance(value, _PLAIN):
         return [(type(value), value)]
     if depth > 3:
@@ -224,16 +224,16 @@ def _content(cell: Any) -> Any:
 
 
 def looked_at(function: Callable[..., Any]) -> MaskFunction:
-    """Wrap a person's function, called once to see what it looks at.
+    """Wrap a user's function; it is called once to find out which indices it reads.
 
     Raises:
-        InvalidCallError: If it can't be called with four index tensors, or gives anything but a boolean tensor.
+        InvalidCallError: If it can't be called with four index tensors, or returns anything but a boolean tensor.
     """
     if not callable(function):
         kind = type(function).__name__
         raise InvalidCallError(f"from_function needs a function fn(b, h, q_idx, kv_idx), not {kind}.")
     if torch.compiler.is_compiling():
-        raise InvalidCallError("Call masks.from_function outside the compiled function: fn has to be looked at once.")
+        raise InvalidCallError("Call masks.from_function outside the compiled function: fn has to be called once.")
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         found: Tensor = function(b, h, q, kv)
@@ -241,7 +241,7 @@ def looked_at(function: Callable[..., Any]) -> MaskFunction:
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     failure: Exception | None = None
-    # Tensors of an accelerator take indices on the CPU; where a function does more with both, it wants them there.
+    # An accelerator's tensors can be indexed from the CPU. A function that does more with both needs its indices there.
     for device in ("cpu", accelerator):
         if device is None:
             continue
@@ -249,13 +249,13 @@ def looked_at(function: Callable[..., Any]) -> MaskFunction:
             per_batch, per_head, captured = looks_at(mask_mod, device)
         except InvalidCallError:
             raise
-        except Exception as error:  # noqa: BLE001 - a person's function may raise anything
+        except Exception as error:  # noqa: BLE001 - a user's function may raise anything
             failure = failure or error
         else:
             return MaskFunction(mask_mod, per_batch, per_head, captured=captured)
     raise InvalidCallError(
         f"The mask function raised {type(failure).__name__}: {failure}. It is called as fn(b, h, q_idx, kv_idx) with "
-        "four integer tensors and gives a boolean one."
+        "four integer tensors and must return a boolean one."
     ) from failure
 
 

@@ -1,4 +1,4 @@
-"""Mask objects: each says what it means, so that nothing is guessed from a shape.
+"""Mask objects: each names what it means, so nothing is guessed from a shape.
 
 A mask has at most one *pattern* (causal or window), one *key mask* (padding or lengths), one *dense* mask (boolean or
 bias) and one *block* mask or mask function; `a & b` joins two masks and a position is allowed where both allow it.
@@ -58,11 +58,11 @@ def _check_tensor(owner: str, tensor: object) -> None:
 
 
 class Causal(Mask):
-    """Causal attention, with its alignment said.
+    """Causal attention, with its alignment.
 
     Args:
-        align: `"upper_left"` allows column j for row i where `j <= i` (torch SDPA's `is_causal`);
-            `"lower_right"` where `j <= i + S_kv - S_q` (flash-attn's). They agree where the lengths do.
+        align: `"upper_left"` allows column j for row i if `j <= i` (torch SDPA's `is_causal`);
+            `"lower_right"` if `j <= i + S_kv - S_q` (flash-attn's). They are the same if S_q equals S_kv.
 
     Example:
         >>> Causal("lower_right").pattern
@@ -77,13 +77,12 @@ class Causal(Mask):
 
 
 class SlidingWindow(Mask):
-    """Row i sees `left` columns before its own position and `right` after it, itself always included.
+    """Row i sees `left` columns before its own position, that position, and `right` columns after it.
 
     Args:
         left: Columns before, >= 0; -1 is unbounded.
         right: Columns after, >= 0; -1 is unbounded.
-        align: What a row's own position is: column i (`"upper_left"`) or `i + S_kv - S_q`
-            (`"lower_right"`).
+        align: Which column is row i's own position: i (`"upper_left"`) or `i + S_kv - S_q` (`"lower_right"`).
     """
 
     __slots__ = ()
@@ -134,7 +133,7 @@ class KeyLengths(Mask):
 class Boolean(Mask):
     """A dense boolean mask, True = attend, broadcastable to `(B, H, S_q, S_kv)`.
 
-    One of shape `(B or 1, 1, 1, S_kv)` depends on batch and key alone, and is taken for the key mask that it is.
+    One of shape `(B or 1, 1, 1, S_kv)` depends only on batch and key, and is handled as a key mask.
     """
 
     __slots__ = ()
@@ -164,9 +163,9 @@ class Bias(Mask):
 class Block(Mask):
     """A FlexAttention block mask: a position is allowed where its blocks and its function both allow it.
 
-    Where the function looks at the head (or batch) index but the mask was made with `H=None` (`B=None`), its
-    blocks are those of the first head and compiled kernels would use them for all. Such a mask is made again from
-    its function, with the full B and H, and the decision says so.
+    If the function reads the head (or batch) index but the mask was made with `H=None` (`B=None`), its blocks are those
+    of the first head, and compiled kernels would use them for all heads. Such a mask is made again from its function,
+    with the full B and H, and the decision says so.
 
     Args:
         block_mask: A `torch.nn.attention.flex_attention.BlockMask`.
@@ -183,18 +182,18 @@ class Block(Mask):
 
 
 def from_function(fn: MaskMod) -> Mask:
-    """Make a mask of a function of indices, in the terms of FlexAttention.
+    """Make a mask from a function of indices, as FlexAttention's mask functions are.
 
-    The function is called once at once, to see whether it looks at the batch entry or the head. What a backend makes
-    of it (flex a block mask, native a dense one) is kept per shape with the mask, so make the mask once and outside
-    compiled code. Rebinding what the function captures, and writing to a tensor of its in place, is noticed; writes
-    that torch doesn't count (through `.data`, or NumPy) are not.
+    The function is called once here, to find out whether it reads the batch index or the head index. What a backend
+    makes from it (flex a block mask, native a dense one) is cached with the mask, per shape. So make the mask once, and
+    outside compiled code. If a name that the function captures is bound to another object, or a tensor that it reads is
+    written to in place, the cache is dropped. Writes that torch doesn't count (through `.data`, or NumPy) aren't seen.
 
     Args:
-        fn: `fn(b, h, q_idx, kv_idx)` of four integer tensors; gives a boolean tensor, True = attend.
+        fn: `fn(b, h, q_idx, kv_idx)` of four integer tensors; it returns a boolean tensor, True = attend.
 
     Raises:
-        InvalidCallError: If it can't be called so, or gives anything but a boolean tensor.
+        InvalidCallError: If it can't be called so, or returns anything but a boolean tensor.
 
     Example:
         >>> from_function(lambda b, h, q_idx, kv_idx: (q_idx + kv_idx) % 2 == 0) & Causal()
@@ -204,7 +203,7 @@ def from_function(fn: MaskMod) -> Mask:
 
 
 def document(ids: Tensor) -> Mask:
-    """Let tokens attend within their own document alone; join it with `Causal()` for packed language modelling.
+    """Let tokens attend only within their own document; join it with `Causal()` for packed language modelling.
 
     Args:
         ids: Integer `(B, S)`, or `(1, S)` for every batch entry: which document each token belongs to. Queries and
@@ -214,7 +213,7 @@ def document(ids: Tensor) -> Mask:
 
 
 def prefix_lm(prefix_lengths: Tensor | int) -> Mask:
-    """Attend to the whole prefix from everywhere, and causally (upper-left) to what comes after it.
+    """Let every row attend to the whole prefix, and causally (upper-left) to what comes after it.
 
     Args:
         prefix_lengths: How long the prefix is: an int >= 0, or int32 or int64 `(B,)`, or `(1,)` for every batch entry.
@@ -223,7 +222,7 @@ def prefix_lm(prefix_lengths: Tensor | int) -> Mask:
 
 
 def frame_causal(tokens_per_frame: int) -> Mask:
-    """Attend to one's own frame of a video and to every earlier one (upper-left).
+    """Let each row attend to its own frame of a video and to every earlier one (upper-left).
 
     Args:
         tokens_per_frame: How many tokens one frame has, >= 1.

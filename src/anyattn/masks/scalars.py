@@ -1,4 +1,4 @@
-"""Numbers and flags as people give them: of Python, of NumPy, symbols of a tracer, or tensors without dimensions."""
+"""Numbers and flags as users pass them: from Python or NumPy, a tracer's symbols, or tensors without dimensions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from anyattn.errors import InvalidCallError
 from anyattn.process import tracing
 
 TENSOR = "a tensor"
-"""What stands for a tensor among the constants of a call that torch.compile traces."""
+"""The placeholder of a tensor among the constants of a call that torch.compile traces."""
 
 
 def flag(name: str, given: Any) -> Any:
-    """Give True or False for whatever means it; anything else as it is, to be refused where it is checked.
+    """Convert a flag to True or False; anything else is returned unchanged, for the checks to refuse.
 
     Raises:
         InvalidCallError: For a tensor whose value can't be read.
@@ -26,14 +26,14 @@ def flag(name: str, given: Any) -> Any:
         return given
     if isinstance(given, torch.SymBool) or (type(given).__name__ in ("bool_", "bool") and _is_numpy(given)):
         return bool(given)
-    # While torch.jit.trace runs, what follows from sizes is such a tensor; elsewhere a tensor is no flag.
+    # While torch.jit.trace runs, a comparison of sizes is such a tensor; otherwise a tensor is no flag.
     if isinstance(given, Tensor) and torch._C._get_tracing_state() is not None and given.dim() == 0:
         return bool(_read(name, given))
     return given
 
 
 def number(name: str, given: Any) -> Any:
-    """Give an int or a float for whatever is one; anything else as it is, to be refused where it is checked.
+    """Convert a number to an int or a float; anything else is returned unchanged, for the checks to refuse.
 
     Raises:
         InvalidCallError: For a tensor whose value can't be read.
@@ -49,7 +49,7 @@ def number(name: str, given: Any) -> Any:
 
 
 def index(name: str, given: Any) -> Any:
-    """Give an int for whatever is a whole number; anything else as it is.
+    """Convert a whole number to an int; anything else is returned unchanged.
 
     Raises:
         InvalidCallError: For a tensor whose value can't be read.
@@ -62,7 +62,7 @@ def index(name: str, given: Any) -> Any:
 
 
 def window(given: Any) -> Any:
-    """Give a window with plain numbers; anything that isn't a pair as it is."""
+    """Convert both sides of a window to plain numbers; anything but a pair is returned unchanged."""
     if not isinstance(given, tuple | list) or len(given) != 2:
         return given
     left, right = given
@@ -76,19 +76,23 @@ def _is_numpy(given: Any) -> bool:
 
 
 def _read(name: str, tensor: Tensor) -> Any:
-    """Read a tensor without dimensions, where that gives what will be computed with, and waits for no device."""
+    """Read a tensor without dimensions.
+
+    Raises:
+        InvalidCallError: If it has a derivative, if reading it would wait for a device, or if its value isn't known.
+    """
     if tracing.needs_gradient(tensor) or tracing.has_tangent(tensor):
         raise InvalidCallError(
-            f"{name} is a tensor with a derivative, and attention gives none for it. Multiply query by it and leave "
-            f"{name} a number, or give {name}.detach()."
+            f"{name} is a tensor with a derivative, which attention doesn't compute. Multiply query by the tensor and "
+            f"pass {name} as a number, or pass {name}.detach()."
         )
     if tensor.device.type not in ("cpu", "meta"):
         raise InvalidCallError(
-            f"{name} is a tensor on {tensor.device}; reading it would wait for the device. Give a number."
+            f"{name} is a tensor on {tensor.device}; reading it would wait for the device. Pass a number."
         )
     if not tracing.is_constant(tensor):
         raise InvalidCallError(
-            f"{name} is a tensor whose value can't be had while it is traced or transformed. Give a number, or "
+            f"{name} is a tensor whose value isn't known while it is traced or transformed. Pass a number, or "
             "multiply query by the tensor."
         )
     if not tracing.is_plain():

@@ -1,4 +1,4 @@
-"""What is known of a mask's values, learnt where looking costs no synchronisation or was asked for."""
+"""What is known about a mask's values; they are read only if that needs no synchronisation, or by `prepare_mask`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Known(NamedTuple):
     Attributes:
         all_true: Every position is allowed.
         live: Every row has a key.
-        shortest: The least of key lengths; -1 where that isn't what the tensor holds.
-        prefix: The keys allowed are the first ones of each batch entry.
+        shortest: The smallest of the key lengths; -1 for any other tensor.
+        prefix: The allowed keys are the first ones of each batch entry.
     """
 
     all_true: bool = False
@@ -39,10 +39,10 @@ _seen: dict[int, tuple[weakref.ref[Tensor], int, Known]] = {}
 
 
 def as_mask(attn_mask: Any) -> Mask | None:
-    """Turn whatever may be given as attn_mask into a mask object.
+    """Convert an attn_mask of any accepted type to a mask object.
 
     Raises:
-        InvalidCallError: For a type that means nothing as a mask.
+        InvalidCallError: If the type can't be a mask.
     """
     if attn_mask is None or isinstance(attn_mask, Mask):
         return attn_mask
@@ -59,21 +59,21 @@ def as_mask(attn_mask: Any) -> Mask | None:
 
 
 def _from_causal_bias(bias: Any) -> Mask:
-    # torch's CausalBias is a Tensor subclass over uninitialised memory: only its variant and lengths mean anything.
+    # torch's CausalBias is a Tensor subclass over uninitialised memory: only its variant and lengths can be used.
     align = "upper_left" if bias.variant.name == "UPPER_LEFT" else "lower_right"
     mask = Causal(align)  # type: ignore[arg-type]
     return Mask(pattern=mask.pattern, block=MadeFor(bias.seq_len_q, bias.seq_len_kv))
 
 
 class MadeFor:
-    """The lengths that torch's CausalBias was made for, which torch itself trusts unchecked."""
+    """The lengths that a CausalBias was made for; torch itself doesn't check them."""
 
     def __init__(self, seqlen_q: int, seqlen_kv: int) -> None:
         self.seq_lengths = (seqlen_q, seqlen_kv)
 
 
 def parts_of(mask: Mask | None, sinks: Tensor | None = None) -> Parts:
-    """Take a mask object apart into what `Backend.run` gets; a dense mask gets four dimensions."""
+    """Split a mask object into the tensors that `Backend.run` gets; a dense mask gets four dimensions."""
     if mask is None:
         return Parts(sinks=sinks)
     dense = mask.dense
@@ -84,10 +84,10 @@ def parts_of(mask: Mask | None, sinks: Tensor | None = None) -> Parts:
 
 
 def autocast_mask(mask: Mask | None, dtype: torch.dtype) -> Mask | None:
-    """Cast a mask as autocast does where it is of the other half precision; float32 is kept, being more precise."""
+    """Cast a mask of the other half precision as autocast does; a float32 mask stays, since it is more precise."""
     if mask is None or mask.dense is None or mask.dense.dtype not in _HALF or mask.dense.dtype == dtype:
         return mask
-    # What float16 can't hold would become -inf in it: a row of bfloat16's least would lose every key.
+    # A number below float16's range would become -inf: a row of bfloat16's finfo.min would lose every key.
     to = torch.float32 if dtype == torch.float16 else dtype
     return Mask(pattern=mask.pattern, key=mask.key, dense=mask.dense.to(to), block=mask.block)
 
@@ -96,10 +96,10 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def known_of(mask: Mask, seqlen_kv: int) -> Known:
-    """Say what is known of a mask's values without a synchronisation.
+    """Return what is known about a mask's values without a synchronisation.
 
-    CPU tensors are looked at: a mask may have been written since the last call by means that torch doesn't
-    count (NumPy, `.data`). Others are known only from `prepare_mask`.
+    CPU tensors are read at each call: NumPy or `.data` may have written to one since the last call, and torch doesn't
+    count such writes. Tensors on other devices are known only from `prepare_mask`.
     """
     key, dense = mask.key, mask.dense
     if dense is None:
@@ -110,7 +110,7 @@ def known_of(mask: Mask, seqlen_kv: int) -> Known:
 
 
 def known_of_tensor(tensor: Tensor) -> Known:
-    """Say what is known of a dense mask's values without a synchronisation."""
+    """Return what is known about a dense mask's values without a synchronisation."""
     return _look(tensor, 0)
 
 
@@ -122,8 +122,8 @@ def _look(tensor: Tensor, seqlen_kv: int) -> Known:
         return _prepared(tensor, seqlen_kv)
     if type(tensor) is not Tensor or tensor.dtype.is_floating_point:
         return NOTHING
-    # A mask once seen to forbid something isn't looked at again: should that change, it is merely not dropped. One that
-    # allowed everything is, at every call, since NumPy and `.data` write without torch's counting.
+    # A mask that was seen to forbid something isn't read again: if that changes, it is only not dropped. One that
+    # allowed everything is read at every call, since torch doesn't count writes by NumPy and through `.data`.
     name = id(tensor)
     seen = _not_all_true.get(name)
     if seen is not None and seen() is tensor:
@@ -145,32 +145,32 @@ def _prepared(tensor: Tensor, seqlen_kv: int) -> Known:
     if entry is None or entry[0]() is not tensor or tensor.is_inference() or entry[1] != tensor._version:
         return NOTHING
     if not is_plain():
-        return NOTHING  # a graph that is recorded may run with another mask in this one's place
+        return NOTHING  # a recorded graph may run with another mask in place of this one
     known = entry[2]
     if tensor.requires_grad:
-        known = known._replace(all_true=False)  # asked for a gradient since: it must not be dropped
+        known = known._replace(all_true=False)  # it requires a gradient since then, and must not be dropped
     return known if known.shortest < 0 else known._replace(all_true=known.shortest >= seqlen_kv)
 
 
 def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None:
-    """Look at a mask's values once, so that calls with it need not.
+    """Read a mask's values once; later calls with the mask use what was found.
 
-    This synchronises with the device. What is learnt (the mask allows everything; no row is without a key; the keys
-    allowed are each entry's first, so that none has to be moved) belongs to the tensor, until it is written to in
-    place; writes that torch does not count (through `.data`, or NumPy) must not be made after preparing.
+    This synchronises with the device once. It finds out whether the mask allows everything, whether every row has a
+    key, and whether the allowed keys are the first of each batch entry (then no key has to be moved). The result
+    belongs to the tensor until it is written to in place. Don't write to a prepared mask through `.data` or NumPy:
+    torch doesn't count such writes.
 
-    Where there are no values to look at (while something is traced or transformed, on fake and meta tensors), nothing
-    is learnt.
+    If there are no values to read (while something traces or transforms, on fake and meta tensors), it finds nothing.
 
     Args:
-        attn_mask: What attention takes as attn_mask.
-        seqlen_kv: S_kv, needed for `KeyLengths` alone.
+        attn_mask: A mask, as for `attention`.
+        seqlen_kv: S_kv; only `KeyLengths` need it.
 
     Returns:
-        The mask without the parts that allow everything; None where nothing is left.
+        The mask without the parts that allow everything; None if nothing is left.
 
     Raises:
-        InvalidCallError: If it is no mask, an integer tensor, or lengths are given without `seqlen_kv`.
+        InvalidCallError: If it is no mask, is an integer tensor, or is `KeyLengths` and `seqlen_kv` is missing.
 
     Example:
         >>> import torch, anyattn
@@ -182,14 +182,14 @@ def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None
         return None
     key = mask.key
     if key is not None and key.dtype != torch.bool and seqlen_kv is None:
-        raise InvalidCallError("Preparing KeyLengths needs seqlen_kv=, the number of keys.")
+        raise InvalidCallError("prepare_mask needs the number of keys for KeyLengths: pass seqlen_kv=.")
     if key is not None and _learn(key, seqlen_kv or 0).all_true:
         key = None
     dense = mask.dense
     if dense is not None and dense.dtype != torch.bool and not dense.is_floating_point():
         raise InvalidCallError(
-            f"A mask tensor must be bool or floating-point; {dense.dtype} was given: an integer 0/1 mask means nothing "
-            "by itself: use mask.bool() for True = attend."
+            f"A mask tensor must be bool or floating-point; {dense.dtype} was given. An integer 0/1 mask could mean "
+            "either: use mask.bool() for True = attend."
         )
     if dense is not None and _learn(dense, 0).all_true:
         dense = None
@@ -201,7 +201,7 @@ def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None
 def _learn(tensor: Tensor, seqlen_kv: int) -> Known:
     if torch.compiler.is_compiling() or not has_values(tensor):
         return NOTHING
-    # All that is asked of the device comes in one answer: each is waited for.
+    # One transfer for all answers: each transfer waits for the device.
     if tensor.dtype == torch.bool:
         gap = (tensor[..., 1:] & ~tensor[..., :-1]).any()
         all_true, live, no_prefix = torch.stack((tensor.all(), live_rows(tensor).all(), gap)).tolist()
@@ -220,5 +220,5 @@ def _learn(tensor: Tensor, seqlen_kv: int) -> Known:
 
 
 def live_rows(mask: Tensor) -> Tensor:
-    """Say which rows of a mask allow any key: boolean `(..., S_q or 1)`."""
+    """Compute which rows of a mask allow any key: boolean `(..., S_q or 1)`."""
     return (mask if mask.dtype == torch.bool else mask > float("-inf")).any(-1)

@@ -1,7 +1,7 @@
 """Find the modules of a tree that may compute attention themselves, by reading their code.
 
-A module is left out only where everything its code names was read and nothing of it leads to attention; what is inside
-a module is judged by itself.
+A module is left out only if everything its code names could be read and nothing of it leads to attention. The modules
+inside a module are judged by themselves.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import nn
 ATTENTION: Final = frozenset(
     ("anyattn", "scaled_dot_product_attention", "dispatch_attention_fn", "memory_efficient_attention")
 )
-"""Names in a function's code by which it computes attention, or may come to."""
+"""Names in a function's code that show that it computes attention, or may."""
 
 HOLDERS: Final = ("processor",)
-"""Attributes in which hosts keep what computes a layer's attention, and in which they exchange it."""
+"""Attributes in which hosts store the object that computes a layer's attention, and may exchange it."""
 
 _MOST_FUNCTIONS = 400
 _MOST_ENTRIES = 64
@@ -33,9 +33,9 @@ _known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
 def modules(root: nn.Module) -> list[nn.Module]:
-    """Give the modules inside a tree, its root left out, that may compute attention.
+    """Return the modules inside a tree, without its root, that may compute attention.
 
-    Where reading finds none, it is every module that isn't torch's own: the code is then written in a way that can't
+    If none is found, every module that isn't torch's own is returned: the code must then be written in a way that can't
     be read.
     """
     inside = [module for module in root.modules() if module is not root and not _is_opaque(module)]
@@ -43,7 +43,7 @@ def modules(root: nn.Module) -> list[nn.Module]:
 
 
 def may_attend(module: nn.Module) -> bool:
-    """Whether a module's own code may compute attention; what it leaves to the modules inside it doesn't count."""
+    """Whether a module's own code may compute attention; the modules inside it don't count."""
     kind = type(module)
     if any(getattr(module, name, None) is not None for name in HOLDERS):
         return True
@@ -54,7 +54,7 @@ def may_attend(module: nn.Module) -> bool:
 
 
 def _is_opaque(module: nn.Module) -> bool:
-    """Whether a module is torch's own, or compiled to what can't call back."""
+    """Whether a module is torch's own, or compiled by TorchScript, which calls no Python."""
     return type(module).__module__.startswith("torch.") or isinstance(module, torch.jit.ScriptModule)
 
 
@@ -78,7 +78,7 @@ def _leads_to_attention(start: list[Any], kind: type) -> bool:
 
 
 def _function(found: Any) -> types.FunctionType | None:
-    """Give the Python function behind a callable, or None where there is none to read."""
+    """Return the Python function behind a callable, or None if it has none."""
     for _ in range(8):
         if isinstance(found, functools.partial):
             found = found.func
@@ -99,10 +99,10 @@ def _function(found: Any) -> types.FunctionType | None:
 
 
 def _named(function: types.FunctionType, names: set[str], kind: type) -> Iterator[Any]:
-    """Give what a function's code names: globals, what is in modules, closures, methods of the class."""
+    """Yield what a function's code names: globals, attributes of modules, closures, methods of the class."""
     closure = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     known = function.__globals__
-    # An attribute may be called as a global is: only what is loaded as a global counts there.
+    # An attribute may have the name of a global: only names that are loaded as globals count here.
     for found in (*closure, *(known[name] for name in _globals_of(function.__code__) if name in known)):
         if isinstance(found, types.ModuleType):
             yield found
@@ -120,14 +120,14 @@ def _named(function: types.FunctionType, names: set[str], kind: type) -> Iterato
 
 def _is_filled(cell: types.CellType) -> bool:
     try:
-        cell.cell_contents  # noqa: B018 - looking is what tells
+        cell.cell_contents  # noqa: B018 - raises if it is empty
     except ValueError:
         return False
     return True
 
 
 def _callables(values: Any) -> list[Any]:
-    """Give the callables among values, and those one level inside containers; modules are judged by themselves."""
+    """Return the callables among values and one level inside containers, without modules and classes."""
     found: list[Any] = []
     for value in list(values)[:_MOST_ENTRIES]:
         if isinstance(value, Mapping):
@@ -161,7 +161,7 @@ def _globals_of(code: types.CodeType) -> set[str]:
 
 
 def names_of(function: types.FunctionType) -> set[str]:
-    """Give every global and attribute name that a function's code mentions, nested functions included."""
+    """Return every global and attribute name that a function's code mentions, nested functions included."""
     names: set[str] = set()
     waiting: list[types.CodeType] = [function.__code__]
     while waiting:

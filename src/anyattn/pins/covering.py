@@ -1,9 +1,9 @@
-"""Put wishes in force while a module runs, by giving the module a subclass of its own class.
+"""Put a backend in force while a module runs, by changing the module's class to a subclass of it.
 
 A covered module has the class `type(module.__name__, (_Covered, type(module)), {})`, whose `__call__` enters the scope
-and leaves it in a `finally`. It needs no hook: nothing stays behind after Ctrl-C, copies and replicas are covered
-themselves, hooks and wrapped forwards that others add run inside it, and modules of one class look alike to
-torch.compile.
+and leaves it in a `finally`. It needs no hook: nothing stays in force after Ctrl-C, copies and replicas are covered
+themselves, hooks and wrapped forwards that others add run inside it, and torch.compile sees one class for all modules
+of a class.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ _grad_enabled = torch.is_grad_enabled
 
 
 class Host(Protocol):
-    """What an integration does for the marks that it set; restored by its name when a mark is unpickled."""
+    """What an integration does for the marks that it set; pickled by its name."""
 
     def arrived(self, mark: Mark) -> None:
-        """See to it that a copied or unpickled mark works, or clear it."""
+        """Make a copied or unpickled mark work, or clear it."""
 
     def watch(self, layer: nn.Module, mark: Mark) -> None:
-        """Look at a layer before it runs: whether its attention still reaches anyattn."""
+        """Check, before a layer runs, whether its attention still reaches anyattn."""
 
     def watch_traced(self, kind: type) -> None:
-        """The same for the class of a layer's processor, while torch.compile traces."""
+        """Check the same for the class of a layer's processor, while torch.compile traces."""
 
     def reaches(self, layer: nn.Module) -> bool:
         """Whether a layer's attention reaches anyattn."""
 
 
 class Mark:
-    """One wish for a tree of modules: held by its root and by every covered module inside.
+    """A pin or route of a tree of modules; its root and every covered module inside hold the same object.
 
     Attributes:
-        preference: The backend pinned; None for a route, or once the pin is gone.
-        routed: Whether Diffusers' own setter gave the tree to anyattn.
-        owner: The root, weakly; gives None for a copy whose root wasn't copied.
+        preference: The backend pinned; None for a route, or after the pin was removed.
+        routed: Whether Diffusers' own setter routed the tree to anyattn.
+        owner: A weak reference to the root; it returns None for a copy whose root wasn't copied.
         host: The integration that set it.
-        judged: The classes of processors that the host has looked at.
-        harmless: The classes of modules that were left uncovered.
+        judged: The classes of processors that the host has checked.
+        harmless: The classes of modules that need no covering.
     """
 
     __slots__ = ("__weakref__", "harmless", "host", "judged", "owner", "preference", "routed")
@@ -73,11 +73,11 @@ class Mark:
 
     @property
     def active(self) -> bool:
-        """Whether it still asks for anything."""
+        """Whether it still pins or routes."""
         return self.preference is not None or self.routed
 
     def clear(self) -> None:
-        """Ask for nothing any more, in every copy that shares this object."""
+        """Remove the pin and route, in every copy that shares this object."""
         self.preference, self.routed = None, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mark:
@@ -93,10 +93,10 @@ live: weakref.WeakSet[Mark] = weakref.WeakSet()
 """Every mark that some module still holds."""
 
 refresh: dict[str, Callable[[nn.Module], None]] = {}
-"""For each kind of own mark, what looks for modules that were added to its tree."""
+"""For each kind of own mark, the function that covers modules added to its tree."""
 
 adopt: dict[str, Callable[[nn.Module], None]] = {}
-"""For each kind of own mark, what is told of a root that was copied or unpickled."""
+"""For each kind of own mark, the function to call with a root that was copied or unpickled."""
 
 
 def _nobody() -> None:
@@ -111,12 +111,12 @@ def _restored(preference: Preference | None, routed: bool, host: Host | None) ->
 
 
 class _Covered(nn.Module):
-    """What a covered module's class puts before the module's own.
+    """The first base of a covered module's class.
 
-    It is a module for the layout's sake: a module's class can only be exchanged for one that is laid out alike.
+    It is a module since Python lets an object's class be changed only to one with the same memory layout.
     """
 
-    # Set in the instance's dictionary where there is one.
+    # Set in the instance's dictionary if the module has one.
     _anyattn_pin_in_force: Mark | None = None
     _anyattn_route_in_force: Mark | None = None
     _anyattn_pin: Mark | None = None
@@ -125,7 +125,7 @@ class _Covered(nn.Module):
     """Whether the module's own class has torch's `__call__`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep a subclass made here from what the module's class does to its subclasses (registries, checks)."""
+        """Don't run what the module's class does to its subclasses (registries, checks) for a covered class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         pin, route = self._anyattn_pin_in_force, self._anyattn_route_in_force
@@ -157,12 +157,12 @@ class _Covered(nn.Module):
             if self._anyattn_route is not None:
                 refresh[OWN_ROUTE](self)
         try:
-            # Inside the `try`, so that Ctrl-C can't come between. Most often the pinned model around this module has
-            # put the scope in force already.
+            # Inside the `try`, so Ctrl-C can't come between. Mostly the pinned model around this module has already put
+            # the scope in force.
             if inner is not before:
                 defaults.current.set(inner)
             if self._anyattn_direct and self._compiled_call_impl is None:
-                # What nn.Module.__call__ does here, with one function call less (torch 2.8 to 2.14).
+                # The same as nn.Module.__call__, with one function call less (torch 2.8 to 2.14).
                 return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
             return super().__call__(*args, **kwargs)
         except AnyattnError as error:
@@ -174,15 +174,15 @@ class _Covered(nn.Module):
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for key, told in adopt.items():
+        for key, adopt_root in adopt.items():
             mark = self.__dict__.get(key)
             if mark is not None:
                 if mark.owner() is None:
                     mark.owner = weakref.ref(self)
-                told(self)
+                adopt_root(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Name the module's own class, which can be found again, instead of this one, which can't."""
+        """Pickle the module's own class, which can be imported, instead of the covered class, which can't."""
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         if not isinstance(reduced, tuple):
             return reduced
@@ -198,7 +198,7 @@ def _made_anew(make: Any, kind: type, *args: Any) -> Any:
 
 
 def _entered_by(module: Any, pin: Mark | None, route: Mark | None) -> list[defaults.Entered]:
-    """Write what a covered module enters as plain constants, the same for every module of one root."""
+    """Return what a covered module enters, as plain constants that are the same for every module of one root."""
     found = []
     host = None
     if route is not None and route.routed:
@@ -215,11 +215,11 @@ def _entered_by(module: Any, pin: Mark | None, route: Mark | None) -> list[defau
 
 
 def _name_layer(error: AnyattnError, module: nn.Module, pin: Mark | None) -> None:
-    """Add to a refusal which layer of the pinned model asked; the innermost covered module is the one that knows."""
+    """Add to a refusal which layer of the pinned model made the call: the innermost covered module."""
     if pin is None or pin.preference is None or not isinstance(error, (BackendUnavailableError, UnsupportedCallError)):
         return
     decision = getattr(error, "decision", None)
-    # A refusal that isn't the pin's: the call named a backend itself, or a block overrode.
+    # The pin isn't what was refused if the call named a backend itself, or a block overrode the pin.
     if decision is not None:
         of_pin = decision.preference == pin.preference
     else:
@@ -231,19 +231,19 @@ def _name_layer(error: AnyattnError, module: nn.Module, pin: Mark | None) -> Non
     of = "" if root is None or name is None else f" of {type(root).__name__}"
     where = f"{name or 'the model itself'} ({type(module).__name__}){of}"
     error.__dict__["_anyattn_layer"] = where
-    text = f"{error.args[0]}\nThe layer that asked: {where}."
+    text = f"{error.args[0]}\nThe layer that made the call: {where}."
     error.args = (text, *error.args[1:])
     if isinstance(error, BackendUnavailableError):
         error.msg = text
 
 
 _subclasses: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
-# Held so that a pin that is set again finds the same class, which compiled code knows by its identity.
+# Strong references: a pin that is set again gets the same class, which compiled code guards on by identity.
 _kept: deque[type] = deque(maxlen=256)
 
 
 def _subclass_of(kind: type) -> type:
-    """Give the class that covered modules of a class have; one object for each class."""
+    """Return the covered class of a class; always the same object."""
     known = _subclasses.get(kind)
     found = None if known is None else known()
     if found is None:
@@ -257,25 +257,25 @@ def _subclass_of(kind: type) -> type:
 
 
 def origin_of(kind: type) -> type:
-    """Give a covered module's own class."""
+    """Return a covered module's own class."""
     return kind.__mro__[kind.__mro__.index(_Covered) + 1]
 
 
 def is_covered(module: nn.Module) -> bool:
-    """Whether a module's marks are honoured when it runs."""
+    """Whether a module's class honours the marks in its dictionary."""
     return isinstance(module, _Covered)
 
 
 def cover(module: nn.Module) -> None:
-    """Have a module honour the marks in its dictionary."""
+    """Change a module's class, so that it honours the marks in its dictionary."""
     if not isinstance(module, _Covered):
         module.__class__ = _subclass_of(type(module))
 
 
 def uncover(module: nn.Module) -> None:
-    """Give a module its own class back, once no mark is left on it."""
+    """Restore a module's own class, if no mark is left on it."""
     if isinstance(module, _Covered) and not any(key in module.__dict__ for key in KEYS):
         kind = type(module)
-        # Another library may have put a class of its own on top; then ours stays below and does nothing.
+        # Another library may have put a class of its own on top; then the covered class stays below and does nothing.
         if _subclasses.get(kind.__mro__[2], _nobody)() is kind:
             module.__class__ = origin_of(kind)

@@ -1,8 +1,7 @@
-"""Pins: a backend for a module and all that is inside it, put in force while it runs.
+"""Pins: a backend for a module and everything inside it, in force while it runs.
 
-The root is covered, and every module inside it that may compute attention: gradient checkpointing runs inner modules
-again during the backward, on another thread, where no outer forward is on the stack. All other modules stay as they
-are.
+The root is covered, and so is every module inside it that may compute attention: gradient checkpointing runs inner
+modules again during the backward, on another thread and outside the root's forward. All other modules stay unchanged.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ def pin(
     host: Host | None = None,
     judged: frozenset[type] = frozenset(),
 ) -> None:
-    """Pin a module: its attention, and that of everything inside it without a pin of its own.
+    """Pin a module: its attention, and that of every module inside it without a pin of its own.
 
     Args:
         module: Any module.
         backend: A name, an alias, `"auto"`, or a list in order of preference.
         precision: The loosest precision that lists and `auto` may use.
-        host: The integration that sets it, which is told of copies.
-        judged: What the host has looked at; see `anyattn.pins.covering.Mark`.
+        host: The integration that sets it; it is called for copies.
+        judged: The classes that the host has checked; see `anyattn.pins.covering.Mark`.
 
     Raises:
         UnknownBackendError: If a name is unknown; nothing is changed then.
@@ -45,7 +44,7 @@ def pin(
     wish = make_preference(backend, "model", precision)
     with _lock:
         mark: Mark | None = module.__dict__.get(OWN_PIN)
-        if mark is None or mark.owner() is not module:  # none yet, or shared with what this is a shallow copy of
+        if mark is None or mark.owner() is not module:  # none yet, or shared with the module this is a shallow copy of
             mark = module.__dict__[OWN_PIN] = Mark()
             mark.owner = weakref.ref(module)
         mark.preference, mark.host, mark.judged = wish, host, judged
@@ -54,9 +53,9 @@ def pin(
 
 
 def unpin(module: nn.Module) -> bool:
-    """Take a module's own pin back, and nothing else; say whether there was one.
+    """Remove a module's own pin, and nothing else; return whether there was one.
 
-    What an enclosing module pins applies again. For a part that was copied out of a pinned model, what it inherited
+    The pin of an enclosing module applies again. For a part that was copied out of a pinned model, the inherited pin
     counts as its own.
     """
     with _lock:
@@ -70,14 +69,14 @@ def unpin(module: nn.Module) -> bool:
             del _roots[number]
         if mark is not None:
             _spread(module, None, frozenset())
-        # A module doesn't know what encloses it or shares its parts, so every pin is laid out again.
+        # A module doesn't know what encloses it or shares its parts, so every pin is applied again.
         for root in list(_roots.values()):
             _lay_out(root)
         return found
 
 
 def unpin_all(host: Host) -> None:
-    """Take back every pin that an integration set, those of copies too."""
+    """Remove every pin that an integration set, including those of copies."""
     for root in list(_roots.values()):
         if is_hosted(root, host):
             unpin(root)
@@ -93,13 +92,13 @@ def is_hosted(module: nn.Module, host: Host) -> bool:
 
 
 def pin_of(module: nn.Module) -> Preference | None:
-    """Give the pin in force for a module: its own, or the nearest enclosing one."""
+    """Return the pin in force for a module: its own, or the nearest enclosing one."""
     mark: Mark | None = module.__dict__.get(PIN)
     if mark is None:
         marks = (_enclosing(root, module, None) for root in reversed(list(_roots.values())))
         mark = next((found for found in marks if found is not None), None)
     elif not is_covered(module):
-        return None  # a copy made by a way that left the covering out
+        return None  # a copy that was made without the covered class
     if mark is None or mark.preference is None:
         return None
     return mark.preference if mark.host is None or mark.host.reaches(module) else None
@@ -149,7 +148,7 @@ def _spread(module: nn.Module, inherited: Mark | None, covered: frozenset[int]) 
 
 
 def _drop_orphans(part: nn.Module) -> bool:
-    """Take away what a part inherited from a root that wasn't copied along, or is gone."""
+    """Remove what a part inherited from a root that wasn't copied along, or that is gone."""
     found = False
     for module in part.modules():
         mark: Mark | None = module.__dict__.get(PIN)
@@ -161,7 +160,7 @@ def _drop_orphans(part: nn.Module) -> bool:
 
 
 def _refresh(root: nn.Module) -> None:
-    """Cover what was added to the tree since the pin was set: a backward may run it again by itself."""
+    """Cover modules that were added to the tree since the pin was set: a backward may run them by themselves."""
     mark = _own(root)
     if mark is None:
         return
@@ -180,5 +179,5 @@ adopt[OWN_PIN] = _add_root
 
 
 def live_scope(scope: defaults.Scope) -> defaults.Scope:
-    """Give the scope that is truly in force: without blocks that ended, with those of generators and compiled code."""
+    """Return the scope in force: without blocks that ended, with those of generators and compiled code."""
     return lifetime.in_force(scope)

@@ -1,1 +1,1 @@
-"""What is true of this process: which distributions are installed, and whether a tracer or transform runs."""
+"""The state of this process: which distributions are installed, and whether a tracer or transform runs."""

@@ -1,4 +1,4 @@
-"""A dict with a bound, for everything that is remembered for the life of a process."""
+"""A dict with a bound, for caches that live as long as the process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Value = TypeVar("Value")
 
 
 class Bounded(dict[Key, Value], Generic[Key, Value]):
-    """A dict that holds at most so many entries: a new one takes the place of the oldest.
+    """A dict that holds at most `most` entries: a new entry replaces the oldest.
 
-    Reading is a plain dict's, at its speed. Writing is safe in several threads; use item assignment or `once`, since
-    the dict's other ways of writing don't look at the bound.
+    Reading is a plain dict's, at its speed. Writing is safe in several threads. Write only by item assignment or
+    `once`: the other methods of a dict don't check the bound.
     """
 
     __slots__ = ("_lock", "most")
@@ -21,7 +21,7 @@ class Bounded(dict[Key, Value], Generic[Key, Value]):
     def __init__(self, most: int) -> None:
         super().__init__()
         self.most = most
-        # Reentrant: collecting garbage while an entry is dropped may write another.
+        # Reentrant: garbage collection while an entry is dropped may write another.
         self._lock = threading.RLock()
 
     def __setitem__(self, key: Key, value: Value) -> None:
@@ -31,7 +31,7 @@ class Bounded(dict[Key, Value], Generic[Key, Value]):
             super().__setitem__(key, value)
 
     def once(self: Bounded[Key, None], key: Key) -> bool:
-        """Return whether a key is new, and remember it."""
+        """Return whether a key is new, and store it."""
         with self._lock:
             if key in self:
                 return False

@@ -1,4 +1,4 @@
-"""What `environment` asks this machine's files and torch's dispatcher; nothing else calls it.
+"""What `environment` reads from this machine's files and torch's dispatcher; nothing else calls it.
 
 Sources: `hopper/setup.py` of flash-attention (flash_attn_config), torch 2.13 `torch/nn/attention/_registry.py` (the
 flash kernel of the whole process), cudnn-frontend 1.32 `cudnn/torch` (by reading).
@@ -20,19 +20,19 @@ import torch
 
 
 def canonical_name(distribution: str) -> str:
-    """Write a distribution's name as pip compares it: `Typing_Extensions` is `typing-extensions`."""
+    """Normalise a distribution's name as pip does: `Typing_Extensions` is `typing-extensions`."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 class Packages(Mapping[str, str]):
-    """The version of each installed distribution, by name as pip compares names.
+    """The version of each installed distribution; names are compared as pip compares them.
 
-    Those given are what it holds, compares and lists. Of this machine it also knows every other distribution, which it
-    looks up when it is asked for and remembers, so that the answer stays the same.
+    Iteration, length and comparison cover the versions given. For this machine any other distribution is looked up when
+    it is asked for. The answer is stored, so it stays the same.
 
     Args:
         given: Versions by name.
-        look_up: Gives the version of a distribution that isn't among them, or None; None for a made-up machine.
+        look_up: Returns the version of any other distribution, or None. Pass None for a machine that isn't this one.
     """
 
     def __init__(self, given: Mapping[str, str], look_up: Callable[[str], str | None] | None = None) -> None:
@@ -53,7 +53,7 @@ class Packages(Mapping[str, str]):
         return found
 
     def with_others(self, versions: Mapping[str, str]) -> Packages:
-        """Return what this holds and knows, with other versions of some distributions."""
+        """Return a copy with other versions of some distributions."""
         names = {canonical_name(name) for name in versions}
         left = {name: version for name, version in self._given.items() if canonical_name(name) not in names}
         return Packages({**left, **versions}, self._look_up)
@@ -62,7 +62,7 @@ class Packages(Mapping[str, str]):
         return iter(self._given)
 
     def __eq__(self, other: object) -> bool:
-        # What a machine answers later isn't known now: two looks at it aren't equal.
+        # Look-ups that are still to come may differ, so two objects that look up are equal only if they share them.
         if isinstance(other, Packages) and (self._look_up or other._look_up):
             return self._asked is other._asked
         return Mapping.__eq__(self, other)
@@ -78,12 +78,12 @@ class Packages(Mapping[str, str]):
 
 
 class Modules(frozenset[str]):
-    """The modules that could be imported: those given, and every other of this machine when it is asked for."""
+    """The modules that could be imported: those given; any other of this machine is looked for when it is asked for."""
 
     _asked: dict[str, bool]
 
     def __new__(cls, given: Iterable[str]) -> Modules:
-        """Make it of the names that are known already; `in` looks for the others."""
+        """Make it from the names that are known already; `in` looks for other modules."""
         made = super().__new__(cls, given)
         made._asked = {}
         return made
@@ -97,7 +97,7 @@ class Modules(frozenset[str]):
 
 
 def version_of(distribution: str) -> str | None:
-    """Give the version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -105,7 +105,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def module_exists(name: str) -> bool:
-    """Whether a module's file is there, without importing it or its parents; a bare namespace counts as absent."""
+    """Whether a module's file exists, without importing it or its parents; a namespace without a file doesn't count."""
     path: list[str] | None = None
     spec = None
     for part in _prefixes(name):
@@ -125,11 +125,11 @@ _FLAG = re.compile(r"FLASH_?ATTENTION_DISABLE_(\w+)")
 
 
 def build_flags(config: str) -> dict[str, bool] | None:
-    """Read what a build of FlashAttention-3 left out, from the module of plain Python beside it.
+    """Read which features a build of FlashAttention-3 left out, from its configuration module of plain Python.
 
     Returns:
-        Per feature (`"BACKWARD"`, `"HDIM96"`, ...) whether it was left out; None where the module isn't there or
-        doesn't hold `CONFIG["build_flags"]`.
+        Per feature (`"BACKWARD"`, `"HDIM96"`, ...) whether it was left out; None if the module isn't there or has no
+        `CONFIG["build_flags"]`.
     """
     try:
         held: Any = importlib.import_module(config).CONFIG["build_flags"]
@@ -145,20 +145,20 @@ _REPLACEABLE: Mapping[str, str] = {
     "native_cudnn": "aten::_scaled_dot_product_cudnn_attention",
     "varlen_attn": "torch_attn::_varlen_attn",
 }
-"""The kernels of torch's that a package can replace for the whole process, each with the operator that tells."""
+"""torch's kernels that a package can replace for the whole process, each with the operator that shows it."""
 
 _DEFINES_VARLEN = "torch.nn.attention.varlen"
-"""The module that defines the operator; whoever replaces its kernel has imported it."""
+"""The module that defines the operator; code that replaces its kernel has imported it."""
 
 # torch's own registrations name a C++ file, and some of them are boxed too (torch 2.11).
 _LINE = re.compile(r"^CUDA: registered at (.*?\.py)(?::\d+)? :: .*\[ boxed \]", re.MULTILINE)
 
 
 def overrides() -> dict[str, str]:
-    """Say which of torch's CUDA kernels are replaced in this process, and by what.
+    """Return which of torch's CUDA kernels are replaced in this process, and by what.
 
-    `torch.nn.attention.activate_flash_attention_impl` says so itself; of other packages the dispatcher shows the file
-    in which Python registered a kernel in place of torch's.
+    torch itself knows what `torch.nn.attention.activate_flash_attention_impl` activated. For other packages the
+    dispatcher shows the file in which Python registered a kernel in place of torch's.
     """
     found = {}
     for kernel, operator in _REPLACEABLE.items():
@@ -169,18 +169,18 @@ def overrides() -> dict[str, str]:
                 continue
         except RuntimeError:
             continue  # this torch has no such operator
-        told = _LINE.search(torch._C._dispatch_dump(operator))
-        if told is not None:
-            found[kernel] = told[1]
+        line = _LINE.search(torch._C._dispatch_dump(operator))
+        if line is not None:
+            found[kernel] = line[1]
     active = _active_flash()
-    # cudnn-frontend's provider calls itself CUDNN, and leaves the flash kernel alone.
+    # cudnn-frontend's provider is named CUDNN, and doesn't replace the flash kernel.
     if active is not None and (active != "CUDNN" or "native_flash" in found):
         found["native_flash"] = active
     return found
 
 
 def varlen_is_replaced() -> bool:
-    """Whether torch's packed entry is replaced at this moment; takes well below a microsecond."""
+    """Whether torch's `varlen_attn` is replaced at this moment; takes well below a microsecond."""
     if _DEFINES_VARLEN not in sys.modules:
         return False
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(_REPLACEABLE["varlen_attn"], "CUDA"))
@@ -197,9 +197,9 @@ _MAIN_LIBRARY = re.compile(r"/libcudnn\.so[.\d]*$")
 
 
 def cudnn_file() -> str:
-    """Give the file of the cuDNN that this process has loaded; empty where that can't be told.
+    """Return the file of the cuDNN that this process has loaded; empty if it isn't known.
 
-    Linux shows it. Elsewhere there is no way to ask that loads nothing.
+    Only Linux shows it. On other systems, asking would load a library.
     """
     maps = Path("/proc/self/maps")
     if platform.system() != "Linux" or not maps.exists():

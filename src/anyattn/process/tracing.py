@@ -1,9 +1,9 @@
-"""Whether a tracer or a transform runs, so that values, and sizes, aren't those that will be computed with.
+"""Whether a tracer or a transform runs; then the values and sizes seen now may not be those computed with later.
 
-The one place that knows: torch.jit.trace and the ONNX exporters, make_fx and torch.export, fake and meta tensors,
-torch.func's transforms, forward-mode AD, CUDA graph capture. Whoever reads a mask's values, trusts that two lengths are
-equal, or keeps a tensor for later calls asks here first. Code that torch.compile traces asks
-`torch.compiler.is_compiling()` before, since dynamo can't trace these questions.
+This covers torch.jit.trace and the ONNX exporters, make_fx and torch.export, fake and meta tensors, torch.func's
+transforms, forward-mode AD, and CUDA graph capture. Code must ask here before it reads a mask's values, relies on two
+lengths being equal, or stores a tensor for later calls. Code that torch.compile traces must call
+`torch.compiler.is_compiling()` first, since dynamo can't trace the functions of this module.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _tracer = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _unwrapped = torch._C._functorch.get_unwrapped
 _level_of = torch._C._functorch.maybe_get_level
-# make_fx(pre_dispatch=True) keeps its mode here and brings a function mode, which is counted at less cost.
+# make_fx(pre_dispatch=True) has its mode on this stack, and a function mode too, which costs less to count.
 _before_dispatch: Callable[[], int] = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)
 _set_tracer: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
 
 
 def is_plain() -> bool:
-    """Whether operations just run: no tracer, no transform of torch.func, no dispatch mode, no forward-mode AD."""
+    """Whether operations only run: no tracer, no transform of torch.func, no dispatch mode, no forward-mode AD."""
     return not (
         _modes()
         or _level() is not None
@@ -41,7 +41,7 @@ def is_plain() -> bool:
 
 
 def records() -> bool:
-    """Whether a graph is recorded, which may run with other values and sizes later."""
+    """Whether a graph is recorded; it may run with other values and sizes later."""
     if _tracer() is not None or torch.compiler.is_compiling():
         return True
     if not (_modes() or _functions()):
@@ -51,24 +51,24 @@ def records() -> bool:
 
 
 def has_values(*tensors: Tensor | None) -> bool:
-    """Whether the values of tensors may be read, and what is worked out of them be used by later calls.
+    """Whether the values of tensors may be read, and results computed from them be used by later calls.
 
-    Whether reading waits for a device is another matter: only a capture of a CUDA graph counts here.
+    It doesn't matter here whether reading waits for a device, except during the capture of a CUDA graph.
     """
     return is_plain() and all(tensor is None or _is_real(tensor) for tensor in tensors)
 
 
 def _is_real(tensor: Tensor) -> bool:
     if type(tensor) is not Tensor and type(tensor) is not Parameter:
-        return False  # a subclass may stand for no values at all, as fake tensors do
+        return False  # a subclass may have no values, as fake tensors do
     if tensor.is_meta or _is_wrapped(tensor):
         return False
-    # In a graph the work has to be replayed: the tensor may hold other values then.
+    # A CUDA graph must replay the work: the tensor may hold other values then.
     return not is_captured(tensor)
 
 
 def is_captured(tensor: Tensor) -> bool:
-    """Whether what is done with a tensor now goes into a CUDA graph."""
+    """Whether operations on a tensor are captured in a CUDA graph now."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -86,7 +86,7 @@ def is_fake(tensor: object) -> bool:
 
 
 def is_usual(*inputs: Any) -> bool:
-    """Whether what a call meets says something of plain calls: nothing traces, and no input is of a tensor subclass.
+    """Whether a call is a plain one: nothing traces, and no input is of a tensor subclass.
 
     Args:
         inputs: Tensors, masks of `anyattn.masks`, or None.
@@ -103,12 +103,12 @@ def _tensors_of(given: Any) -> list[Tensor]:
 
 
 def mode_left(tensor: Tensor) -> Any:
-    """Give the mode of a fake tensor that is used outside of it, where new tensors would be real; None otherwise."""
+    """Return the mode of a fake tensor that is used outside it, else None; new tensors would be real there."""
     return getattr(tensor, "fake_mode", None) if is_fake(tensor) and is_plain() else None
 
 
 def layers(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor and what each level of torch.func wraps in it."""
+    """Yield a tensor and the tensors that torch.func wrapped in it, level by level."""
     yield tensor
     while _is_wrapped(tensor):
         tensor = _unwrapped(tensor)
@@ -116,7 +116,7 @@ def layers(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def needs_gradient(tensor: Tensor) -> bool:
-    """Whether a tensor requires a gradient at any level: inside vmap(...) one of an outer grad(...) isn't seen."""
+    """Whether a tensor requires a gradient at any level; inside vmap, `requires_grad` hides an outer grad(...)."""
     return tensor.requires_grad or (_level() is not None and any(layer.requires_grad for layer in layers(tensor)))
 
 
@@ -138,7 +138,7 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 
 def _levels_of_jvp() -> frozenset[int]:
-    """Return the levels of torch.func.jvp that run: what one wraps has a tangent, unseen from a level inside of it."""
+    """Return the running levels of torch.func.jvp; a tensor of such a level has a tangent that inner levels hide."""
     if _level() is None:
         return frozenset()
     stack = torch._C._functorch.get_interpreter_stack() or ()
@@ -147,19 +147,19 @@ def _levels_of_jvp() -> frozenset[int]:
 
 def _is_dual(tensor: Tensor) -> bool:
     if torch._C._functorch.is_batchedtensor(tensor):
-        return False  # what it wraps is looked at next
+        return False  # the tensor that it wraps is checked next
     return _forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def transforms() -> frozenset[str]:
-    """Name the transforms of torch.func that run: `"Vmap"`, `"Grad"`, `"Jvp"`, `"Functionalize"`."""
+    """Return the transforms of torch.func that run: `"Vmap"`, `"Grad"`, `"Jvp"`, `"Functionalize"`."""
     if _level() is None:
         return frozenset()
     return frozenset(level.key().name for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def static_shape(tensor: Tensor) -> tuple[Any, ...]:
-    """Give a tensor's sizes; while torch.jit.trace runs they are tensors in disguise, and here plain numbers."""
+    """Return a tensor's sizes as plain numbers; while torch.jit.trace runs, `tensor.shape` holds tensors."""
     state = _tracer()
     if state is None:
         return tuple(tensor.shape)
@@ -171,9 +171,9 @@ def static_shape(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def is_constant(tensor: Tensor) -> bool:
-    """Whether a tensor's value is had now, though a tracer or transform runs.
+    """Whether a tensor's value is known now, although a tracer or transform may run.
 
-    While torch.jit.trace runs every size is such a tensor; torch warns where one is made a number.
+    While torch.jit.trace runs, every size is such a tensor; torch warns if one is converted to a number.
     """
     if not _is_real(tensor):
         return False

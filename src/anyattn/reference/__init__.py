@@ -1,4 +1,4 @@
-"""What attention is, in plain torch and float64, and how near to it a result has to be."""
+"""The definition of attention in plain torch and float64, and the error that a result may have."""
 
 from anyattn.reference.definition import allowed_positions, attention
 

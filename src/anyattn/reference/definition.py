@@ -1,4 +1,4 @@
-"""Attention in plain torch and float64: what every argument means is what this file does with it.
+"""Attention in plain torch and float64: this file defines what every argument means.
 
 Slow and memory-hungry on purpose, and differentiable by autograd in every input. Layout is (B, S, H, D).
 Source: Vaswani et al. 2017 (arXiv:1706.03762) for attention; Gemma 2 (arXiv:2408.00118) for softcap; Xiao et al. 2023
@@ -18,9 +18,9 @@ from anyattn.masks.objects import Mask
 
 
 def allowed_positions(mask: Mask | None, batch: int, heads: int, seqlen_q: int, seqlen_kv: int) -> Tensor:
-    """Say which positions a mask allows, as a boolean `(B, H, S_q, S_kv)` on the CPU or the mask's device.
+    """Compute which positions a mask allows, as a boolean `(B, H, S_q, S_kv)` on the CPU or the mask's device.
 
-    A bias allows every position where it isn't -inf.
+    A bias forbids a position only with -inf.
     """
     tensors = [] if mask is None else [t for t in (mask.key, mask.dense) if t is not None]
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -47,7 +47,7 @@ def allowed_positions(mask: Mask | None, batch: int, heads: int, seqlen_q: int, 
 
 
 def _block_positions(block: Any, batch: int, heads: int, seqlen_q: int, seqlen_kv: int) -> Tensor:
-    """Write a FlexAttention block mask out: its function, and its blocks where they speak for all."""
+    """Write a FlexAttention block mask out: its function, and its blocks if they hold for all heads and entries."""
     from torch.nn.attention.flex_attention import create_mask
 
     if isinstance(block, MaskFunction):
@@ -58,8 +58,8 @@ def _block_positions(block: Any, batch: int, heads: int, seqlen_q: int, seqlen_k
     blocks = block.to_dense() != 0
     rows, columns = block.BLOCK_SIZE
     wide = blocks.repeat_interleave(rows, -2).repeat_interleave(columns, -1)[..., :seqlen_q, :seqlen_kv]
-    # Blocks that were made from the function's first entry alone say nothing of the others (create_block_mask with
-    # B=None or H=None): then the function is the mask.
+    # With B=None or H=None, create_block_mask makes the blocks from the function's first entry only, and they say
+    # nothing about the others: then the function is the mask.
     tiles = torch.nn.functional.pad(written, (0, -seqlen_kv % columns, 0, -seqlen_q % rows))
     counts = (tiles.shape[-2] // rows, tiles.shape[-1] // columns)
     tiles = tiles.reshape(batch, heads, counts[0], rows, counts[1], columns).any(-1).any(-2)
@@ -86,11 +86,11 @@ def attention(
         query: `(B, S_q, H, D)`, any floating dtype.
         key: `(B, S_kv, H_kv, D)`; H is a multiple of H_kv, and query head h reads head `h // (H // H_kv)`.
         value: `(B, S_kv, H_kv, D_v)`.
-        mask: What may be attended to, and what is added to the scores; None is everything and nothing.
-        scale: What the scores are multiplied by; None is `1 / sqrt(D)`.
+        mask: Which positions are allowed, and a bias added to the scores; None allows all and adds nothing.
+        scale: The factor of the scores; None is `1 / sqrt(D)`.
         softcap: Scores become `softcap * tanh(score / softcap)`, after the scale and before the bias.
-        sinks: `(H,)`: logits that take part in the softmax's sum and have no value.
-        dtype: What to compute in. Anything but float64 is for measuring that dtype's own error.
+        sinks: `(H,)`: logits that count in the softmax's denominator and have no value.
+        dtype: The dtype to compute in. Any but float64 is for measuring that dtype's own error.
 
     Returns:
         The output `(B, S_q, H, D_v)` and the natural log-sum-exp of the scores `(B, H, S_q)`, both of
@@ -113,7 +113,7 @@ def attention(
         column = sinks.to(dtype)[None, :, None, None].expand(batch, heads, seqlen_q, 1)
         scores = torch.cat([scores, column], dim=-1)
 
-    # The largest score is taken off before exp; a row without any score has none to take off.
+    # The largest score is subtracted before exp; a row without any score has none.
     top = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((batch, heads, seqlen_q, 1), -math.inf)
     top = torch.where(top == -math.inf, 0.0, top).detach()
     weights = torch.exp(scores - top)

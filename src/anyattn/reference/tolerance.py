@@ -1,9 +1,9 @@
-"""How large an error may be: derived from a plain computation in the same dtype, never tabled.
+"""How large an error may be: derived from a plain computation in the same dtype, never from a table.
 
 The budget of a result is twice the error that a plain implementation (`anyattn.reference` computing in the call's
-own dtype) makes against float64, plus a rounding band of two units in the last place of the largest true value; both
-are taken per (batch, head), so that one large head doesn't excuse the others. This is the rule by which
-FlashAttention's own tests compare against a same-precision PyTorch run (Dao et al., arXiv:2205.14135, test suite).
+own dtype) makes against float64, plus a rounding band of two units in the last place of the largest true value. Both
+are computed per (batch, head), so one large head doesn't excuse the others. FlashAttention's own tests compare with a
+same-precision PyTorch run by this rule (Dao et al., arXiv:2205.14135, test suite).
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ SLACK = 2.0
 """How many times the plain implementation's error is allowed."""
 
 BAND = 2.0
-"""Units in the last place of the largest true value that are allowed besides."""
+"""How many units in the last place of the largest true value are allowed besides."""
 
 
 def plain_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Give the dtype of the plain computation: the call's, but float32 for float64, which is the truth's own."""
+    """Return the dtype of the plain computation: the call's; float32 for float64, since the truth is float64."""
     return torch.float32 if dtype == torch.float64 else dtype
 
 
 def refined(truth: Tensor, plain: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a plain float32 result into what float64 would have given: errors go with the unit roundoff.
+    """Estimate the plain float64 result from the float32 one: errors scale with the unit roundoff.
 
-    They are doubled, since the truth is a float64 computation too. For other dtypes `plain` stays as it is.
+    They are doubled, since the truth is a float64 computation too. For other dtypes `plain` is returned unchanged.
     """
     if dtype != torch.float64:
         return plain
@@ -35,7 +35,7 @@ def refined(truth: Tensor, plain: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def budget(truth: Tensor, plain: Tensor, dtype: torch.dtype, *, over: tuple[int, ...]) -> Tensor:
-    """Give the largest error allowed.
+    """Compute the largest error allowed.
 
     Args:
         truth: The result in float64.
@@ -57,10 +57,10 @@ def budget(truth: Tensor, plain: Tensor, dtype: torch.dtype, *, over: tuple[int,
 
 
 def lse_budget(truth: Tensor, plain: Tensor, dtype: torch.dtype, *, over: tuple[int, ...]) -> Tensor:
-    """Give the largest error allowed of a log-sum-exp.
+    """Compute the largest error allowed of a log-sum-exp.
 
-    It is stored as float32 whatever the call's dtype, and it is the logarithm of a sum: what is relative in the sum
-    is absolute in its logarithm, so that the band doesn't vanish where the lse is near zero.
+    It is stored as float32 whatever the call's dtype. It is the logarithm of a sum: a relative error of the sum is an
+    absolute one of its logarithm, so the band doesn't vanish for an lse near zero.
 
     Args:
         truth: As for `budget`.
@@ -73,9 +73,9 @@ def lse_budget(truth: Tensor, plain: Tensor, dtype: torch.dtype, *, over: tuple[
 
 
 def excess(result: Tensor, truth: Tensor, allowed: Tensor) -> float:
-    """Give the worst error as a multiple of its budget; anything above 1 is wrong, and inf is not a number.
+    """Compute the worst error as a multiple of its budget; above 1 is wrong, and a NaN counts as inf.
 
-    Infinities must agree exactly, as in the lse of a row without a key.
+    Infinities must be equal, as in the lse of a row without a key.
     """
     if result.shape != truth.shape:
         return float("inf")
@@ -92,13 +92,13 @@ def excess(result: Tensor, truth: Tensor, allowed: Tensor) -> float:
 QUANTISED = 0.1
 """The relative error, in the 2-norm, from which a kernel that computes in int8 or fp8 counts as wrong.
 
-SageAttention 2 (int8 scores, fp8 weights) has 0.03 for normals, on an H100. Of a log-sum-exp it is the absolute error,
-as in `lse_budget`.
+SageAttention 2 (int8 scores, fp8 weights) has 0.03 for normally distributed inputs, on an H100. For a log-sum-exp it is
+an absolute error, as in `lse_budget`.
 """
 
 
 def quantised_budget(truth: Tensor, *, over: tuple[int, ...], is_lse: bool = False) -> Tensor:
-    """Give the largest 2-norm, over some dimensions, that a quantised kernel's error may have."""
+    """Compute the largest 2-norm, over some dimensions, that a quantised kernel's error may have."""
     finite = torch.where(torch.isfinite(truth), truth.double(), 0.0)
     if is_lse:
         finite = torch.ones_like(finite)
@@ -107,7 +107,7 @@ def quantised_budget(truth: Tensor, *, over: tuple[int, ...], is_lse: bool = Fal
 
 
 def norm_excess(result: Tensor, truth: Tensor, allowed: Tensor, *, over: tuple[int, ...]) -> float:
-    """Give the worst 2-norm of an error as a multiple of its budget; infinities must agree exactly, as in `excess`."""
+    """Compute the worst 2-norm of an error as a multiple of its budget; infinities must be equal, as in `excess`."""
     if result.shape != truth.shape:
         return float("inf")
     if truth.numel() == 0:

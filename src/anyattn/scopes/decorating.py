@@ -21,7 +21,7 @@ Block = Callable[[], Any]
 
 
 class Steps(Owner):
-    """One call of a generator or coroutine, whose block is in force only while a step of it runs."""
+    """One call of a generator or coroutine; its block is in force only while a step of it runs."""
 
     def __init__(self, wish: Preference, override: bool) -> None:
         self.wish: Preference = wish
@@ -39,18 +39,18 @@ class Steps(Owner):
             _in_force.entered.pop()
 
     def end(self) -> None:
-        """End the block, in tasks and contexts that were made inside it too."""
+        """End the block, also in tasks and contexts that were made inside it."""
         if self.life is not None:
             lifetime.end(self.life)
 
 
 def decorated(function: Function, block: Block, steps: Callable[[], Steps]) -> Function:
-    """Give a function, of the same kind, each call of which has a new block.
+    """Wrap a function so that each call has a new block; the result is of the same kind (generator, coroutine, ...).
 
     Args:
         function: A function or method of any kind, or another callable that is no class and no module.
-        block: Makes a block.
-        steps: Makes the block of one call of a generator or coroutine.
+        block: Returns a new block.
+        steps: Returns a new block for one call of a generator or coroutine.
 
     Raises:
         TypeError: If it can't be decorated.
@@ -64,13 +64,13 @@ def decorated(function: Function, block: Block, steps: Callable[[], Steps]) -> F
             "attention, or pin a module with anyattn.set_attention_backend(module, backend)."
         )
     run = _wrapper(function, block, steps)
-    # An object's attributes are its own; a function's go along.
+    # A function's attributes are copied; another object's belong to it.
     updated = functools.WRAPPER_UPDATES if isinstance(function, types.FunctionType) else ()
     return functools.wraps(function, updated=updated)(run)  # type: ignore[return-value]
 
 
 def _wrapper(function: Callable[..., Any], block: Block, steps: Callable[[], Steps]) -> Callable[..., Any]:
-    # An object is of the kind of its method; functools.partial is seen through by inspect.
+    # An object's kind is that of its `__call__`; inspect looks through functools.partial.
     kind: Any = function
     if not (inspect.isroutine(function) or isinstance(function, functools.partial)):
         kind = type(function).__call__
@@ -129,7 +129,7 @@ def _async_generator(function: Callable[..., Any], steps: Callable[[], Steps]) -
 
 
 def _driven(generator: Any, own: Steps) -> Generator[Any, Any, Any]:
-    """Run a generator, or what `await` runs, step by step."""
+    """Run a generator, or what `await` iterates over, step by step."""
     try:
         answer = own.run(generator.send, (None,))
         while True:

@@ -1,4 +1,4 @@
-"""What the process asks for, and which kernels failed. All state is here, in `scopes` and in `lifetime`."""
+"""The settings of the process: its default backend, environment variables, and the value checks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def preference(names: tuple[str, ...], *, is_list: bool, source: str, precision:
 
 
 def process_default() -> Preference:
-    """Give what applies where no block or pin does."""
+    """Return the preference that applies without a block or pin."""
     global _environment
     if _default is not None:
         return _default
@@ -64,7 +64,7 @@ scopes.process_default = process_default
 
 
 def from_environment(environ: Mapping[str, str]) -> Preference:
-    """Read the environment variables; names are checked where they are used, so that import never fails."""
+    """Read the environment variables; names are checked when a call uses them, so import never fails."""
     for variable in (ENV_BACKEND, ENV_BACKEND_DIFFUSERS):
         names = tuple(part.strip() for part in environ.get(variable, "").split(",") if part.strip())
         if names and names != ("anyattn",):
@@ -89,13 +89,13 @@ def forget() -> None:
 
 
 def means_yes(word: str) -> bool | None:
-    """Read a word as yes or no, whatever its case; None where it is neither."""
+    """Read a word as yes or no, in any case; None if it is neither."""
     word = word.strip().lower()
     return True if word in _TRUE else False if word in _FALSE else None
 
 
 def checks_enabled() -> bool:
-    """Whether the value checks are asked for; read once, and again after `forget`.
+    """Whether the value checks are on; read once, and again after `forget`.
 
     Raises:
         InvalidSettingError: If a variable holds neither a yes nor a no.
@@ -108,7 +108,7 @@ def checks_enabled() -> bool:
             wanted = means_yes(word)
             if wanted is None:
                 raise InvalidSettingError(
-                    f"{variable} is {word!r}; write 1, yes, true or on to add the value checks, or 0 to leave them out."
+                    f"{variable} is {word!r}; set it to 1, yes, true or on for the value checks, or to 0 for none."
                 )
             found = found or wanted
         _checks = found
@@ -119,7 +119,7 @@ _overrides: dict[str, str] = {}
 
 
 def follow(overrides: Mapping[str, str]) -> bool:
-    """Forget every decided call where torch's kernels were replaced, or put back, since this was last asked.
+    """Forget every decided call if torch's kernels were replaced or restored since the last call of this.
 
     Returns:
         Whether they were.
@@ -133,5 +133,5 @@ def follow(overrides: Mapping[str, str]) -> bool:
 
 
 def generation() -> int:
-    """Give a number that `forget` changes: what was decided under another one is not to be remembered."""
+    """Return a number that `forget` changes; a call decided under another number must not be stored."""
     return scopes.generation

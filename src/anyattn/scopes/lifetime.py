@@ -1,9 +1,9 @@
-"""The life of blocks and records: begun anywhere, ended anywhere, in any order.
+"""The life of blocks and records, which may begin and end anywhere and in any order.
 
-A block is in force in the context where it was entered and in copies of that, until it is left; then in none. One that
-a generator or coroutine entered is also in force at each of that function's own steps, whatever context, task or
-thread runs the step: it is found by the function's frame, which is on the stack then. Where several are in force, the
-one deepest on the stack is; so a generator's own block beats one that its consumer entered between two steps.
+A block is in force in the context that entered it and in copies of that context, until it is left; then nowhere. A
+block that a generator or coroutine entered is also in force at each step of that function, in any context, task or
+thread: it is found by the function's frame on the stack. If several are in force, the one deepest on the stack counts.
+So a generator's own block beats one that its consumer entered between two steps.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _SUSPENDABLE: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_A
 _PASSED: Final = frozenset(
     ("__enter__", "__aenter__", "enter_context", "enter_async_context", "__exit__", "__aexit__", "close", "aclose")
 )
-"""Functions that enter and leave on behalf of their caller."""
+"""Functions that enter and leave blocks on behalf of their caller."""
 _ENTERING: Final = frozenset(("__enter__", "__aenter__"))
 
 held: Final[dict[Life, None]] = {}
-"""The lives that generators and coroutines hold, oldest first; while it is empty no call looks for frames."""
+"""The lives that generators and coroutines entered, oldest first; while it is empty no call looks for frames."""
 
 _current = scopes.current
 _get = _current.get
@@ -38,9 +38,9 @@ Result = TypeVar("Result")
 
 
 def _holders(frame: FrameType | None) -> tuple[FrameType, ...]:
-    """Give the suspendable functions whose `with` a frame enters or leaves, innermost first.
+    """Return the generators and coroutines whose `with` statement a frame enters or leaves, innermost first.
 
-    A generator made into a context manager has the `with` statement's body in its user: that one counts as well.
+    If a generator is used as a context manager, the body of the `with` statement is in its user, which counts too.
     """
     found = []
     while frame is not None:
@@ -58,7 +58,7 @@ def _holders(frame: FrameType | None) -> tuple[FrameType, ...]:
 
 
 def begin(owner: Owner, scope: Scope, frame: FrameType) -> Life:
-    """Put a block or record in force in this context, which holds `scope`, and at the steps of a frame's function."""
+    """Put a block or record in force in this context (in which `scope` is), and at the steps of a frame's function."""
     life = Life()
     life.owner = owner
     life.thread = thread = _thread.entered
@@ -79,7 +79,7 @@ def begin(owner: Owner, scope: Scope, frame: FrameType) -> Life:
     wish = owner.wish
     if wish is None or scope.records:
         made = scopes.enter(scope, life)
-    else:  # what `enter` does then, spelled out: blocks are entered in hot loops
+    else:  # `scopes.enter` inlined, since blocks are entered in hot loops
         found = scope.base.entered.get(id(wish) + owner.override)
         base = scopes.base_of(scope.base, wish, owner.override) if found is None else found[1]
         made = life.scope = Scope(base, scope, life, life, ())
@@ -88,7 +88,7 @@ def begin(owner: Owner, scope: Scope, frame: FrameType) -> Life:
 
 
 def _place(life: Life) -> None:
-    """Note what is further out on the stack than a life that begins."""
+    """Record what is further out on the stack than a life that begins."""
     life.inside = frozenset(_on_stack(held))
     life.compiled = (_thread.entered, len(_thread.entered))
 
@@ -117,7 +117,7 @@ def end(life: Life) -> None:
 
 
 def leave(owner: Owner) -> None:
-    """End the one of an object's lives that the caller's caller leaves; nothing where none is."""
+    """End the life, of an object's lives, that the caller's caller leaves, if there is one."""
     lives = owner.lives
     if not lives:
         return
@@ -135,7 +135,7 @@ def leave(owner: Owner) -> None:
 
 
 def _left(lives: list[Life], frame: FrameType, scope: Scope) -> Life | None:
-    """Find which life is left: the calling generator's, this context's, this thread's, or one handed over."""
+    """Find the life that is left: the calling generator's, this context's, this thread's, or another thread's."""
     lives = lives[::-1]
     holders = _holders(frame)
     if holders:
@@ -153,7 +153,7 @@ def _left(lives: list[Life], frame: FrameType, scope: Scope) -> Life | None:
         if found:
             return next((life for life in found if not life.frames), found[0])
     owner = lives[0].owner
-    # Left once too often by a thread that entered it too, it is still in force in the others.
+    # If a thread that entered it leaves it once too often, it stays in force in the other threads.
     return None if any(one is here for one in (owner.thread, *owner.threads)) else lives[0]
 
 
@@ -170,7 +170,7 @@ def _mark(scope: Scope, ended: Life | None = None) -> None:
 
 
 def _healed() -> Scope:
-    """Give this context's scope, without what has ended."""
+    """Return this context's scope, without the blocks that have ended."""
     scope = _get()
     if scope.stale:
         scope = _heal(scope)
@@ -179,18 +179,18 @@ def _healed() -> Scope:
 
 
 def _heal(scope: Scope) -> Scope:
-    """Make a scope again of what hasn't ended."""
+    """Make a scope again from the blocks that haven't ended."""
     return _rebuilt(scope, None) if scope.stale else scope
 
 
 def _rebuilt(scope: Scope, without: Life | None) -> Scope:
-    """Make a scope again of what hasn't ended, and without one life."""
-    kept: list[Scope] = []
+    """Make a scope again from the blocks that haven't ended, without one life."""
+    inner: list[Scope] = []
     at = scope
     while at.outer is not None and (at.stale or without is not None):
-        kept.append(at)
+        inner.append(at)
         at = at.outer
-    for one in reversed(kept):
+    for one in reversed(inner):
         if one.life is None:
             at = scopes.derive(at, pin=one.settings.pin, routed=one.settings.routed)
         elif one.life.ended or one.life is without:
@@ -201,13 +201,16 @@ def _rebuilt(scope: Scope, without: Life | None) -> Scope:
 
 
 def in_force(scope: Scope) -> Scope:
-    """Give what is truly in force at a call whose context holds `scope`."""
+    """Return the scope in force at a call in whose context `scope` is.
+
+    It leaves out blocks that have ended, and adds those that generators on the stack and compiled code entered.
+    """
     scope = _found(scope)
     entered = _thread.entered
     if entered:
         under, deeper = _compiled_code(scope.block)
         if not under:
-            entered.clear()  # the compiled code was broken off
+            entered.clear()  # the compiled code was interrupted
             return scope
         mark = None if scope.block is None else scope.block.compiled
         start = mark[1] if mark is not None and mark[0] is entered else 0
@@ -216,12 +219,12 @@ def in_force(scope: Scope) -> Scope:
 
 
 def token() -> str:
-    """Name what is in force here, for torch.compile to guard on; what compiled code itself entered comes on top."""
+    """Return the name of the scope in force, for torch.compile to guard on, without what compiled code entered."""
     return tokens.token(_found(_get()))
 
 
 def settings() -> Settings:
-    """Give the settings in force here, without what compiled code entered."""
+    """Return the settings in force, without what compiled code entered."""
     return _found(_get()).settings
 
 
@@ -232,7 +235,7 @@ def _found(scope: Scope) -> Scope:
 
 
 def _with_held(scope: Scope) -> Scope:
-    """Add what the generators on this stack hold and the context doesn't."""
+    """Add the blocks that generators on this stack entered and that the context doesn't have."""
     block = scope.block
     known = frozenset() if block is None else block.inside
     away = [
@@ -254,7 +257,7 @@ def _with_held(scope: Scope) -> Scope:
 
 
 def _on_stack(lives: Iterable[Life]) -> list[Life]:
-    """Give those whose function runs on this thread's stack, the innermost first."""
+    """Return the lives whose function runs on this thread's stack, the innermost first."""
     wanted: dict[FrameType, list[Life]] = {}
     for life in list(lives):
         for frame in life.frames:
@@ -270,9 +273,9 @@ def _on_stack(lives: Iterable[Life]) -> list[Life]:
 
 
 def _compiled_code(block: Life | None) -> tuple[bool, bool]:
-    """Whether this thread runs something that torch.compile made, and whether deeper than a block's function.
+    """Whether this thread runs compiled code, and whether deeper on the stack than a block's function.
 
-    Its wrapper is on the stack then.
+    The wrapper of compiled code is a frame of torch's `eval_frame.py`.
     """
     frames = () if block is None else block.frames
     frame: FrameType | None = sys._getframe(2)
@@ -287,7 +290,7 @@ def _compiled_code(block: Life | None) -> tuple[bool, bool]:
 
 
 def stepping(owner: Owner) -> Life:
-    """Make a life that is in force only while its function runs; see `step`."""
+    """Return a life that is in force only while its function runs; see `step`."""
     life = Life()
     life.owner = owner
     life.more = weakref.WeakSet()  # one for each step

@@ -13,7 +13,7 @@ _current = defaults.current.get
 
 
 class Recording(Owner):
-    """What `record` gives: a block that collects decisions."""
+    """The block that `record` returns; it collects decisions."""
 
     def __enter__(self) -> list[Decision]:
         scope = _current()
@@ -30,11 +30,12 @@ class Recording(Owner):
 def record() -> Recording:
     """Collect the decision of every call made inside the block, in this thread or task.
 
-    It lasts as `anyattn.attention_backend` does: a generator's own is there at each of its steps, and what is left
-    collects nothing more. Calls inside code compiled by torch.compile run without Python and aren't seen.
+    Its scope is that of an `anyattn.attention_backend` block: one that a generator entered is in force at each of the
+    generator's steps, and after the block nothing more is collected. Calls inside code compiled by torch.compile run
+    without Python and aren't recorded.
 
     Returns:
-        A context manager; entering it gives the list that decisions are added to.
+        A context manager; entering it returns the list that decisions are added to.
 
     Example:
         >>> import torch, anyattn

@@ -1,8 +1,8 @@
-"""Scopes: what is asked for at one point of a program, with the table of calls decided under it.
+"""Scopes: the settings in force at one point of a program, with the table of calls decided under them.
 
-The state of a thread or task is one `Scope`, held by a context variable. Scopes of equal settings share one table, so
-that the hot path is one look-up. `policy` holds what the process asks for, `lifetime` begins and ends blocks.
-torch.compile can't read a context variable; it reads `anyattn.scopes._in_force.token`, which it guards on.
+The state of a thread or task is one `Scope`, in a context variable. Scopes with equal settings share one table, so the
+hot path is one look-up. `defaults` holds the settings of the process, `lifetime` begins and ends blocks. torch.compile
+can't read a context variable; it reads `anyattn.scopes._in_force.token` and guards on that.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _MOST_CALLS = 4096
 class Scope:
     """Settings in force, with the table of calls decided under them.
 
-    There is one `Base` for equal settings. What a block or record puts in force is a `Scope` of its own, which shares
-    its base's tables and knows what it stands on, so that it can end at any time and in any order.
+    Equal settings have one `Base`. Each block or record makes a `Scope` of its own, which shares the tables of its base
+    and knows its outer scope, so it can end at any time and in any order.
     """
 
     __slots__ = (
@@ -64,14 +64,14 @@ class Scope:
     ) -> None:
         self.base = base
         self.settings = base.settings
-        self.look = False  # whether a call must look further than at this scope
+        self.look = False  # whether a call must read more than this scope
         self.asked = base.asked
-        self.stale = False  # whether something that this scope was made of has ended
+        self.stale = False  # whether a block that this scope depends on has ended
         self.outer = outer
-        self.life = life  # the block or record that this scope is of
+        self.life = life  # the block or record that made this scope
         self.block = block  # the innermost block
         self.records = records
-        self.above = None  # what is to be made again when this goes stale
+        self.above = None  # the scopes to make again when this one goes stale
         if records:
             self.recorder = _teller(records)
             self.table, self.short = Bounded(_MOST_CALLS), Bounded(_MOST_CALLS)
@@ -80,7 +80,7 @@ class Scope:
             self.table, self.short = base.table, base.short
 
     def preference(self) -> Preference:
-        """Give the wish in force: pin, then block, then process default, then environment, then native."""
+        """Return the preference in force: pin, then block, then process default, then environment, then native."""
         settings = self.settings
         if settings.pin is not None and not (settings.override and settings.context is not None):
             return settings.pin
@@ -92,7 +92,7 @@ class Scope:
         return default
 
     def overruled(self) -> str:
-        """Say which wish a more specific one overruled, or give the empty string."""
+        """Return which preference a more specific one overruled, in words; empty if none was."""
         settings = self.settings
         if settings.pin is None or settings.context is None or settings.pin.names == settings.context.names:
             return ""
@@ -111,19 +111,19 @@ class Scope:
 
 
 class Base(Scope):
-    """The one scope of its settings, which owns the tables."""
+    """The one scope for its settings; it owns the tables."""
 
     __slots__ = ("calls", "entered", "inner", "text")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.look = self.stale = False
-        # Whether anything asks a host to come here: not what only says what runs once a call has come.
+        # Whether a block, pin or route asks a host to call anyattn; a process default doesn't.
         self.asked = settings.context is not None or settings.pin is not None or settings.routed
         self.base = self
         self.outer = self.life = self.block = self.recorder = self.above = None
         self.records = ()
-        # Decided calls; those without mask that need no further look are in `short`, under a shorter key.
+        # Decided calls; those without a mask that need no further checks are in `short`, under a shorter key.
         self.table, self.short = Bounded(_MOST_CALLS), Bounded(_MOST_CALLS)
         self.entered: dict[int, tuple[Preference, Base]] = {}
         self.inner: dict[int, tuple[Preference | None, Base]] = {}
@@ -132,20 +132,20 @@ class Base(Scope):
 
 
 class Life:
-    """One stay in a block or record: from entering to leaving, whatever context or thread either is in."""
+    """One use of a block or record, from entering to leaving; the two may be in different contexts or threads."""
 
     ended = False
     frames: tuple[FrameType, ...] = ()
-    """The suspendable functions (generators, coroutines) whose steps this is in force at; see `scopes.lifetime`."""
+    """The generators and coroutines at whose steps this is in force; see `scopes.lifetime`."""
     inside: frozenset[Life] = frozenset()
-    """The lives of such functions that were running, further out, when this began."""
+    """The lives of the generators and coroutines that were running further out when this began."""
     compiled: tuple[list[Entered], int] | None = None
     """What compiled code had entered in that thread when this began: the list, and its length then."""
 
     tell: Recorder | None = None
-    """For a record: what takes each decision."""
+    """For a record: called with each decision."""
     scope: Scope | None = None
-    """What it put in force; `more` if that was made again on something else."""
+    """The scope that it made; `more` holds those that were made again on another outer scope."""
     more: weakref.WeakSet[Scope] | None = None
 
     owner: Owner
@@ -154,7 +154,7 @@ class Life:
 
 
 class Owner:
-    """A block or record as an object, which can be entered any number of times."""
+    """A block or record as an object that can be entered any number of times."""
 
     wish: Preference | None = None
     override = False
@@ -178,20 +178,20 @@ def _teller(records: tuple[Life, ...]) -> Recorder:
     return tell
 
 
-# Reentrant: collecting garbage can end a generator, and with it a block, at any point.
+# Reentrant: garbage collection can end a generator, and its block with it, at any point.
 lock = threading.RLock()
 _scopes: dict[Settings, Base] = {}
 _alive: weakref.WeakSet[Base] = weakref.WeakSet()
 
 process_default: Callable[[], Preference] = lambda: Preference(("native",), "require", "built-in")  # noqa: E731
-"""What applies where no block or pin does; `policy` sets it."""
+"""Returns the preference that applies without a block or pin; `defaults` sets it."""
 
 generation = 0
-"""A number that `forget_decisions` changes: what was decided under another one is not to be remembered."""
+"""A number that `forget_decisions` changes; a call decided under another number must not be stored."""
 
 
 def scope_for(settings: Settings) -> Base:
-    """Give the one scope with these settings."""
+    """Return the one scope with these settings."""
     found = _scopes.get(settings)
     if found is not None:
         return found
@@ -207,7 +207,7 @@ def scope_for(settings: Settings) -> Base:
 
 
 def _drop_scopes() -> None:
-    """Drop every way to find a scope again; those in force somewhere live on there."""
+    """Drop the cached scopes; those in force somewhere stay in force there."""
     for stale in list(_scopes)[1:]:
         _scopes.pop(stale)
     for scope in list(_alive):
@@ -225,30 +225,30 @@ Entered = tuple[str, tuple[str, ...], Mode, str, Precision, bool]
 
 
 class _Thread(threading.local):
-    """What belongs to one thread: pins and blocks entered by compiled code, which can't set a context variable."""
+    """One thread's pins and blocks that compiled code entered, since that can't set a context variable."""
 
     def __init__(self) -> None:
         self.entered: list[Entered] = []
 
 
 thread: Final = _Thread()
-"""This thread's. Traced code reaches it as `anyattn.scopes._in_force.entered`; eager code below a graph break finds
-in it what the compiled code around it entered."""
+"""The state of this thread. Traced code reads it as `anyattn.scopes._in_force.entered`; eager code below a graph break
+finds in it what the surrounding compiled code entered."""
 
 
 def changed(scope: Scope, **changes: Any) -> Scope:
-    """Give the scope with some settings changed, for one call: its recorders stay."""
+    """Return the scope with some settings changed, for one call; its records stay."""
     found = scope_for(replace(scope.settings, **changes))
     return Scope(found, None, None, scope.block, scope.records) if scope.records else found
 
 
 def derive(scope: Scope, **changes: Any) -> Scope:
-    """Give the scope with a pin or route changed, to be put in force; it ends with the blocks that it stands on."""
+    """Return the scope with a pin or route changed, to put in force; it ends with the blocks outside it."""
     return _upon(scope, scope_for(replace(scope.settings, **changes)))
 
 
 def inside(scope: Scope, pin: Preference | None) -> Scope:
-    """Give the scope inside a module that has a pin, or (None) that its host's own setter gave to anyattn."""
+    """Return the scope inside a module with a pin; with None, inside one that its host's own setter routed here."""
     settings = scope.settings
     if settings.routed if pin is None else settings.pin is pin:
         return scope
@@ -262,7 +262,7 @@ def inside(scope: Scope, pin: Preference | None) -> Scope:
 
 
 def leave(before: Scope, inner: Scope) -> None:
-    """End what `inside` began, and nothing that was begun or ended meanwhile."""
+    """End what `inside` began, and no block that began or ended meanwhile."""
     scope = current.get()
     if scope is not inner and scope is not before:
         before = derive(scope, pin=before.settings.pin, routed=before.settings.routed)
@@ -280,7 +280,7 @@ def _upon(scope: Scope, found: Base) -> Scope:
 
 
 def _stand(made: Scope, outer: Scope, key: object) -> None:
-    """Note that one scope has to be made again when another goes stale."""
+    """Record that a scope must be made again when its outer scope goes stale."""
     if outer.above is None:
         outer.above = {}
     outer.above[key] = made
@@ -289,7 +289,7 @@ def _stand(made: Scope, outer: Scope, key: object) -> None:
 
 
 def base_of(base: Base, wish: Preference, override: bool) -> Base:
-    """Give the base of what is inside a block."""
+    """Return the base of the scope inside a block."""
     # Keyed by identity (an even number), which costs less than hashing a preference; the entry keeps the object alive.
     key = id(wish) + override
     found = base.entered.get(key)
@@ -302,7 +302,7 @@ def base_of(base: Base, wish: Preference, override: bool) -> Base:
 
 
 def enter(scope: Scope, life: Life) -> Scope:
-    """Give the scope inside a block or record."""
+    """Return the scope inside a block or record."""
     wish = life.owner.wish
     if wish is not None:
         records = scope.records
@@ -325,7 +325,7 @@ def enter(scope: Scope, life: Life) -> Scope:
 
 
 def forget_decisions() -> None:
-    """Forget every decided call; what compiled code was made for is made anew."""
+    """Forget every decided call; compiled code is compiled again."""
     global generation
     with lock:
         generation += 1

@@ -13,17 +13,17 @@ from anyattn.scopes.values import Settings
 from anyattn.types.decision import Mode, Precision, Preference
 
 ROUTE: Final[Entered] = ("route", (), "prefer", "", "exact", False)
-"""What compiled code enters where a model was given to anyattn by its host's own setter."""
+"""What compiled code enters in a model that its host's own setter routed to anyattn."""
 
 
 def _text(settings: Settings) -> str:
-    """Write settings as text, from which `scope_of_token` makes them again."""
+    """Write settings as text that `scope_of_token` reads back."""
     wishes = [None if wish is None else _plain(wish) for wish in (settings.context, settings.pin)]
     return json.dumps([*wishes, settings.override, settings.precision])
 
 
 def token(scope: Scope) -> str:
-    """Name a scope, for torch.compile to guard on: equal settings have the same name, whenever they are made."""
+    """Return a scope's name, for torch.compile to guard on: equal settings have equal names."""
     base = scope.base
     base.text = text = base.text or _text(base.settings)
     return f"{scopes.generation} {text}"
@@ -43,13 +43,13 @@ def _wish(plain: Any) -> Preference | None:
 
 
 def scope_of_token(text: str, entered: tuple[Entered, ...] = ()) -> Scope:
-    """Find the scope that a token names, with what the traced code itself entered on top."""
+    """Return the scope that a token names, with what the traced code itself entered on top."""
     context, pin, override, precision = json.loads(text.partition(" ")[2])
     return with_entered(scope_for(Settings(_wish(context), override, _wish(pin), precision)), entered)
 
 
 def with_entered(scope: Scope, entered: Sequence[Entered], blocks_from: int = 0) -> Scope:
-    """Give a scope with what compiled code entered on top; of its blocks, those from an index on."""
+    """Return a scope with what compiled code entered on top; its blocks count from an index on."""
     settings = scope.settings
     for index, (kind, names, mode, source, precision, override) in enumerate(entered):
         wish = Preference(names, mode, source, precision)

@@ -1,4 +1,4 @@
-"""What has been asked for in one scope, as a value."""
+"""The settings of one scope, as a value."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from anyattn.types.decision import Precision, Preference
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What has been asked for in one scope.
+    """The settings of one scope.
 
     Attributes:
-        context: The wish of the innermost `attention_backend` block.
-        override: Whether that wish beats pins.
-        pin: The wish pinned to the module whose forward is running.
-        precision: The loosest precision allowed, where a block or pin says so.
-        routed: Whether the model that is running was given to anyattn by its host's own setter.
+        context: The preference of the innermost `attention_backend` block.
+        override: Whether that preference beats pins.
+        pin: The preference pinned to the module whose forward is running.
+        precision: The loosest precision that a block or pin allows.
+        routed: Whether the host's own setter routed the running model to anyattn.
     """
 
     context: Preference | None = None

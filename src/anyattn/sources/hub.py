@@ -1,13 +1,12 @@
 """Kernels from the Hugging Face Hub, through the package `kernels`: the same functions as an installed package's.
 
 Sources: `kernels` 0.17.2 (`load.py`, `hf_hub.py`, `resolver.py`, `archs.py`, `python_deps.py`, `validate.py`), its
-0.12 to 0.17.0. It enforces by itself, from 0.14, that the publisher is one that the Hub trusts; it is never told to
-trust more.
+0.12 to 0.17.0. From 0.14 on it checks that the Hub trusts the publisher; anyattn never asks it to trust more.
 
-An adapter names the repository of its kernel, and at which revision. A revision is given where public projects record
-that they ran it; for the others no commit of the Hub's own repository is on record, and the version, a branch that may
-move, is what there is. None was downloaded or run while this was written: the machines at hand reach no Hub. How each
-differs from the package was read in github.com/huggingface/kernels-community.
+An adapter names the repository of its kernel and pins it. The pin is a commit if public projects record that they ran
+it. Otherwise no commit is on record, and the pin is the version, a branch that may move. None was downloaded or run
+while this was written, since no Hub was reachable. How each differs from the package was read in
+github.com/huggingface/kernels-community.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from anyattn.types.reasons import Reason
 KERNELS = Package("kernels", "kernels", ("get_kernel",), ">=0.12")
 
 DIFFUSERS = "diffusers 0.42.1, models/attention_dispatch.py"
-"""Where the repositories are named, and the versions of those without a known revision."""
+"""The source of the repositories' names, and of the versions of those without a known revision."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHECKS_PUBLISHERS = Version("0.14")
 _FORM = "LOCAL_KERNELS=repo=folder:repo2=folder2"
 _YES = frozenset(("1", "ON", "YES", "TRUE"))  # huggingface_hub's constants.py
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-# get_kernel's keywords that not every version has: passed where they are in its signature.
+# get_kernel's keywords that not every version has: passed if its signature has them.
 _WHERE_KNOWN: Mapping[str, Any] = {"trust_remote_code": False, "check_arch": True}
 
 
@@ -48,8 +47,8 @@ class HubKernel:
         repo: Its name, such as `"kernels-community/flash-attn2"`.
         functions: The functions that must be there.
         revision: The commit of the Hub's repository, 40 hexadecimal digits.
-        version: Where no commit is known: the version, which is a branch and may move.
-        source: Where the revision or version is written down.
+        version: If no commit is known: the version, which is a branch and may move.
+        source: The source of the revision or version.
         note: How its functions differ from those of the package of the same kernel.
     """
 
@@ -68,18 +67,18 @@ class HubKernel:
 
     @property
     def pin(self) -> str:
-        """Say which state of the repository is meant."""
+        """The commit or version, in words."""
         return self.revision or f"version {self.version}, a branch that may move"
 
     def reasons(self, env: Environment) -> Iterator[Reason]:
-        """Yield why the kernel can't be asked for on a machine, as far as can be told without a network. Pure."""
+        """Yield why the kernel can't be loaded on a machine, as far as that is known without a network. Pure."""
         yield from KERNELS.reasons(env)
         wrong = malformed(env.variables.get("LOCAL_KERNELS"))
         if wrong is not None:
-            yield Reason("setting", _FORM, repr(wrong), "mend the environment variable LOCAL_KERNELS, or unset it")
+            yield Reason("setting", _FORM, repr(wrong), "fix the environment variable LOCAL_KERNELS, or unset it")
 
     def origin(self, env: Environment) -> str:
-        """Say where the code comes from on a machine. Pure."""
+        """Return which code would be loaded on a machine, in words. Pure."""
         if any(self.reasons(env)):
             return ""
         folder = _local_folders(env.variables.get("LOCAL_KERNELS")).get(self.repo)
@@ -96,22 +95,22 @@ class HubKernel:
         if version is not None and version < _CHECKS_PUBLISHERS:
             text += f"; kernels {version} doesn't check the publisher's trust, 0.14 does"
         if env.variables.get("KERNELS_CACHE"):
-            text += f"; kept in {env.variables['KERNELS_CACHE']}, by KERNELS_CACHE"
+            text += f"; cached in {env.variables['KERNELS_CACHE']}, by KERNELS_CACHE"
         return text
 
     def load(self, backend: str) -> Any:
-        """Fetch the kernel where it isn't on this machine, import it, and give its functions as a namespace.
+        """Download the kernel if it isn't on this machine, import it, and return its functions as a namespace.
 
         Args:
-            backend: The backend that it is for, which messages name.
+            backend: The backend's name, for messages.
 
         Raises:
-            BackendUnavailableError: With what went wrong and what would cure it.
+            BackendUnavailableError: With what went wrong and how to fix it.
         """
         try:
             get_kernel = KERNELS.load().get_kernel
         except Exception as error:
-            hint = f"mend the package kernels, or get it and what it needs anew ({KERNELS.command})"
+            hint = f"repair the package kernels, or install it and what it needs again ({KERNELS.command})"
             raise _unavailable(backend, "an importable package kernels", error, hint) from error
         try:
             self._agrees(detect())
@@ -127,31 +126,31 @@ class HubKernel:
 
     @staticmethod
     def _agrees(env: Environment) -> None:
-        """Refuse to load where the code would come from elsewhere than `origin` says."""
+        """Raise RuntimeError if the code would not come from where `origin` says."""
         now = variables_now()
         changed = [name for name in sorted({*now, *env.variables}) if now.get(name) != env.variables.get(name)]
         if changed:
-            raise RuntimeError(f"{' and '.join(changed)} changed after anyattn looked at the environment variables")
+            raise RuntimeError(f"{' and '.join(changed)} changed after anyattn read the environment variables")
         constants = sys.modules.get("huggingface_hub.constants")
         seen = getattr(constants, "HF_HUB_OFFLINE", is_offline(env))
         if seen != is_offline(env):
-            raise RuntimeError(f"HF_HUB_OFFLINE changed after huggingface_hub was imported, which holds it for {seen}")
+            raise RuntimeError(f"HF_HUB_OFFLINE changed after huggingface_hub was imported and read it as {seen}")
 
 
 def _unavailable(backend: str, need: str, error: Exception, hint: str) -> BackendUnavailableError:
-    reason = Reason("broken_import", need, _said(error), hint)
+    reason = Reason("broken_import", need, _one_line(error), hint)
     text = f"The attention backend {backend} can't be loaded from the Hub:\n  - {reason}"
     return BackendUnavailableError(text, backend=backend, reasons=(reason,))
 
 
 def is_offline(env: Environment) -> bool:
-    """Whether huggingface_hub is told to keep off the network."""
+    """Whether an environment variable keeps huggingface_hub off the network."""
     value = next((env.variables[name] for name in _OFFLINE if env.variables.get(name)), "")
     return value.upper() in _YES
 
 
 def malformed(value: str | None) -> str | None:
-    """Give the first entry of LOCAL_KERNELS that `kernels` refuses, or None."""
+    """Return the first entry of LOCAL_KERNELS that `kernels` refuses, or None."""
     entries = [] if value is None else value.split(":")
     return next((entry for entry in entries if "=" not in entry), None)
 
@@ -162,47 +161,46 @@ def _local_folders(value: str | None) -> dict[str, str]:
 
 
 _CURES: tuple[tuple[str, str], ...] = (
-    ("changed after", "anyattn.reset() looks at it again; what huggingface_hub read at its import takes a new process"),
-    ("LOCAL_KERNELS", "mend the environment variable LOCAL_KERNELS, or unset it"),
+    ("changed after", "anyattn.reset() reads it again; what huggingface_hub read at its import needs a new process"),
+    ("LOCAL_KERNELS", "fix the environment variable LOCAL_KERNELS, or unset it"),
     (
         "verify publisher trust",
-        "the Hub couldn't be asked: mend the network and call anyattn.reset(), or set HF_HUB_OFFLINE=1 once the kernel "
-        "is on this machine",
+        "the Hub couldn't be reached: fix the network and call anyattn.reset(), or set HF_HUB_OFFLINE=1 once the "
+        "kernel is on this machine",
     ),
     (
         "trusted publisher",
-        "anyattn never trusts a publisher that the Hub doesn't: look at the code, and name your copy of it in "
+        "anyattn never trusts a publisher that the Hub doesn't: read the code, and name your copy of it in "
         "LOCAL_KERNELS",
     ),
     (
         "Cannot find a local snapshot",
-        "the Hub is offline (HF_HUB_OFFLINE): go online once so that the kernel is fetched, or name a folder in "
-        "LOCAL_KERNELS",
+        "the Hub is offline (HF_HUB_OFFLINE): go online once to download the kernel, or name a folder in LOCAL_KERNELS",
     ),
-    ("not available in the local cache", "go online once so that the kernel is fetched (unset HF_HUB_OFFLINE)"),
+    ("not available in the local cache", "go online once to download the kernel (unset HF_HUB_OFFLINE)"),
     (
         "Cannot find a build variant",
-        "take a torch and CUDA that it has a build for, install the kernel's own package, or choose another backend",
+        "use a torch and CUDA that it has a build for, install the kernel's own package, or choose another backend",
     ),
-    ("does not support the current device", "this GPU is none that the build is for: choose another backend"),
+    ("does not support the current device", "the build doesn't support this GPU: choose another backend"),
     ("requires kernels>=", "pip install --upgrade kernels"),
     ("unsupported kernel dependency", "pip install --upgrade kernels"),
     (
         "No kernel module found",
-        "the folder holds no kernel: it takes build/<variant>/__init__.py",
+        "the folder holds no kernel: it needs build/<variant>/__init__.py",
     ),
-    ("undefined symbol", "the build doesn't fit this torch: take a torch that it is for, or choose another backend"),
+    ("undefined symbol", "the build is for another torch: install the torch that it is for, or choose another backend"),
 )
-"""What a message of `kernels` holds, and what to do then; the first that fits."""
+"""A part of a message of `kernels`, and what to do then; the first match counts."""
 
 _OTHERWISE = "choose another backend, or name a build that works in LOCAL_KERNELS"
-"""What can be done whatever the cause."""
+"""What to do if the cause isn't known."""
 
 _MODULES_OF_NETWORKS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
 
 
 def cure(error: BaseException) -> str:
-    """Say what would cure a kernel that can't be loaded; empty where nothing is known."""
+    """Return what to do about a kernel that can't be loaded; empty if that isn't known."""
     text = str(error)
     asked = re.search(r"Please install with: (pip install \S+)", text)
     if asked is not None:
@@ -213,7 +211,7 @@ def cure(error: BaseException) -> str:
     module = type(error).__module__.split(".")[0]
     if module.startswith(_MODULES_OF_NETWORKS) or isinstance(error, ConnectionError | TimeoutError):
         return (
-            "the Hub wasn't reached, or hasn't this revision: mend the network and call anyattn.reset(), "
+            "the Hub wasn't reached, or doesn't have this revision: fix the network and call anyattn.reset(), "
             "or name a folder in LOCAL_KERNELS"
         )
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -221,8 +219,8 @@ def cure(error: BaseException) -> str:
     return ""
 
 
-def _said(error: BaseException) -> str:
-    """Write an error on one line, with the one that `kernels` hides behind it."""
+def _one_line(error: BaseException) -> str:
+    """Write an error on one line, with the error that `kernels` raised it for."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = ": ".join((type(error).__name__, *(["; ".join(lines)] if lines else [])))
     hidden = error.__context__ if error.__cause__ is None else error.__cause__

@@ -1,6 +1,6 @@
-"""Where a third-party kernel comes from: its distribution, versions and functions, and how it is loaded.
+"""A kernel of another distribution: its name, versions and functions, and how it is loaded.
 
-`FUNCTIONS` holds what was loaded, by backend name, so that the code torch.compile traces finds it without an import.
+`FUNCTIONS` holds what was loaded, by backend name: code that torch.compile traces reads it without an import.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Package:
         install: What installs it. `{requirement}` stands for the distribution with its versions, quoted for a shell,
             and `{versions}` for the versions.
         found_by: A module that must be there too, as far as files tell; empty asks for none.
-        note: What else to say where it is missing.
+        note: What else to say if it is missing.
         others: Other distributions that bring the same module, or share its name; reports list them too.
     """
 
@@ -47,12 +47,12 @@ class Package:
 
     @property
     def wanted(self) -> str:
-        """What has to be there, in words."""
+        """The distribution and versions that are needed, in words."""
         return f"{self.distribution or self.module} {self.versions}".strip()
 
     @property
     def command(self) -> str:
-        """The command, or the words, that get the versions that serve."""
+        """The command, or the words, that installs a version that serves."""
         if "{requirement}" in self.install and not self.distribution:
             return ""
         return self.install.replace("{requirement}", self._requirement).replace("{versions}", self.versions)
@@ -62,13 +62,13 @@ class Package:
         return f"'{self.distribution}{self.versions}'" if self.versions else self.distribution
 
     def origin(self, env: Environment) -> str:
-        """Say which distribution brings the kernel on a machine, with its version. Pure."""
+        """Return which distribution brings the kernel on a machine, with its version. Pure."""
         names = (self.distribution,) if self.distribution else self.others
         found = next((name for name in names if name in env.packages), "")
         return f"{found} {env.packages[found]}" if found else self.distribution or self.module
 
     def reasons(self, env: Environment) -> Iterator[Reason]:
-        """Yield why the package doesn't serve on a machine, as far as its metadata tells. Pure."""
+        """Yield why the package doesn't serve on a machine, according to its metadata. Pure."""
         version = env.packages.get(self.distribution) if self.distribution else None
         missing = "; ".join(part for part in (self.command, self.note) if part)
         if self.distribution and version is None:
@@ -86,7 +86,7 @@ class Package:
         return "; ".join(part for part in (self.command, f"it has to be {self._requirement}") if part)
 
     def load(self) -> Any:
-        """Import the module and give its functions as a namespace.
+        """Import the module and return its functions as a namespace.
 
         Raises:
             ImportError: If a function is missing, with what was found instead.
@@ -96,7 +96,7 @@ class Package:
 
 
 def functions_of(module: Any, functions: Sequence[str], name: str, note: str = "") -> Any:
-    """Give a module's functions as a namespace, with the module itself as `module`.
+    """Return a module's functions as a namespace, with the module itself as `module`.
 
     Raises:
         ImportError: If a function is missing, with what was found instead.
@@ -118,12 +118,12 @@ def _serves(versions: str, found: str) -> bool:
 
 
 def first_that_serves(packages: Sequence[Package], env: Environment) -> Package | None:
-    """Give the first package that serves on a machine, or None."""
+    """Return the first package that serves on a machine, or None."""
     return next((package for package in packages if not any(package.reasons(env))), None)
 
 
 def package_reasons(packages: Sequence[Package], env: Environment) -> Iterator[Reason]:
-    """Yield why none of several packages serves; nothing where one does. Pure."""
+    """Yield why none of several packages serves; nothing if one does. Pure."""
     if first_that_serves(packages, env) is None:
         for package in packages:
             yield from package.reasons(env)

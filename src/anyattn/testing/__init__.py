@@ -1,7 +1,7 @@
 """The shipped conformance suite: the laws of a backend, run against any backend on any machine.
 
-`run("my_backend")` in a test is all that a third party needs; see `anyattn.testing.suite`. `verify` gives the same as a
-report, `check` runs one law for one `Case`, and `strategy` draws cases with hypothesis (the extra `anyattn[testing]`).
+`run("my_backend")` in a test is all that a third party needs; see `anyattn.testing.suite`. `verify` returns the same as
+a report, `check` runs one law for one `Case`. `strategy` draws cases with hypothesis (the extra `anyattn[testing]`).
 """
 
 from anyattn.testing.cases.case import Case

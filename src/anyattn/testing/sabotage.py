@@ -1,7 +1,7 @@
 """Wrong backends, one or more for every law: a law that doesn't catch them proves nothing.
 
-Each is a right backend (torch's plain computation, or FlexAttention where softcap and lse are needed) with one thing
-broken. `SABOTAGED` says which law must catch which.
+Each is a right backend (torch's plain computation, or FlexAttention if softcap and lse are needed) with one thing
+broken. `SABOTAGED` lists which law must catch which backend.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ class Sabotage:
     Attributes:
         law: The law's name.
         make: Makes the backend.
-        cases: Cases of which one at least must break the law; empty leaves it to those that are drawn.
+        cases: Cases of which at least one must break the law; if empty, the drawn cases.
     """
 
     law: str
@@ -325,4 +325,4 @@ SABOTAGED: Mapping[str, Sabotage] = {
     "drops half as often": Sabotage("dropout", _of(NativeMath, _half_dropout)),
     "doesn't rescale": Sabotage("dropout", _of(NativeMath, _unscaled_dropout)),
 }
-"""What is broken, and which law must say so."""
+"""What is broken, and which law must catch it."""

@@ -1,4 +1,4 @@
-"""The suite for people who write backends: one call, or a file for pytest.
+"""The suite for authors of backends: one call, or a file for pytest.
 
 In the tests of a package that adds a backend:
 
@@ -7,7 +7,7 @@ In the tests of a package that adds a backend:
     def test_conformance() -> None:
         testing.run("my_backend")
 
-Or without a file of one's own, for backends that are installed (names separated by commas; without the variable,
+Or without a test file, for backends that are installed (names separated by commas; without the variable,
 every backend that can be used on the device):
 
     ANYATTN_TEST_BACKENDS=my_backend ANYATTN_TEST_DEVICE=cuda pytest --pyargs anyattn.testing
@@ -23,17 +23,17 @@ from anyattn.testing.verify import VerifyReport, verify
 def run(
     backend: str, *, device: str | None = None, cases: int = 100, laws: Sequence[str] | None = None, seed: int = 0
 ) -> VerifyReport:
-    """Run the laws for one backend and fail where one is broken, or where nothing could be run.
+    """Run the laws for one backend, and fail if one is broken or nothing could be run.
 
     Args:
         backend: The backend's name.
         device: As for `verify`.
-        cases: How many cases to draw, beside the adversarial ones.
+        cases: The number of cases to draw, besides the adversarial ones.
         laws: The names of the laws to run; None is all.
-        seed: Of the drawn cases.
+        seed: The random seed of the drawn cases.
 
     Raises:
-        AssertionError: With every failure and its reproduction, or with why nothing was run.
+        AssertionError: With every failure and its reproduction, or with the reasons why nothing was run.
     """
     report = verify(backend, device=device, cases=cases, laws=laws, seed=seed)
     if not report.passed:

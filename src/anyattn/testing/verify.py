@@ -36,24 +36,24 @@ class Failure:
     worst: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         worst = self.worst if self.worst < float("inf") else "inf"
         return {"what": self.what, "reproduction": self.reproduction, "worst": worst}
 
 
 @dataclass(frozen=True)
 class LawReport:
-    """What became of one law for one backend.
+    """The results of one law for one backend.
 
     Attributes:
         law: Its name.
         number: Its number.
-        statement: What it says.
-        run: How many cases were executed.
-        passed: How many of those passed.
-        refused: How many the backend refused, or the law has nothing to say about.
+        statement: The law in a few words.
+        run: The number of cases executed.
+        passed: The number of those that passed.
+        refused: The number of cases that the backend refused, or that the law doesn't apply to.
         worst: The largest error among those that passed, in multiples of what is allowed.
-        reasons: How often each ground for refusing came up, by code.
+        reasons: The number of refusals for each reason, by its code.
         failures: What broke it.
     """
 
@@ -68,7 +68,7 @@ class LawReport:
     failures: tuple[Failure, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {
             "law": self.law,
             "number": self.number,
@@ -84,13 +84,13 @@ class LawReport:
 
 @dataclass(frozen=True)
 class BackendReport:
-    """What became of all laws for one backend.
+    """The results of all laws for one backend.
 
     Attributes:
         backend: Its name.
         laws: One report for each law.
         unusable: Why it can't be used here.
-        ran: What was run: `"kernel"` or `"contract double"`, which proves the adapter alone.
+        ran: What was run: `"kernel"`, or `"contract double"`, which proves only the adapter.
     """
 
     backend: str
@@ -105,7 +105,7 @@ class BackendReport:
 
     @property
     def status(self) -> str:
-        """`"passed"`, `"failed"`, or `"not verified"` where no law was executed."""
+        """`"passed"`, `"failed"`, or `"not verified"` if no law was executed."""
         if any(law.failures for law in self.laws):
             return "failed"
         # The law about refusals executes no kernel.
@@ -113,7 +113,7 @@ class BackendReport:
         return "passed" if executed else "not verified"
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {
             "backend": self.backend,
             "status": self.status,
@@ -126,13 +126,13 @@ class BackendReport:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What became of the laws on this machine.
+    """The results of the laws on this machine.
 
     Attributes:
         device: The type of device that was tested.
         machine: What it is.
         torch: The version of torch.
-        seed: Of the drawn cases.
+        seed: The random seed of the drawn cases.
         backends: One report for each backend.
     """
 
@@ -149,7 +149,7 @@ class VerifyReport:
         return "passed" in states and "failed" not in states
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {
             "device": self.device,
             "machine": self.machine,
@@ -183,15 +183,15 @@ def verify(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Run the laws for one backend, some, or all that are built, on this machine.
+    """Run the laws for one backend, several, or all, on this machine.
 
     Args:
-        backend: A name or alias, or several; None is every backend with an adapter. One that would download its
-            kernel is run only where it is named.
-        device: `"cpu"`, `"cuda"`, ...; None is `"cuda"` where there is one, else `"cpu"`.
-        cases: How many cases to draw from each declaration, beside the adversarial ones; or the cases themselves.
+        backend: A name or alias, or several; None is every backend. One that would download its kernel is run only if
+            it is named.
+        device: `"cpu"`, `"cuda"`, ...; None is `"cuda"` if there is a CUDA device, else `"cpu"`.
+        cases: The number of cases to draw from each declaration, besides the adversarial ones; or the cases themselves.
         laws: The names of the laws to run; None is all.
-        seed: Of the drawn cases: the same seed draws the same cases.
+        seed: The random seed of the drawn cases: the same seed draws the same cases.
         progress: Called before each law.
 
     Returns:
@@ -258,7 +258,7 @@ def _backend(
 def cases_for(
     law: Law, caps: Capabilities, device: str, cases: int | Sequence[Case] = 60, seed: int = 0
 ) -> Iterator[Case]:
-    """Give the cases that a law is run with, made apt for it: the adversarial ones, then drawn ones."""
+    """Return the cases that a law is run with, changed to ones it applies to: adversarial ones, then drawn ones."""
     if isinstance(cases, int):
         drawn_ones = drawn(cases, seed, space(None if law.wide else caps, device))
         found = [*always(caps, device), *drawn_ones]
@@ -279,7 +279,7 @@ def _law(law: Law, backend: str, caps: Capabilities, cases: Iterator[Case]) -> L
             run += 1
             failures.append(Failure(broken.what, broken.reproduction, broken.worst))
         except Exception as error:  # noqa: BLE001 - a kernel raises whatever it likes, in its backward too
-            # A kernel that raises for a call it admits breaks the law that it was asked about.
+            # A kernel that raises for a call that it admits breaks the law under test.
             run += 1
             raised = LawBroken(law.name, backend, case, f"raises {type(error).__name__}: {error}")
             failures.append(Failure(raised.what, raised.reproduction, 0.0))

@@ -23,7 +23,7 @@ NAME = "sabotaged"
 
 
 class Sinkless(NativeFlash):
-    """Says that it does sinks, and drops them."""
+    """Declares sinks, and drops them."""
 
     name = NAME
     declarations = {"cpu": NativeFlash.declarations["cpu"].replace(sinks=True)}
@@ -36,12 +36,12 @@ class Sinkless(NativeFlash):
 
 
 class Hasty(NativeMath):
-    """Loads its kernel while it is still being asked whether it takes the call."""
+    """Loads its kernel while it computes its reasons."""
 
     name = NAME
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        """Load, then say."""
+        """Load, then yield."""
         self.load()
         yield from super().rejects(spec, env)
         if spec.head_dim == 8:
@@ -49,7 +49,7 @@ class Hasty(NativeMath):
 
 
 class Forgetful(NativeMath):
-    """Gives its reasons once and forgets them: what it refuses when asked, it runs when called."""
+    """Returns its reasons only every other time: it runs a call that it refused before."""
 
     name = NAME
 
@@ -88,13 +88,13 @@ class Coarse(NativeFlash):
 
 
 class Overflowing(NativeMath):
-    """Takes packed sequences as they are, and says that it deals with their lengths; what is left over is NaN."""
+    """Takes packed sequences and declares that it reads their lengths; tokens after the last are NaN."""
 
     name = NAME
     declarations = {"cpu": NativeMath.declarations["cpu"].replace(varlen=True, causal=frozenset(), window=frozenset())}
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
-        """Say that lengths are read, so that no one else looks after what they leave over."""
+        """Declare that lengths are read, so tokens after the last sequence aren't replaced by zeros."""
         plain = super().lower(spec.replace(packed=False), env)
         read = Conversion("host_lengths", "read, and forgotten")
         return dataclasses.replace(plain, conversions=(*plain.conversions, read)) if spec.packed else plain

@@ -205,9 +205,9 @@ def test_key_given_twice_is_honoured_or_refused_never_chosen_between():
     assert agree(dispatch(q, k, v, attention_kwargs={"scale": 0.1}), expected)
     assert agree(dispatch(q, k, v, scale=0.1, attention_kwargs={"scale": 0.1}), expected)
     assert agree(dispatch(q, k, v, scale=0.1, attention_kwargs={"scale": None}), expected)
-    with pytest.raises(anyattn.InvalidCallError, match="scale is given twice"):
+    with pytest.raises(anyattn.InvalidCallError, match="scale is passed twice"):
         dispatch(q, k, v, scale=0.5, attention_kwargs={"scale": 0.1})
-    with pytest.raises(anyattn.InvalidCallError, match="attn_mask is given twice"):
+    with pytest.raises(anyattn.InvalidCallError, match="attn_mask is passed twice"):
         dispatch(q, k, v, padding(), attention_kwargs={"attn_mask": padding()})
 
 

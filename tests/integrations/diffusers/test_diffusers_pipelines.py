@@ -1,4 +1,4 @@
-"""A backend for a whole pipeline: what is pinned, what is left alone, and in which order wishes count."""
+"""A backend for a whole pipeline: what is pinned, what is not changed, and which preference counts."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_pipeline_pins_what_diffusers_computes_and_reports_the_rest():
     left = {component.name: component for component in report.components if not component.pinned}
     assert left.keys() == {"text_encoder_2"}
     assert "transformers" in left["text_encoder_2"].reason
-    assert "text_encoder_2 (CLIPTextModel): left alone" in str(report)
+    assert "text_encoder_2 (CLIPTextModel): not changed" in str(report)
     assert chosen_by_vae(pipe) == chosen_by_unet(pipe) == {"native_math"}
     assert chosen(pipe.text_encoder_2, torch.ones(1, 4, dtype=torch.long)) == set()
     assert integration.reset_attention_backend(pipe) == ("vae", "unet")
@@ -204,11 +204,11 @@ def test_two_components_of_one_class_are_pinned_apart():
     assert chosen_by_vae(second) == set()
 
 
-def test_component_that_is_left_alone_for_its_own_code_is_said_aloud():
+def test_component_that_is_not_changed_for_its_own_code_is_warned_about():
     from diffusers.models.attention_processor import AttnProcessor
 
     pipe = sdxl()
     pipe.unet.set_attn_processor(AttnProcessor())
-    with pytest.warns(anyattn.AnyattnWarning, match=r"unet \(UNet2DConditionModel\): left alone, AttnProcessor"):
+    with pytest.warns(anyattn.AnyattnWarning, match=r"unet \(UNet2DConditionModel\): not changed, AttnProcessor"):
         report = integration.set_attention_backend(pipe, "native_math")
     assert report.pinned == ("vae",)

@@ -106,7 +106,7 @@ def _function_block_mask(
     if parts.key is not None or torch.compiler.is_compiling():
         return make()
     name = ("block", plan.spec.mask.pattern, batch, heads, seqlen_q, seqlen_kv, key.shape[2])
-    return function.kept(name, query.device, make)
+    return function.cached(name, query.device, make)
 
 
 _patterns: Bounded[Any, Any] = Bounded(64)

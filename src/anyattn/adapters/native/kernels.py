@@ -18,13 +18,13 @@ from anyattn.backend.protocol import Output, Parts, Plan
 from anyattn.lowering.dense import (
     additive,
     aligned_bias,
+    cached_key_bias,
+    cached_within_base_2,
     joined_mask,
-    kept_key_bias,
-    kept_within_base_2,
     pattern_mask,
     within_base_2,
 )
-from anyattn.lowering.key_layout import kept_padding
+from anyattn.lowering.key_layout import cached_padding
 from anyattn.lowering.lse import normalise_lse, repeat_heads, with_huge_biases
 from anyattn.lowering.storage import realigned
 from anyattn.types.spec import AttentionSpec, PatternSpec
@@ -195,7 +195,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     given = parts
     if parts.key is not None:
         # Dynamo before torch 2.9 traces no NamedTuple's _replace.
-        parts = Parts(kept_padding(parts.key, key.shape[2]), parts.dense, parts.block, parts.sinks)
+        parts = Parts(cached_padding(parts.key, key.shape[2]), parts.dense, parts.block, parts.sinks)
     lengths, pattern = (query.shape[2], key.shape[2]), not lowering.is_causal
     mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0], like=(query, key))
     if mask is not None and misread(spec):
@@ -229,11 +229,11 @@ def _told(mask: Tensor | None, given: Parts, plan: Plan, dtype: torch.dtype) -> 
     if mask is None or spec.device_type != "cuda" or entry not in _BASE_2:
         return mask
     if mask.dtype != torch.bool:
-        return kept_within_base_2(mask) if mask is given.dense else within_base_2(mask)
+        return cached_within_base_2(mask) if mask is given.dense else within_base_2(mask)
     pattern = spec.mask.pattern is not None and not plan.lowering.is_causal
     if given.key is None or given.dense is not None or given.block is not None or pattern or entry not in _ADDITIVE:
         return mask
-    return kept_key_bias(given.key, mask.shape[-1], dtype)
+    return cached_key_bias(given.key, mask.shape[-1], dtype)
 
 
 def misread(spec: AttentionSpec) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anyattn.adapters.native.kernels import misread
 from anyattn.backend.protocol import MaskedRunner, Plan, Runner
-from anyattn.lowering.dense import aligned_bias, kept_key_bias, kept_within_base_2, wide
+from anyattn.lowering.dense import aligned_bias, cached_key_bias, cached_within_base_2, wide
 from anyattn.types.spec import AttentionSpec
 
 
@@ -80,7 +80,7 @@ def _made_mask(plan: Plan) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
 
         def of_keys(attn_mask: Any, query: Tensor, key: Tensor) -> Tensor:
             given = attn_mask if isinstance(attn_mask, Tensor) else attn_mask.key
-            return aligned_bias(kept_key_bias(given, key.shape[2], query.dtype), query, key)
+            return aligned_bias(cached_key_bias(given, key.shape[2], query.dtype), query, key)
 
         return of_keys
     if plan.lowering.entry == "sdpa_additive":
@@ -89,7 +89,7 @@ def _made_mask(plan: Plan) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
     if plan.spec.device_type == "cuda" and dense is not None and dense.dtype in (torch.bfloat16, torch.float32):
 
         def of_bias(attn_mask: Any, query: Tensor, key: Tensor) -> Tensor:
-            return wide(kept_within_base_2(attn_mask if isinstance(attn_mask, Tensor) else attn_mask.dense))
+            return wide(cached_within_base_2(attn_mask if isinstance(attn_mask, Tensor) else attn_mask.dense))
 
         return of_bias
     return None

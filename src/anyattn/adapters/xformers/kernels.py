@@ -11,7 +11,7 @@ from anyattn.adapters._flash import KernelCall
 from anyattn.backend.patterns import KernelPattern
 from anyattn.backend.protocol import Parts, Plan
 from anyattn.lowering import host_lengths
-from anyattn.lowering.cache import kept
+from anyattn.lowering.cache import cached
 from anyattn.lowering.dense import aligned_bias, joined_mask, within_base_2
 from anyattn.lowering.host_lengths import Sequences
 from anyattn.lowering.lse import normalise_lse, with_huge_biases
@@ -57,7 +57,7 @@ def _block_diagonal(plan: Plan, starts_q: Tensor, starts_k: Tensor, sequences: S
     kind, device = FUNCTIONS[plan.backend].BlockDiagonalMask, starts_q.device
 
     def of_one(starts: Tensor, lengths: tuple[int, ...]) -> Any:
-        return kept(starts, ("block diagonal", kind), lambda: kind.from_seqlens(list(lengths), device=device))
+        return cached(starts, ("block diagonal", kind), lambda: kind.from_seqlens(list(lengths), device=device))
 
     if not sequences.whole:
         mask = kind.from_seqlens(list(sequences.lengths_q), list(sequences.lengths_k), device=device)

@@ -35,7 +35,7 @@ class ComponentReport:
         pinned: Whether the backend is now pinned to it.
         layers: How many attention layers the pin reaches.
         left: The layers that it doesn't reach, each with the reason.
-        reason: Why the component as a whole was left alone; empty where it was pinned.
+        reason: Why the component as a whole wasn't changed; empty if it was pinned.
     """
 
     name: str
@@ -48,8 +48,8 @@ class ComponentReport:
     def __str__(self) -> str:
         title = f"{self.name} ({self.kind})" if self.name else self.kind
         if not self.pinned:
-            return f"{title}: left alone, {self.reason}"
-        rest = f", {len(self.left)} more left alone: {_say_left(self.left)}" if self.left else ""
+            return f"{title}: not changed, {self.reason}"
+        rest = f", {len(self.left)} more not reached: {_say_left(self.left)}" if self.left else ""
         return f"{title}: {self.layers} attention layers{rest}"
 
 
@@ -59,7 +59,7 @@ class SetReport:
 
     Attributes:
         backend: What was asked for.
-        components: Every component that was looked at.
+        components: Every component that was checked.
     """
 
     backend: str
@@ -75,7 +75,7 @@ class SetReport:
 
 
 class _Wishes:
-    """The wishes for one module: its own, and those of the pipelines that it is part of, newest last."""
+    """The preferences for one module: its own, and those of the pipelines that it is part of, newest last."""
 
     def __init__(self, before: Preference | None) -> None:
         self.before = before
@@ -83,7 +83,7 @@ class _Wishes:
         self.pipelines: list[tuple[weakref.ref[Any], Preference]] = []
 
     def set(self, module: nn.Module, target: Any, wish: Preference) -> None:
-        """Record a wish made on the module itself or on a pipeline."""
+        """Record a preference set on the module itself or on a pipeline."""
         if target is module:
             self.own = wish
         else:
@@ -91,25 +91,25 @@ class _Wishes:
             self.pipelines.append((weakref.ref(target), wish))
 
     def has(self, pipeline: Any) -> bool:
-        """Whether anything was wished on a pipeline."""
+        """Whether a preference was set on a pipeline."""
         return any(entry[0]() is pipeline for entry in self.pipelines)
 
     def take(self, module: nn.Module, target: Any) -> bool:
-        """Forget what was wished on `target`; say whether there was anything."""
+        """Remove the preference set on `target`; return whether there was one."""
         if target is not module:
-            kept = [entry for entry in self.pipelines if entry[0]() is not target]
+            left = [entry for entry in self.pipelines if entry[0]() is not target]
         elif self.own is not None:
             self.own = None
             return True
-        else:  # a pipeline that is gone can't be asked to reset any more, so its model may
-            kept = [entry for entry in self.pipelines if entry[0]() is not None]
-        found = len(kept) < len(self.pipelines)
-        self.pipelines = kept
+        else:  # a pipeline that is gone can't be reset any more, so resetting the model removes its preference
+            left = [entry for entry in self.pipelines if entry[0]() is not None]
+        found = len(left) < len(self.pipelines)
+        self.pipelines = left
         return found
 
     @property
     def in_force(self) -> Preference | None:
-        """The most specific wish."""
+        """The most specific preference."""
         if self.own is not None:
             return self.own
         return self.pipelines[-1][1] if self.pipelines else self.before
@@ -138,7 +138,7 @@ def set_attention_backend(
     """Pin a backend to a model of Diffusers, or to every component of a pipeline that computes attention.
 
     Enables the integration. A model's own pin is more specific than its pipeline's, and beats it in either
-    order. Text encoders and other models of Transformers are left alone, and the report says so.
+    order. Text encoders and other models of Transformers aren't changed, and the report says so.
 
     Args:
         target: A pipeline, a model or a part of a model.
@@ -146,12 +146,12 @@ def set_attention_backend(
         precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"`, `"fp8"` or `"fp4"`.
 
     Returns:
-        What was pinned and what was left alone, with reasons.
+        What was pinned and what wasn't, with reasons.
 
     Raises:
         InvalidCallError: If no attention layer would be reached; nothing is changed then.
         UnknownBackendError: If no backend has this name.
-        UnsupportedVersionError: If this release of Diffusers isn't a known one.
+        UnsupportedVersionError: If this version of Diffusers isn't supported.
     """
     if not handles(target):
         raise InvalidCallError(f"Needed is a pipeline or model of Diffusers; {type(target).__name__} is neither.")
@@ -179,7 +179,7 @@ def set_attention_backend(
 def reset_attention_backend(target: Any) -> tuple[str, ...]:
     """Take away what `set_attention_backend` set on this very object, and nothing else.
 
-    A wish that it had hidden (the pipeline's, below the model's own) is in force again. Once nothing is left
+    A preference that it had overruled (the pipeline's, by the model's own) is in force again. Once nothing is left
     of what `set_attention_backend` did, and `enable` was never called, the integration is disabled again.
 
     Returns:
@@ -222,7 +222,7 @@ def _put(module: nn.Module, target: Any, wish: Preference) -> None:
     if wishes is None:
         before = pins.pin_of(module)
         # What is in force may come from an enclosing module, and is then not this module's to put back.
-        # A copy of a pinned model brings one that was set here, which the new wish replaces.
+        # A copy of a pinned model has a pin that was set here; the new one replaces it.
         copied = pins.is_hosted(module, HOST)
         wishes = _pinned[module] = _Wishes(before if pins.unpin(module) and not copied else None)
     wishes.set(module, target, wish)
@@ -261,7 +261,7 @@ def _inspect(name: str, module: nn.Module) -> ComponentReport:
     kind = type(module).__name__
     if not any(_of_diffusers(type(part)) for part in module.modules()):
         owner = type(module).__module__.partition(".")[0]
-        reason = f"it belongs to {owner} and not to Diffusers; pin it by itself where you want it"
+        reason = f"it belongs to {owner} and not to Diffusers; pin it by itself if you want that"
         return ComponentReport(name, kind, False, 0, (), reason)
     layers = attention_layers(module)
     reached = sum(layer.reached for layer in layers)

@@ -1,4 +1,4 @@
-"""Whether the integration is enabled, and how to undo it: the one thing here that changes in time."""
+"""Whether the integration is enabled, and how to undo it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from anyattn.integrations.diffusers import versions
 from anyattn.integrations.diffusers.install import names, patches, setters, watching
 
 lock = threading.RLock()
-"""Held while anything of the integration changes; one for all, so that no two can wait for each other."""
+"""Held while anything of the integration changes; there is only one, so no deadlock is possible."""
 
 _undo: ExitStack | None = None
 _explicit = False
 
 at_disable: list[Callable[[], None]] = []
-"""What else has to be undone before the patches are; filled by the modules that set pins."""
+"""Functions to call before the patches are undone; the modules that set pins add theirs."""
 
 
 def enable() -> None:
@@ -25,15 +25,16 @@ def enable() -> None:
     Afterwards Diffusers knows the backend name `"anyattn"`, in `model.set_attention_backend`, in its own
     `attention_backend` context manager and in `DIFFUSERS_ATTN_BACKEND`; and every model of Diffusers follows
     anyattn's pins and contexts, those that call torch's scaled_dot_product_attention themselves among them.
-    Where nothing asks for anyattn, Diffusers computes what it did before: enabling alone diverts no call, and
-    neither do anyattn's process default and `ANYATTN_BACKEND`, which say what runs once a call has got there.
+    Enabling alone changes no call: without a pin, a context or a name, Diffusers computes what it did before.
+    anyattn's process default and `ANYATTN_BACKEND` don't send calls to anyattn either; they choose the backend of
+    the calls that reach it.
 
-    `DIFFUSERS_ATTN_BACKEND=anyattn` sends every model of Diffusers to anyattn. Call `enable` before the first
-    model class is imported then, since Diffusers itself refuses a name that it doesn't know yet; `import
-    diffusers` alone is no trouble. The variable may also be set later, as long as it is before `enable`.
+    `DIFFUSERS_ATTN_BACKEND=anyattn` sends every model of Diffusers to anyattn. Then call `enable` before the first
+    model class is imported, since Diffusers refuses a name that it doesn't know yet (`import diffusers` imports no
+    model class). The variable may also be set later, but before `enable`.
 
     Raises:
-        UnsupportedVersionError: If this release of Diffusers isn't a known one; nothing is changed then.
+        UnsupportedVersionError: If this version of Diffusers isn't supported; nothing is changed then.
     """
     global _explicit
     with lock:
@@ -59,7 +60,7 @@ def is_enabled() -> bool:
 
 
 def enable_implicitly() -> bool:
-    """Enable for a setter's sake; True where that changed something, so that the last pin's end undoes it."""
+    """Enable for a setter, and return whether that changed anything; the end of the last pin disables again."""
     with lock:
         return _install()
 
@@ -68,7 +69,7 @@ watching.enablers.append(enable_implicitly)
 
 
 def disable_if_implicit() -> None:
-    """Disable again where only a setter had enabled, and nothing else has come to rest on it since."""
+    """Disable again if only a setter had enabled, and nothing else needs the integration since."""
     with lock:
         if _undo is None:
             return

@@ -61,7 +61,7 @@ class UnsupportedVersionError(AnyattnError, RuntimeError):
 
 
 def check_version() -> str:
-    """Give the installed version of Diffusers, without importing it.
+    """Return the installed version of Diffusers, without importing it.
 
     Raises:
         UnsupportedVersionError: If Diffusers isn't installed, or in a release outside `SUPPORTED`.
@@ -108,7 +108,7 @@ def check_interface() -> None:
 
 
 def find(path: str) -> Any:
-    """Give what `"module:attribute.attribute"` names below the package diffusers; None if nothing does."""
+    """Return what `"module:attribute.attribute"` names below the package diffusers; None if nothing does."""
     module_name, _, attributes = path.partition(":")
     found: Any = load(module_name)
     for attribute in attributes.split("."):

@@ -80,7 +80,7 @@ class Case:
         return f"Case({', '.join(changed)})"
 
     def replace(self, **changes: Any) -> Case:
-        """Give a copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     @property
@@ -150,11 +150,11 @@ class Inputs:
     flow: Tensor | None = None
 
     def replace(self, **changes: Any) -> Inputs:
-        """Give a copy with some tensors changed."""
+        """Return a copy with some tensors changed."""
         return dataclasses.replace(self, **changes)
 
     def options(self, **changes: Any) -> dict[str, Any]:
-        """Give the arguments of `attention` beside the three tensors."""
+        """Return the arguments of `attention` beside the three tensors."""
         case = self.case
         given: dict[str, Any] = {
             "attn_mask": self.mask,
@@ -212,14 +212,14 @@ class Inputs:
         return describe(self.query, self.key, self.value, self.mask, self.sinks, options)
 
     def leaves(self) -> dict[str, Tensor]:
-        """Give the tensors whose gradients the case asks for, by name."""
+        """Return the tensors whose gradients the case asks for, by name."""
         named = {"query": self.query, "key": self.key, "value": self.value}
         if self.mask is not None and self.mask.dense is not None:
             named["mask"] = self.mask.dense
         return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
 
     def detached(self) -> Inputs:
-        """Give the same tensors without gradients, sharing their storage."""
+        """Return the same tensors without gradients, sharing their storage."""
         mask = self.mask
         if mask is not None and mask.dense is not None:
             mask = Mask(pattern=mask.pattern, key=mask.key, dense=mask.dense.detach(), block=mask.block)

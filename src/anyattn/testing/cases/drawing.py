@@ -1,4 +1,4 @@
-"""Which cases: drawn from a backend's declaration, and a fixed list of adversarial ones that always run."""
+"""The choice of cases: drawn from a backend's declaration, and a fixed list of adversarial ones that always run."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ Space = Mapping[str, tuple[Any, ...]]
 
 
 def space(caps: Capabilities | None, device: str = "cpu") -> Space:
-    """Give the fields that a declaration admits; None is everything, to find out what is refused."""
+    """Return the fields that a declaration admits; None is everything, to find out what is refused."""
     every = caps is None
     dtypes = tuple(name for name, dtype in DTYPES.items() if caps is None or dtype in caps.dtypes)
     largest, multiple = (1 << 20, 1) if caps is None else (caps.head_dim_max, caps.head_dim_multiple)
@@ -138,7 +138,7 @@ def drawn(count: int, seed: int, fields: Space) -> Iterator[Case]:
 
 
 def strategy(caps: Capabilities | None, device: str = "cpu") -> SearchStrategy[Case]:
-    """Give a hypothesis strategy over a declaration's cases; failures shrink to the plainest values."""
+    """Return a hypothesis strategy over a declaration's cases; failures shrink to the plainest values."""
     from hypothesis import strategies as st
 
     parts = {name: st.sampled_from(options) for name, options in space(caps, device).items()}
@@ -220,7 +220,7 @@ ADVERSARIAL: tuple[Case, ...] = (
 
 
 def _tiled() -> tuple[Case, ...]:
-    """Give every head dim that models have beside every kind of mask that they call, over several tiles."""
+    """Return every head dim that models have beside every kind of mask that they call, over several tiles."""
     found = []
     for row, dim in enumerate((40, 64, 72, 80, 96, 128, 160, 256)):
         for column, mask in enumerate(_CALLED):
@@ -262,10 +262,10 @@ TILED: tuple[Case, ...] = _tiled()
 
 
 def always(caps: Capabilities, device: str = "cpu") -> tuple[Case, ...]:
-    """Give the adversarial cases in the dtypes that a declaration names, each in two where there are two.
+    """Return the adversarial cases in the dtypes that a declaration names, each in up to two of them.
 
-    On accelerators the calls over several tiles follow, each in its own dtype, or another where that isn't declared.
-    Their heads are drawn up to the multiple that the kernel takes: else one that takes no small ones would refuse all.
+    On accelerators the calls over several tiles follow, each in its own dtype, or in another if that isn't declared.
+    head_dim is rounded up to the multiple that the kernel takes: a kernel without small ones would refuse them all.
     """
     names = [name for name in ("float32", "bfloat16", "float16", "float64") if DTYPES[name] in caps.dtypes]
     if not names:

@@ -1,4 +1,4 @@
-"""What a case's words mean: kinds of data, kinds of storage and recipes of masks, all from one seed."""
+"""Make the tensors that a case describes: kinds of data, kinds of storage and kinds of masks, all from one seed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Tensors = tuple[Tensor, Tensor, Tensor]
 
 
 def values(kind: str, query: Tensor, key: Tensor, value: Tensor) -> Tensors:
-    """Turn iid normals (B, S, H, D) into one of the kinds of `DATA`."""
+    """Change iid normals (B, S, H, D) to one of the kinds of `DATA`."""
     if kind == "large":
         return query * 5, key * 5, value
     if kind == "unequal":
@@ -54,7 +54,7 @@ def values(kind: str, query: Tensor, key: Tensor, value: Tensor) -> Tensors:
         key[:, key.shape[1] // 2 :, :, 0] += 5.0 * math.sqrt(query.shape[-1])
         return query, key, value
     if kind == "constant":
-        # Not ones: sums of those are exact, and would say nothing of a plain computation's error.
+        # Not ones: their sums are exact, and a plain computation would show no error.
         one = (query[:1, :1, :1], key[:1, :1, :1], value[:1, :1, :1])
         return one[0].expand_as(query).clone(), one[1].expand_as(key).clone(), one[2].expand_as(value).clone()
     if kind == "shifted":
@@ -65,7 +65,7 @@ def values(kind: str, query: Tensor, key: Tensor, value: Tensor) -> Tensors:
 
 
 def stored(kind: str, tensors: Tensors) -> Tensors:
-    """Copy (B, S, H, D) tensors to storage of one of the kinds of `STRIDES`, values unchanged where they can be."""
+    """Copy (B, S, H, D) tensors to storage of one of the kinds of `STRIDES`; only expanded ones change their values."""
     query, key, value = tensors
     if kind == "packed":
         if query.shape == key.shape == value.shape:
@@ -176,7 +176,7 @@ def _padding(kind: str, sizes: Sizes, generator: torch.Generator) -> Tensor:
 
 def _lengths(dead: bool, sizes: Sizes, generator: torch.Generator) -> Tensor:
     lengths = torch.randint(1, sizes[3] + 1, (sizes[0],), generator=generator)
-    # At least one entry is shorter than the whole, and one has nothing where that is asked for.
+    # At least one entry is shorter than the whole; with `dead` one has no keys.
     lengths[0] = 0 if dead else max(1, (sizes[3] + 1) // 2)
     return lengths
 
@@ -212,13 +212,13 @@ def _bias(dims: str, dtype: torch.dtype, options: list[str], sizes: Sizes, gener
 
 
 def _document_ids(shared: bool, sizes: Sizes, generator: torch.Generator) -> Tensor:
-    """Give each token the number of its document; some documents have one token."""
+    """Return the document number of each token; some documents have one token."""
     starts = torch.rand(1 if shared else sizes[0], max(sizes[2:]), generator=generator) < 0.3
     return starts.cumsum(-1)
 
 
 def _ids_agree(ids: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Say for other lengths what a document mask, whose queries are its keys, says for equal ones."""
+    """Return the function of a document mask, for queries and keys of different lengths."""
     entries = ids.shape[0] > 1
     return lambda b, h, q, kv: ids[b if entries else b * 0, q] == ids[b if entries else b * 0, kv]
 
@@ -239,6 +239,6 @@ def _block(kind: str, sizes: Sizes, device: str) -> Mask:
 
     seqlen_q, seqlen_kv = sizes[2:]
     if kind == "heads":
-        # Made with H=None though its function tells heads apart: its blocks speak for head 0 alone.
+        # Made with H=None although its function reads the head: its blocks are those of head 0.
         return Block(create_block_mask(_by_head, None, None, seqlen_q, seqlen_kv, device=device))
     return Block(create_block_mask(causal, None, None, seqlen_q, seqlen_kv, device=device))

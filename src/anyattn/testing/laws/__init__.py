@@ -17,7 +17,7 @@ def _as_it_is(case: Case, caps: Capabilities) -> Case:
 
 
 def _dead(case: Case, caps: Capabilities) -> Case:
-    """Give the case rows without a key, in one of the ways that there are."""
+    """Change a case so that it has rows without a key, in one of several ways."""
     ways = ("padding:dead", "boolean:qk:dead", "bias:bqk:own:dead", "lengths:dead", "causal:lower_right")
     way = ways[case.seed % len(ways)]
     if "dead" in case.mask and "block" not in case.mask:

@@ -22,14 +22,14 @@ Status = Literal["passed", "refused"]
 
 @dataclass(frozen=True)
 class LawResult:
-    """What became of one law for one backend and case.
+    """The result of one law for one backend and case.
 
     Attributes:
         law: The law's name.
         backend: The backend's name.
         case: The case as it was run.
-        status: `"passed"`, or `"refused"` where the backend refuses the case (or the law doesn't apply to it).
-        worst: The largest error, in multiples of what is allowed; 0 where the law is about something else.
+        status: `"passed"`, or `"refused"` if the backend refuses the case (or the law doesn't apply to it).
+        worst: The largest error, in multiples of what is allowed; 0 if the law isn't about errors.
         reasons: Why it was refused.
     """
 
@@ -72,11 +72,11 @@ class Law:
     Attributes:
         number: Its number in the list of laws.
         name: Its name.
-        statement: What it says.
+        statement: The law in a few words.
         check: `check(backend, case)`.
-        apt: Turns any case into one that the law has something to say about.
-        share: Which part of the cases it gets: 1 is all, 4 every fourth. Dear laws get fewer.
-        wide: Whether its cases are drawn from everything, and not from the declaration alone.
+        apt: Changes any case into one that the law applies to.
+        share: Which part of the cases it gets: 1 is all, 4 every fourth. Slow laws get fewer.
+        wide: Whether its cases are drawn from all fields, and not only from the declaration.
     """
 
     number: int
@@ -89,12 +89,12 @@ class Law:
 
 
 def refused(law: str, backend: str, case: Case, reasons: tuple[Reason, ...]) -> LawResult:
-    """Say that a backend refuses a case."""
+    """Return the result for a case that the backend refuses."""
     return LawResult(law, backend, case, "refused", reasons=reasons)
 
 
 def inapplicable(law: str, backend: str, case: Case, why: str) -> LawResult:
-    """Say that a law has nothing to say about a case."""
+    """Return the result for a case that a law doesn't apply to."""
     return refused(law, backend, case, (Reason("value", "a case that the law is about", why),))
 
 
@@ -102,7 +102,7 @@ TOO_COARSE = "values that the kernel's number format can't hold"
 
 
 def too_coarse(backend: str, inputs: Inputs) -> bool:
-    """Whether a quantised backend's number format can't hold a case's values, so that its results mean nothing."""
+    """Whether a quantised backend's number format can't hold a case's values; then its results can't be judged."""
     kind = format_of(backend)
     return bool(kind) and not holds(inputs, kind)
 
@@ -117,7 +117,7 @@ def reasons_against(backend: str, inputs: Inputs, **changes: object) -> tuple[Re
 
 
 def reasons_of(error: AnyattnError, backend: str) -> tuple[Reason, ...]:
-    """Give the reasons that a refusal carries."""
+    """Return the reasons that a refusal's error carries."""
     if isinstance(error, BackendUnavailableError):
         return error.reasons
     if isinstance(error, UnsupportedCallError):
@@ -126,7 +126,7 @@ def reasons_of(error: AnyattnError, backend: str) -> tuple[Reason, ...]:
 
 
 def require(law: str, backend: str, case: Case, excesses: Mapping[str, float]) -> float:
-    """Give the worst of some errors.
+    """Check that no error is above what is allowed, and return the worst.
 
     Raises:
         LawBroken: If one is above what is allowed.
@@ -139,7 +139,7 @@ def require(law: str, backend: str, case: Case, excesses: Mapping[str, float]) -
 
 
 def judged(law: str, backend: str, case: Case, measured: Callable[[int], Mapping[str, float]]) -> float:
-    """Give the worst of some errors, measured against more plain computations before it is called wrong.
+    """Check as `require` does; an error slightly above the budget is measured again with more plain computations.
 
     Raises:
         LawBroken: If one is above what is allowed.
@@ -152,7 +152,7 @@ def judged(law: str, backend: str, case: Case, measured: Callable[[int], Mapping
 
 
 def excesses(bounds: Mapping[str, Bound], results: Mapping[str, Tensor]) -> dict[str, float]:
-    """Give the error of each result in multiples of what is allowed."""
+    """Compute the error of each result in multiples of what is allowed."""
     found = {}
     for name, result in results.items():
         found[name] = bounds[name].excess(result)
@@ -160,5 +160,5 @@ def excesses(bounds: Mapping[str, Bound], results: Mapping[str, Tensor]) -> dict
 
 
 def apart(bounds: Mapping[str, Bound], ones: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, float]:
-    """Give how far pairs of results that should be the same are apart."""
+    """Compute how far apart results are that should be equal, in multiples of what is allowed."""
     return {name: bounds[name].apart(one, others[name]) for name, one in ones.items()}

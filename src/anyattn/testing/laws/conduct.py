@@ -1,4 +1,4 @@
-"""The laws about conduct: refusing, honouring every argument, leaving inputs alone, repeating oneself, compiling."""
+"""Laws about behaviour: refusals, honoured arguments, unchanged inputs, deterministic results, compiling."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from anyattn.testing.laws.quantised import bounds_for, format_of
 
 @contextlib.contextmanager
 def _watched(backend: Backend) -> Iterator[list[str]]:
-    """Note every call of `load` and `run` of a backend, which counts as not loaded meanwhile."""
+    """Record every call of `load` and `run` of a backend, which counts as not loaded meanwhile."""
     seen: list[str] = []
-    kept: dict[str, Any] = {name: vars(backend)[name] for name in ("load", "run") if name in vars(backend)}
+    before: dict[str, Any] = {name: vars(backend)[name] for name in ("load", "run") if name in vars(backend)}
     load, run = backend.load, backend.run
 
     def watched_load() -> None:
@@ -60,13 +60,13 @@ def _watched(backend: Backend) -> Iterator[list[str]]:
     finally:
         for name in ("load", "run"):
             instance.pop(name, None)
-        instance.update(kept)
+        instance.update(before)
         if was_loaded:
             plan._loaded.add(backend)
 
 
 def rejected(backend: str, case: Case) -> LawResult:
-    """Law 2: what is refused raises before the kernel is loaded, with every reason that the backend has."""
+    """Law 2: a refused call raises before the kernel is loaded, with every reason that the backend has."""
     inputs = case.build()
     against = reasons_against(backend, inputs)
     if not against:
@@ -77,14 +77,14 @@ def rejected(backend: str, case: Case) -> LawResult:
         try:
             inputs.attend(backend)
         except (UnsupportedCallError, BackendUnavailableError) as error:
-            told = reasons_of(error, backend)
+            raised = reasons_of(error, backend)
         except Exception as error:
             raise LawBroken("rejected", backend, case, f"raises {type(error).__name__}: {error}") from error
         else:
             raise LawBroken("rejected", backend, case, f"runs, though it has reasons: {'; '.join(map(str, against))}")
     if seen:
         raise LawBroken("rejected", backend, case, f"calls {' and '.join(seen)} before it refuses")
-    missing = [reason for reason in against if reason not in told]
+    missing = [reason for reason in against if reason not in raised]
     if _of_machine(against):
         missing = [reason for reason in missing if reason.code in UNAVAILABLE]
     if missing:
@@ -96,7 +96,7 @@ UNAVAILABLE = frozenset(("not_installed", "wrong_version", "broken_import", "set
 
 
 def _of_machine(reasons: tuple[Any, ...]) -> bool:
-    """Say whether a refusal is about the machine, whose error tells only what is missing there."""
+    """Whether a refusal is about the machine; then its error has only the reasons about the machine."""
     return any(reason.code in UNAVAILABLE for reason in reasons)
 
 
@@ -131,7 +131,7 @@ def _change_mask(inputs: Inputs) -> Inputs:
 
 
 def _changes(case: Case) -> dict[str, Change]:
-    """Give a change of every argument: what it is called, and how to make it."""
+    """Return a change of each argument, by its name."""
     found: dict[str, Change] = {
         "scale": _optional(scale=(case.scale or 0.4) * 1.7),
         "causal": _optional(mask="causal"),
@@ -149,7 +149,7 @@ def _changes(case: Case) -> dict[str, Change]:
 
 
 def liveness(backend: str, case: Case) -> LawResult:
-    """Law 3: no argument is dropped: a change of it changes the result as it should, or is refused."""
+    """Law 3: no argument is dropped: changing it changes the result as the reference does, or is refused."""
     inputs = case.build().detached()
     against = reasons_against(backend, inputs)
     if against:
@@ -158,7 +158,7 @@ def liveness(backend: str, case: Case) -> LawResult:
         return inapplicable("liveness", backend, case, TOO_COARSE)
     before, _ = inputs.attend(backend)
     truth = inputs.refer()[0]
-    # What is seen to change has to stand out from the kernel's own error.
+    # A change must be larger than the kernel's own error to be seen.
     least = 5 * QUANTISED if format_of(backend) else 64 * torch.finfo(case.torch_dtype).eps
     lively = 0
     for name, change in _changes(case).items():
@@ -183,7 +183,7 @@ def liveness(backend: str, case: Case) -> LawResult:
 
 
 def _lse_and_dropout(backend: str, inputs: Inputs, before: Tensor) -> None:
-    """Check the two arguments that no truth knows: whether lse comes, and whether anything is dropped."""
+    """Check the two arguments that the reference doesn't cover: lse is returned, and dropout drops."""
     case = inputs.case
     dropping = inputs.replace(case=case.replace(dropout_p=0.5, lse=False))
     with contextlib.suppress(UnsupportedCallError):
@@ -193,11 +193,11 @@ def _lse_and_dropout(backend: str, inputs: Inputs, before: Tensor) -> None:
     asking = inputs.replace(case=case.replace(lse=True))
     with contextlib.suppress(UnsupportedCallError):
         if asking.attend(backend)[1] is None:
-            raise LawBroken("liveness", backend, case, "return_lse=True gives no lse")
+            raise LawBroken("liveness", backend, case, "return_lse=True returns no lse")
 
 
 def unchanged(backend: str, case: Case) -> LawResult:
-    """Law 6: a call leaves its inputs as they were: values, and torch's count of in-place writes."""
+    """Law 6: a call doesn't change its inputs: neither values, nor torch's count of in-place writes."""
     inputs = case.build()
     against = reasons_against(backend, inputs)
     if against:
@@ -239,7 +239,7 @@ def _deterministic() -> Iterator[None]:
 
 
 def deterministic(backend: str, case: Case) -> LawResult:
-    """Law 7: where deterministic algorithms are asked for, what is accepted repeats itself bit by bit."""
+    """Law 7: with deterministic algorithms on, an accepted call returns the same bits again."""
     with _deterministic():
         inputs = case.build()
         against = reasons_against(backend, inputs)
@@ -258,13 +258,13 @@ COMPILER = "aot_eager"
 
 
 def compiled(backend: str, case: Case, *, compiler: str | None = None) -> LawResult:
-    """Law 9: torch.compile(fullgraph=True) gives the eager call's results and gradients, where so declared."""
+    """Law 9: torch.compile(fullgraph=True) returns the eager results and gradients, if the backend declares it."""
     inputs = case.build()
     found = registry.get(backend)
     spec = inputs.spec()
     caps = None if found is None else found.capabilities(spec, detect())
     if caps is not None and not caps.compile:
-        return inapplicable("compiled", backend, case, "a backend that says it doesn't compile")
+        return inapplicable("compiled", backend, case, "a backend that declares that it doesn't compile")
     against = reasons_against(backend, inputs) or reasons_against(backend, inputs, compiled=True)
     if against:
         return refused("compiled", backend, case, against)

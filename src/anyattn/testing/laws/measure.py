@@ -1,4 +1,4 @@
-"""What is right, and how wrong is too wrong: truths and budgets of a case's results."""
+"""The true results of a case in float64, and the error that each result may have."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Bound:
     allowed: Tensor
 
     def excess(self, result: Tensor, slack: float = 1.0) -> float:
-        """Give a result's worst error in multiples of what is allowed."""
+        """Compute a result's worst error in multiples of what is allowed."""
         return tolerance.excess(result.detach(), self.truth, self.allowed * slack)
 
     def apart(self, one: Tensor, other: Tensor) -> float:
-        """Give how far two results that should be the same are apart: each may be one budget off the truth."""
+        """Compute how far apart two results are that should be equal; each may be one budget off the truth."""
         return tolerance.excess(one.detach(), other.detach().double(), self.allowed.expand_as(self.truth) * 2)
 
 
@@ -43,17 +43,17 @@ OVER: Mapping[str, tuple[int, ...]] = {
 
 
 ORDERS = 3
-"""In how many orders of summation a plain computation's error is measured; one may be right by chance."""
+"""The number of orders of summation in which a plain computation's error is measured; one may be right by chance."""
 
 MORE_ORDERS = 40
-"""In how many it is measured before a result is called wrong."""
+"""The number of orders before a result counts as wrong."""
 
 
 def bounds(inputs: Inputs, *, gradients: bool = False, orders: int = ORDERS) -> dict[str, Bound]:
-    """Compute the truth and the budget of the output, lse, and the gradients where they are asked for.
+    """Compute the truth and the budget of the output and lse, and with `gradients` of the gradients.
 
-    The budget is that of `anyattn.reference.tolerance` for the worst of a few plain computations, which differ in the
-    order of keys and head_dim and in where the scale is applied; gradients have `_cancellation` besides.
+    The budget is that of `anyattn.reference.tolerance` for the worst of a few plain computations. They differ in the
+    order of keys and head_dim, and in the step that applies the scale. For gradients `_cancellation` is added.
     """
     dtype = inputs.case.torch_dtype
     plainly = torch.float32 if dtype == torch.float64 else dtype
@@ -64,30 +64,30 @@ def bounds(inputs: Inputs, *, gradients: bool = False, orders: int = ORDERS) -> 
         for name, truth in truths.items():
             plain = plains[name].double()
             if dtype == torch.float64:
-                # Errors go with the unit roundoff; a plain float64 computation is the truth and can't show its own.
+                # Errors scale with the unit roundoff. A plain float64 computation is the truth: it shows no error.
                 plain = torch.where(torch.isfinite(truth), truth + (plain - truth) * _FINER, truth)
             budget = tolerance.lse_budget if name == "lse" else tolerance.budget
             one = budget(truth, plain, _stored(inputs, name), over=OVER[name])
             if dtype == torch.float64:
-                one = 2 * one  # the truth is a float64 computation too, and as far off
+                one = 2 * one  # the truth is a float64 computation too, with the same error
             allowed[name] = torch.maximum(allowed[name].to(one.device), one)
     if gradients and truths["out"].numel():
         for name, band in _cancellation(inputs, truths["out"], truths["lse"]).items():
             allowed[name] = allowed[name] + band.amax(OVER[name], keepdim=True)
-    # What float32 can't hold is infinite there, as a float64 bias of finfo.min makes the lse.
+    # An lse beyond float32's range is infinite in it, as with a float64 bias of finfo.min.
     truths["lse"] = truths["lse"].float().double()
     return {name: Bound(truth, allowed[name]) for name, truth in truths.items()}
 
 
 def truths(inputs: Inputs, gradients: bool) -> dict[str, Tensor]:
-    """Compute the output, lse, and the gradients where they are asked for, in float64; lse as float32 can hold it."""
+    """Compute the output, lse, and with `gradients` the gradients, in float64; lse is rounded to float32."""
     found = _results(inputs, torch.float64, gradients)
     found["lse"] = found["lse"].float().double()
     return found
 
 
 def _stored(inputs: Inputs, name: str) -> torch.dtype:
-    """Give the coarsest dtype that a result goes through: a bias's gradient has the bias's dtype."""
+    """Return the coarsest dtype in which a result is stored: a bias's gradient has the bias's dtype."""
     dtype = inputs.case.torch_dtype
     if dtype != torch.float64:
         return dtype
@@ -101,12 +101,12 @@ _FINER = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 
 
 def _cancellation(inputs: Inputs, out: Tensor, lse: Tensor) -> dict[str, Tensor]:
-    """Give what the gradients of scores lose by cancellation, whatever the order of summation.
+    """Compute what the gradients of scores lose by cancellation, in any order of summation.
 
     The gradient of a score is `P (dO.V - dO.O)` (Dao et al., arXiv:2205.14135, appendix B): a difference of two dot
-    products, each rounded to at least one unit of the sum of its magnitudes. Where one key has all the weight the
-    difference is zero, and a plain computation, which subtracts the same number, gets that exactly. Besides, P is
-    computed again as `exp(score - lse)`, whose relative error is the rounding of both in the accumulator's dtype.
+    products, each rounded to at least one unit of the sum of its magnitudes. If one key has all the weight, the
+    difference is zero, and a plain computation gets it exactly, since it subtracts the same number. Besides, P is
+    computed again as `exp(score - lse)`; its relative error is the rounding of both in the accumulator's dtype.
     """
     case = inputs.case
     eps = torch.finfo(case.torch_dtype).eps
@@ -121,8 +121,8 @@ def _cancellation(inputs: Inputs, out: Tensor, lse: Tensor) -> dict[str, Tensor]
     seen = flow @ value.transpose(-1, -2) + (flow * out.abs().transpose(1, 2)).sum(-1, keepdim=True)
     scale = abs(case.factor)
     exact = torch.finfo(torch.float64 if case.dtype == "float64" else torch.float32).eps
-    # log P = score - lse, so that |score| is at most |lse| + |log P|, and P |log P| at most 1/e.
-    # The score itself is summed anew; roundings of n terms add up to some sqrt(n) half units of the sum's magnitude
+    # log P = score - lse, so |score| is at most |lse| + |log P|, and P |log P| at most 1/e.
+    # The score itself is summed again; roundings of n terms add up to some sqrt(n) half units of the sum's magnitude
     # (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
     again_units = max(1.0, math.sqrt(case.head_dim) / 2)
     size = 2 * lse.nan_to_num(0.0, 0.0, 0.0).abs().unsqueeze(-1) + again_units * scale * (query @ key.transpose(-1, -2))
@@ -141,7 +141,7 @@ def _cancellation(inputs: Inputs, out: Tensor, lse: Tensor) -> dict[str, Tensor]
 
 
 def _weights(inputs: Inputs) -> Tensor:
-    """Give the softmax's weights (B, H, S_q, S_kv) in float64: the output where values are an identity."""
+    """Compute the softmax's weights (B, H, S_q, S_kv) in float64: the output for an identity matrix as value."""
     case = inputs.case
     eye = torch.eye(case.seqlen_kv, dtype=torch.float64, device=inputs.query.device)[None, :, None, :]
     eye = eye.expand(case.batch, -1, case.kv_heads, -1)
@@ -196,7 +196,7 @@ def _reordered(inputs: Inputs, order: int) -> Inputs:
 
 
 def _fresh(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Copy the inputs to leaves of another dtype, each asking for a gradient where the case does."""
+    """Copy the inputs to leaves of another dtype, with the same `requires_grad`."""
 
     def copied(tensor: Tensor) -> Tensor:
         return tensor.detach().to(dtype, copy=True).requires_grad_(tensor.requires_grad)
@@ -205,7 +205,7 @@ def _fresh(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     if mask is not None and mask.dense is not None and mask.dense.requires_grad:
         mask = Mask(pattern=mask.pattern, key=mask.key, dense=copied(mask.dense), block=mask.block)
     elif mask is not None and mask.dense is not None and mask.dense.dtype == torch.float32 and dtype.itemsize == 2:
-        # finfo.min of float32 is -inf in a narrower dtype: the plain computation would lose the row, and excuse all.
+        # float32's finfo.min is -inf in a narrower dtype: the plain computation would lose the row, excusing any error.
         lowest = torch.finfo(dtype).min
         dense = torch.where(torch.isneginf(mask.dense), mask.dense, mask.dense.clamp_min(lowest))
         mask = Mask(pattern=mask.pattern, key=mask.key, dense=dense, block=mask.block)
@@ -213,7 +213,7 @@ def _fresh(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def cotangent(inputs: Inputs, out: Tensor) -> Tensor:
-    """Give the gradient that flows into the output, in the case's dtype."""
+    """Return the gradient of the output, in the case's dtype."""
     if inputs.flow is not None:
         return inputs.flow
     generator = torch.Generator().manual_seed(inputs.case.seed + 1)
@@ -222,7 +222,7 @@ def cotangent(inputs: Inputs, out: Tensor) -> Tensor:
 
 
 def gradients(inputs: Inputs, out: Tensor) -> dict[str, Tensor]:
-    """Run the backward of an output (B, S, H, D_v), and give the gradients in the reference's layout."""
+    """Run the backward of an output (B, S, H, D_v), and return the gradients in the reference's layout."""
     leaves = inputs.leaves()
     grads = torch.autograd.grad(out, list(leaves.values()), cotangent(inputs, out))
     found = dict(zip(leaves, grads, strict=True))
@@ -230,7 +230,7 @@ def gradients(inputs: Inputs, out: Tensor) -> dict[str, Tensor]:
 
 
 def results(inputs: Inputs, backend: str) -> dict[str, Tensor]:
-    """Run a call and its backward, and give everything that came of it."""
+    """Run a call and its backward, and return the output, lse and gradients."""
     out, lse = inputs.attend(backend)
     found = {"out": out.detach()} | ({} if lse is None else {"lse": lse})
     if inputs.leaves():

@@ -1,4 +1,4 @@
-"""The laws about memory that isn't a call's own: what nobody wrote, and packed tokens that belong to no sequence."""
+"""Laws about memory that isn't part of a call: uninitialised memory, and packed tokens that belong to no sequence."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from anyattn.testing.laws.quantised import bounds_for
 from anyattn.testing.laws.unwritten import fill_free_memory, sizes_of, surrounded
 
 LENGTHS = (1, 7, 33, 40, 127, 129)
-"""Lengths that are no kernel's tile."""
+"""Lengths that are no multiple of a kernel's tile."""
 
 SHORT = (1, 7, 33, 40, 33, 65)
-"""The same on a CPU, where nothing works in tiles of 128, and long calls take long."""
+"""The same for a CPU, on which no kernel has tiles of 128 and long calls are slow."""
 
 HEAD_DIMS = (40, 80, 96)
 """Head dims that kernels pad."""
 
 
 def off_tiles(case: Case, caps: Capabilities) -> Case:
-    """Give a case lengths that are off every tile, and one of two times a head_dim that kernels pad."""
+    """Change a case's lengths to ones off every tile, and in half of the cases head_dim to one that kernels pad."""
     number = zlib.crc32(repr(case).encode())
     lengths = SHORT if case.device == "cpu" else LENGTHS
     seqlen_q, seqlen_kv = lengths[number % 6], lengths[number // 6 % 6]
@@ -54,7 +54,7 @@ def off_tiles(case: Case, caps: Capabilities) -> Case:
 
 
 def unwritten_memory(backend: str, case: Case) -> LawResult:
-    """Law 12: memory that nobody wrote stays out: forward, lse and gradients are right where all of it is NaN."""
+    """Law 12: uninitialised memory isn't used: forward, lse and gradients are right if all of it is NaN."""
     law = "unwritten_memory"
     inputs = case.build()
     if inputs.leaves():
@@ -85,7 +85,7 @@ def _like_output(inputs: Inputs) -> Tensor:
 
 
 def packable(case: Case, caps: Capabilities) -> Case:
-    """Give a case whose entries can be packed: lengths off tiles, and a pattern for a mask, or none."""
+    """Change a case so that it can be packed: lengths off tiles, and a pattern as its mask, or none."""
     case = off_tiles(case, caps)
     first = case.mask.split("&")[0].strip()
     mask = first if first.startswith(("causal", "window")) else "none"
@@ -94,7 +94,7 @@ def packable(case: Case, caps: Capabilities) -> Case:
 
 
 def packed_tails(backend: str, case: Case) -> LawResult:
-    """Law 13: packed sequences are right beside tokens of no sequence, which hold NaN and get zeros."""
+    """Law 13: packed sequences are right if tokens of no sequence hold NaN, and those tokens get zeros."""
     law = "packed_tails"
     inputs = case.build()
     if too_coarse(backend, inputs):
@@ -124,7 +124,7 @@ def packed_tails(backend: str, case: Case) -> LawResult:
 
 
 class _Packed:
-    """The entries of a case as packed sequences, of which one is shorter and some are empty, and NaN behind them."""
+    """The entries of a case as packed sequences: one is shorter, some are empty, and tokens of NaN follow the last."""
 
     def __init__(self, inputs: Inputs) -> None:
         case, self.inputs = inputs.case, inputs
@@ -169,9 +169,9 @@ class _Packed:
         return _with_tail(whole, self.lengths_q).detach().view_as(out)
 
     def errors(self, backend: str, found: dict[str, Tensor], orders: int) -> dict[str, float]:
-        """Compare each sequence with the reference of it alone, where the backend's number format can hold its values.
+        """Compare each sequence with the reference of that sequence, if the backend's number format holds its values.
 
-        One sequence's own step and fewer scores may leave another's budget: each is asked about by itself.
+        Each sequence is judged by its own budget: another's may be smaller or larger.
         """
         self.judged = 0
         worst: dict[str, float] = {}
@@ -217,7 +217,7 @@ def _starts(lengths: list[int], device: torch.device) -> Tensor:
 
 
 def _with_tail(tensor: Tensor, lengths: list[int]) -> Tensor:
-    """Pack the first tokens of each entry, and put some that are NaN behind them."""
+    """Pack the first tokens of each entry, followed by some that are NaN."""
     parts = [entry[:length] for entry, length in zip(tensor.detach(), lengths, strict=True)]
     tail = tensor.new_full((9, *tensor.shape[2:]), math.nan)
     return torch.cat([*parts, tail]).requires_grad_(tensor.requires_grad)

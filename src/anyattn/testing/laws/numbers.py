@@ -1,4 +1,4 @@
-"""The laws about numbers: right, permutation, strides, rows without keys, and halves that merge."""
+"""Laws about numbers: right, permutation, strides, rows without keys, and halves that merge."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from anyattn.testing.laws.quantised import bounds_for, format_of, norm_bounds
 
 
 def right(backend: str, case: Case) -> LawResult:
-    """Law 1: what is accepted is right, forward, lse and gradients, against float64."""
+    """Law 1: an accepted call is right against float64: output, lse and gradients."""
     inputs = case.build()
     against = reasons_against(backend, inputs)
     if against:
@@ -51,7 +51,7 @@ def right(backend: str, case: Case) -> LawResult:
 
 
 def _form(inputs: Inputs, found: dict[str, Tensor]) -> str:
-    """Say what is wrong with the results' shapes and dtypes, or nothing."""
+    """Return what is wrong with the results' shapes and dtypes; empty if nothing is."""
     case, query = inputs.case, inputs.query
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "out": ((case.batch, case.seqlen_q, case.heads, case.head_dim_v or case.head_dim), query.dtype)
@@ -70,7 +70,7 @@ def _form(inputs: Inputs, found: dict[str, Tensor]) -> str:
 
 
 def permutation(backend: str, case: Case) -> LawResult:
-    """Law 4: entries of the batch and heads don't see one another: permuting them permutes the result."""
+    """Law 4: batch entries and heads are independent: permuting them permutes the result."""
     inputs = case.build()
     against = reasons_against(backend, inputs)
     if against:
@@ -126,7 +126,7 @@ def _permuted_function(function: MaskFunction, batch: Tensor, heads: Tensor) -> 
     mask_mod = function.mask_mod
 
     def permuted(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        # Asked on the call's device by kernels, and on the function's own by what looks at it.
+        # Kernels call it with indices on the call's device, `looks_at` with indices on the function's own device.
         entry = batch.to(b.device)[b] if function.per_batch else b
         return mask_mod(entry, heads.to(h.device)[h] if function.per_head else h, q, kv)
 
@@ -162,7 +162,7 @@ def _permuted(inputs: Inputs, batch: Tensor, heads: Tensor, kv: Tensor) -> Input
 
 
 def strides(backend: str, case: Case) -> LawResult:
-    """Law 5: how tensors lie in memory doesn't matter: a view gives what its contiguous copy gives."""
+    """Law 5: storage doesn't matter: the result for a view is the result for its contiguous copy."""
     inputs = case.build()
     against = reasons_against(backend, inputs)
     if against:
@@ -192,7 +192,7 @@ def strides(backend: str, case: Case) -> LawResult:
 
 
 def dead_rows(backend: str, case: Case) -> LawResult:
-    """Law 8: a row without a key gives zeros, lse -inf, no gradient; and everything is finite."""
+    """Law 8: a row without a key gets zeros, lse -inf and no gradient; all other numbers are finite."""
     inputs = case.build()
     against = reasons_against(backend, inputs)
     if against:
@@ -241,10 +241,10 @@ def halves(backend: str, case: Case) -> LawResult:
 def _merging(
     backend: str, whole: Inputs, parts: list[Inputs], merged: tuple[Tensor, Tensor], orders: int
 ) -> dict[str, float]:
-    """Give the errors of a merged result; each part may be one budget off, and so may its lse."""
+    """Compute the errors of a merged result; each part may be one budget off, and so may its lse."""
     if format_of(backend):
-        # Half the keys average to more than all: the parts' errors come to sqrt(2) budgets of the whole, and what
-        # their weights are off by to as much again.
+        # An average over half the keys is larger: the errors of the parts add up to sqrt(2) budgets of the whole, and
+        # the errors of their weights to the same again.
         loose = norm_bounds(whole)
         return {"out": loose["out"].excess(merged[0], slack=3.0), "lse": loose["lse"].excess(merged[1])}
     known = bounds(whole, orders=orders)
@@ -284,7 +284,7 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _keys(inputs: Inputs, start: int, stop: int) -> Inputs:
-    """Keep some keys, with the mask as it was for those."""
+    """Return the inputs with only some keys, and the mask for those."""
     axis = 1 if inputs.case.layout == "BSHD" else 2
     case, mask = inputs.case, inputs.mask
     alone = mask is not None and mask.pattern is None and mask.dense is None and mask.block is None

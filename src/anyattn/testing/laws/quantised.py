@@ -1,9 +1,9 @@
-"""How wrong a quantised kernel may be: a stated error of the whole, where its number format can hold the values at all.
+"""The error allowed of a quantised kernel: a fixed relative error, for values that its number format can hold.
 
-A kernel that declares `quantised` is judged by the 2-norm per batch entry and head (`tolerance.QUANTISED`), and
-not by a plain computation's error, which it leaves by design. Scores that are large lose all meaning in int8, whatever
-the kernel; so a law is asked only where a plain computation with inputs rounded alike keeps to a share of the budget.
-Contract doubles compute exactly, and are judged exactly, unless it is the adapter that quantises.
+A kernel that declares `quantised` is judged by the 2-norm per batch entry and head (`tolerance.QUANTISED`), and not by
+a plain computation's error, which it exceeds by design. In int8 large scores lose all their digits with any kernel. So
+a law applies only if a plain computation with inputs rounded in the same way stays within a share of the budget.
+Contract doubles compute exactly, and are judged exactly, unless the adapter itself quantises.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The numbers of float4_e2m1; blocks of 16 share a step."""
 
 SHARES = {"int8": 0.75, "fp8": 0.6, "fp4": 0.6}
-"""How much of the budget rounding the inputs may take, by number format. The rest is for what a kernel rounds besides,
-the weights: those are in fp16 or fp8 next to int8 scores, and as coarse as the inputs otherwise."""
+"""The share of the budget that rounding the inputs may take, by number format. The rest is for the weights, which a
+kernel rounds too: to fp16 or fp8 beside int8 scores, otherwise as coarsely as the inputs."""
 
 
 def format_of(backend: str) -> str:
-    """Say what a backend's kernel computes in where that is coarser than its inputs, such as `"int8"`, or nothing."""
+    """Return the number format that a backend's kernel quantises to, such as `"int8"`; empty if it doesn't."""
     found = registry.get(backend)
     if found is None or (found.is_double and not found.quantises):
         return ""
@@ -50,23 +50,23 @@ class NormBound(Bound):
     over: tuple[int, ...] = ()
 
     def excess(self, result: Tensor, slack: float = 1.0) -> float:
-        """Give the worst norm of a result's error in multiples of what is allowed."""
+        """Compute the worst norm of a result's error in multiples of what is allowed."""
         return tolerance.norm_excess(result.detach(), self.truth, self.allowed * slack, over=self.over)
 
     def apart(self, one: Tensor, other: Tensor) -> float:
-        """Give how far two results that should be the same are apart: each may be one budget off the truth."""
+        """Compute how far apart two results are that should be equal; each may be one budget off the truth."""
         return tolerance.norm_excess(one.detach(), other.detach(), self.allowed * 2, over=self.over)
 
 
 def bounds_for(backend: str, inputs: Inputs, *, gradients: bool = False, orders: int = ORDERS) -> dict[str, Bound]:
-    """Give what a backend's results may be: as exact as a plain computation's, or as its number format allows."""
+    """Compute the bounds of a backend's results: those of a plain computation, or of its number format."""
     if not format_of(backend):
         return bounds(inputs, gradients=gradients, orders=orders)
     return norm_bounds(inputs, gradients=gradients)
 
 
 def norm_bounds(inputs: Inputs, *, gradients: bool = False) -> dict[str, Bound]:
-    """Give the truth and the budget of a quantised kernel's results."""
+    """Compute the truth and the budget of a quantised kernel's results."""
     found: dict[str, Bound] = {}
     for name, truth in truths(inputs, gradients).items():
         over = OVER[name]
@@ -75,18 +75,18 @@ def norm_bounds(inputs: Inputs, *, gradients: bool = False) -> dict[str, Bound]:
 
 
 def holds(inputs: Inputs, kind: str) -> bool:
-    """Say whether a number format can hold a case's values: rounding them keeps to its share of the budget."""
+    """Whether a number format can hold a case's values: rounding them stays within its share of the budget."""
     out, lse = plain(inputs, kind)
     known = norm_bounds(inputs)
     return all(known[name].excess(found, slack=SHARES[kind]) <= 1 for name, found in (("out", out), ("lse", lse)))
 
 
 def plain(inputs: Inputs, kind: str) -> tuple[Tensor, Tensor]:
-    """Compute in float64 with rounded inputs, in the coarsest way that there is for the kind.
+    """Compute in float64 with inputs rounded in the coarsest way for the kind.
 
-    For `"fp8"` and `"fp4"` all three are rounded to that. For `"int8"` query and key are, with one step for each batch
-    entry and head, keys less their mean: that moves a row's scores together (SageAttention, Zhang et al.,
-    arXiv:2410.02367).
+    For `"fp8"` and `"fp4"` query, key and value are rounded to that. For `"int8"` query and key are, with one step for
+    each batch entry and head. The keys' mean is subtracted first, which shifts all scores of a row equally
+    (SageAttention, Zhang et al., arXiv:2410.02367).
     """
     case = inputs.case
     query, key, value = (inputs.bshd(t).detach().double() for t in (inputs.query, inputs.key, inputs.value))
@@ -99,7 +99,7 @@ def plain(inputs: Inputs, kind: str) -> tuple[Tensor, Tensor]:
 def rounded(
     query: Tensor, key: Tensor, value: Tensor, kind: str, *, centred: bool = True
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Round a call's inputs `(B, S, H, D)` to a number format, as `plain` says.
+    """Round a call's inputs `(B, S, H, D)` to a number format, as `plain` documents.
 
     Args:
         query: In float64, as key and value.

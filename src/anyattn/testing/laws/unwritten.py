@@ -1,8 +1,8 @@
-"""Memory that nobody wrote, made to tell: NaN where a kernel may read, or leave, what isn't its own.
+"""Fill uninitialised memory with NaN, so that a kernel that reads it, or returns it, is found.
 
-Allocators hand out memory that they were given back. Here it is filled with bytes of 255 first, which are NaN in every
-floating-point format, -1 as an integer and True as a boolean. Tensors are copied into larger ones, so that the same
-bytes stand before their first element, behind their last, and in every gap that strides leave.
+Allocators reuse memory that was freed. Here such memory is filled with bytes of 255 first, which are NaN in every
+floating-point format, -1 as an integer and True as a boolean. Tensors are copied into larger ones that are filled in
+the same way: before the first element, after the last, and in every gap that strides leave.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from anyattn.masks.objects import Mask
 from anyattn.testing.cases.case import Inputs
 
 _ROWS = 256
-"""How many positions more a tile of a kernel may reach."""
+"""How many positions beyond the end a tile of a kernel may reach."""
 
 _MOST = 1 << 18
-"""How many elements stand behind a tensor, at most."""
+"""How many filled elements follow a tensor, at most."""
 
 _SMALL = tuple(1 << power for power in range(9, 24))
-"""Bytes of the blocks that are filled whatever the call; torch keeps blocks below 1 MiB apart from larger ones."""
+"""Sizes in bytes of the blocks filled for every call; torch's allocator has a pool of its own for those below 1 MiB."""
 
 
 def fill_free_memory(device: torch.device, sizes: Iterable[int] = ()) -> None:
-    """Fill memory that is free, so that what is handed out next holds NaN.
+    """Fill free memory, so that the memory allocated next holds NaN.
 
-    On CUDA the shared memory of the processors is filled too, by multiplying matrices of NaN: a kernel that takes in
-    rows of a tile which it never loaded takes them from there. On a CPU it is as good as the C library's allocator lets
-    it be.
+    On CUDA the shared memory of the processors is filled too, by multiplying matrices of NaN: a kernel that computes
+    with rows of a tile which it never loaded reads them from there. On a CPU it depends on the C library's allocator
+    how much is filled.
 
     Args:
-        device: Whose memory.
-        sizes: Bytes of the blocks that a call will ask for, beside those of common sizes.
+        device: The device.
+        sizes: Sizes in bytes of the blocks that a call will allocate, besides the common sizes.
     """
     wanted = [size for size in sizes if size for _ in range(4)]
     if device.type != "cpu":
@@ -44,13 +44,13 @@ def fill_free_memory(device: torch.device, sizes: Iterable[int] = ()) -> None:
     if device.type == "cuda":
         matrix = torch.full((2048, 1024), math.nan, dtype=torch.float16, device=device)
         blocks.append(matrix @ matrix.t())
-    # What comes last keeps the C library from giving the blocks back to the system.
+    # A last block keeps the C library from returning the others to the system.
     blocks.append(torch.zeros(64, device=device))
     del blocks[:-1]
 
 
 def sizes_of(inputs: Inputs) -> list[int]:
-    """Give the bytes of a call's results and of what kernels copy: in its dtype and in float32, head_dim padded too."""
+    """Return the sizes in bytes of a call's results and of copies: in its dtype, in float32, with head_dim padded."""
     case = inputs.case
     found = []
     for rows, heads in ((case.seqlen_q, case.heads), (case.seqlen_kv, case.kv_heads), (case.seqlen_kv, case.heads)):
@@ -90,7 +90,7 @@ def _surrounded(tensor: Tensor, behind: int, *, apart: int | None = None) -> Ten
         wide = _unwritten(before + math.prod(shape), tensor)[before:].view(shape)
         view = wide.narrow(apart, 0, tensor.shape[apart])
     else:
-        # Where a stride is 0, one element stands for all.
+        # With a stride of 0, one element stands for all.
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         storage = _unwritten(before + max(span, 0) + min(max(behind, 64), _MOST), tensor)
         view = storage.as_strided(tensor.shape, tensor.stride(), before)

@@ -13,7 +13,7 @@ wish: str
 
 
 def wish_of(settings: defaults.Settings) -> str:
-    """Give the kind of wish that decides under some settings."""
+    """Return the kind of preference that decides under some settings."""
     if settings.context is not None and settings.override:
         return "override"
     if settings.pin is not None:

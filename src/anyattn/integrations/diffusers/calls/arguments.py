@@ -29,10 +29,10 @@ WINDOW = "window_size"
 """The key of `attention_kwargs` with flash-attn's meaning: `(left, right)`, the ends aligned."""
 
 INSTEAD: dict[str, str] = {
-    "return_attn_probs": "return_lse=True gives the log-sum-exp",
+    "return_attn_probs": "return_lse=True returns the log-sum-exp",
     "deterministic": "torch.use_deterministic_algorithms(True) asks for it",
     "backend": "name the backend with anyattn.set_attention_backend or anyattn.attention_backend",
-    "_parallel_config": "parallel attention isn't built yet",
+    "_parallel_config": "parallel attention doesn't work through anyattn yet",
 }
 
 
@@ -43,24 +43,23 @@ def to_call(
     attention_kwargs: dict[str, Any] | None,
     parallel_config: Any,
 ) -> dict[str, Any]:
-    """Give the keyword arguments with which `anyattn.attention` means what Diffusers was asked.
+    """Translate a call of Diffusers to the keyword arguments of `anyattn.attention`.
 
     Args:
         query: `(B, S_q, H, D)`.
         key: `(B, S_kv, H_kv, D)`.
-        explicit: The arguments of `DEFAULTS` as they were given by name.
+        explicit: The arguments of `DEFAULTS`, as passed by name.
         attention_kwargs: Further arguments; every key is honoured or refused.
         parallel_config: Diffusers' context-parallel configuration.
 
     Raises:
-        InvalidCallError: If a key is unknown or given twice with two values, if the mask is ambiguous, or if
+        InvalidCallError: If a key is unknown or passed twice with two values, if the mask is ambiguous, or if
             context parallelism is asked for.
     """
     if parallel_config is not None:
         raise InvalidCallError(
-            "Context parallelism through anyattn isn't built yet, and one rank alone would attend to its own "
-            "shard. Leave out enable_parallelism, or leave this model to Diffusers with "
-            "anyattn.reset_attention_backend(model)."
+            "Context parallelism doesn't work through anyattn yet: each rank would attend only to its own shard. Leave "
+            "out enable_parallelism, or run this model without anyattn: anyattn.reset_attention_backend(model)."
         )
     call = dict(explicit)
     window = None
@@ -73,7 +72,7 @@ def to_call(
 
 
 def _merge(call: dict[str, Any], attention_kwargs: dict[str, Any]) -> Any:
-    """Put every key of `attention_kwargs` into the call but flash-attn's window, which is returned."""
+    """Put every key of `attention_kwargs` into the call, except flash-attn's window, which is returned."""
     window = None
     for name, value in attention_kwargs.items():
         if name in DEFAULTS:
@@ -86,7 +85,7 @@ def _merge(call: dict[str, Any], attention_kwargs: dict[str, Any]) -> Any:
             known = ", ".join((*DEFAULTS, *EXTRAS, WINDOW))
             hint = f" Instead: {INSTEAD[name]}." if name in INSTEAD else ""
             raise InvalidCallError(
-                f"attention_kwargs has the key {name!r}, which no argument answers to; known: {known}.{hint}"
+                f"attention_kwargs has the key {name!r}, which isn't an argument; known: {known}.{hint}"
             )
     return window
 
@@ -98,27 +97,27 @@ def _one_value(name: str, explicit: Any, value: Any) -> Any:
     if explicit is default or (name != "attn_mask" and explicit in (default, value)):
         return value
     raise InvalidCallError(
-        f"{name} is given twice: by name and, with another value, in attention_kwargs. Give it once."
+        f"{name} is passed twice: by name and, with another value, in attention_kwargs. Pass it once."
     )
 
 
 def _add_window(call: dict[str, Any], window: Any, query: Tensor, key: Tensor) -> None:
     if "window" in call:
-        raise InvalidCallError("attention_kwargs gives both window and window_size. Give one of them.")
+        raise InvalidCallError("attention_kwargs has both window and window_size. Pass one of them.")
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise InvalidCallError(f"window_size must be (left, right), -1 = unbounded; {window!r} was given.")
     left, right = window
     if (left, right) == (-1, -1):
         return
     if query.shape[1] == key.shape[1]:
-        # Both alignments are the same mask where the lengths agree, so that it can be joined with is_causal.
+        # If the lengths are equal, both alignments are the same mask, so it can be joined with is_causal.
         call["window"] = (left, right)
         return
     if call["is_causal"]:
         raise InvalidCallError(
-            "window_size aligns the last query with the last key, as in flash-attn, and is_causal the "
-            f"first with the first, as in torch; with {query.shape[1]} queries and {key.shape[1]} keys "
-            "they can't be joined. Give one dense mask that holds both."
+            "window_size aligns the last query with the last key, as flash-attn does, and is_causal the first query "
+            f"with the first key, as torch does; with {query.shape[1]} queries and {key.shape[1]} keys they can't be "
+            "joined. Pass one dense mask that holds both."
         )
     mask = call["attn_mask"]
     if isinstance(mask, torch.Tensor):

@@ -1,7 +1,7 @@
-"""The two doors by which Diffusers reaches attention, as they stand while the integration is enabled.
+"""The two functions by which Diffusers reaches attention ("doors"), while the integration is enabled.
 
 One replaces Diffusers' dispatcher, the other torch's scaled_dot_product_attention in the modules that call it
-themselves. Each sends a call to anyattn where anyattn was asked for, and leaves it as it was everywhere else.
+themselves. Each sends a call to anyattn if anyattn was asked for, and otherwise runs it as before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Stock:
-    """What Diffusers itself does, filled in when the integration is enabled."""
+    """Diffusers' own dispatcher and registry; set when the integration is enabled."""
 
     dispatch: Callable[..., Any]
     registry: Any
@@ -60,14 +60,14 @@ def dispatch_attention_fn(
     backend: Any = None,
     parallel_config: Any = None,
 ) -> Any:
-    """Stand in for Diffusers' dispatcher; same arguments, same layout (batch, sequence, heads, head_dim).
+    """Replace Diffusers' dispatcher; same arguments, same layout (batch, sequence, heads, head_dim).
 
     Returns:
         A tensor; with `attention_kwargs={"return_lse": True}` `(out, lse)`, lse float32 `(B, H, S_q)`.
 
     Raises:
-        InvalidCallError: If a mask is ambiguous, a key of `attention_kwargs` is unknown, or parallel
-            attention is asked for.
+        InvalidCallError: If a mask is ambiguous, a key of `attention_kwargs` is unknown, or the call asks for parallel
+            attention.
     """
     mine, name = _route(backend)
     if mine and attn_mask is None and not attention_kwargs and parallel_config is None:
@@ -111,12 +111,12 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Stand in for torch's function of this name inside the modules of Diffusers that call it themselves."""
+    """Replace torch's function of this name inside the modules of Diffusers that call it themselves."""
     if not _tracing():
         scope = _current()
         if not (scope.look or _held or _modes() or _thread.entered):
             if scope.asked:
-                # What was decided for these very shapes needs none of the changes below.
+                # A call that is already decided for these shapes needs none of the changes below.
                 plain = (dropout_p, is_causal, scale, enable_gqa, None, None, False, "BHSD")
                 found = attempts.run_decided(scope, query, key, value, attn_mask, plain)
                 if found is not None:
@@ -153,7 +153,7 @@ def registered_backend(
     _parallel_config: Any = None,
     **attention_kwargs: Any,
 ) -> Any:
-    """Run a call that comes through a copy of Diffusers' dispatcher taken before it was replaced."""
+    """Run a call from a reference to Diffusers' dispatcher that was taken before it was replaced."""
     return dispatch_attention_fn(
         query,
         key,
@@ -173,14 +173,14 @@ REGISTERED_NAMES = (*inspect.signature(registered_backend).parameters, *EXTRAS, 
 
 
 class EveryName(frozenset[str]):
-    """Argument names that leave none out: Diffusers drops what isn't among a backend's names."""
+    """A set that contains every argument name: Diffusers drops arguments that aren't among a backend's names."""
 
     def __contains__(self, name: object) -> bool:
         return True
 
 
 class Proxy(types.ModuleType):
-    """A module seen through: some of its names replaced, every other looked up when it is asked for."""
+    """A module with some of its names replaced; every other name is looked up in it when it is used."""
 
     def __init__(self, behind: types.ModuleType, **replaced: Any) -> None:
         super().__init__(behind.__name__, behind.__doc__)
@@ -197,17 +197,16 @@ PROXIES: dict[str, Proxy] = {"F": FUNCTIONAL, "nn": NN}
 
 
 def _broadcast(query: Tensor, other: Tensor) -> Tensor:
-    """Spell out how torch takes one batch entry or head of keys for all of the query's; anyattn won't guess it."""
+    """Expand one batch entry or head of keys to all of the query's, as torch does implicitly and anyattn doesn't."""
     lead = [size if other.shape[axis] == 1 else other.shape[axis] for axis, size in enumerate(query.shape[:-2])]
     return other.expand(*lead, *other.shape[-2:])
 
 
 def _route(backend: Any) -> tuple[bool, str | None]:
-    """Say whether a call is anyattn's, and which backend the call itself names.
+    """Return whether anyattn runs a call, and which backend the call itself names.
 
-    A pin of anyattn decides over what the call names, and so does `override=True`. Under a plain context, or
-    where Diffusers' own setter chose anyattn, a backend that the call names is the more specific wish, and
-    anyattn runs that.
+    A pin of anyattn beats the backend that the call names, and so does `override=True`. Under a plain context, or if
+    Diffusers' own setter chose anyattn, the backend that the call names is more specific, and anyattn runs that.
     """
     wish = _wish()
     if backend is None:
@@ -223,7 +222,7 @@ def _route(backend: Any) -> tuple[bool, str | None]:
 
 
 def _wish() -> str:
-    """Give the kind of wish in force, with what compiled code entered on top of it."""
+    """Return the kind of preference in force, with what compiled code entered on top of it."""
     if not _tracing():
         scope = _current()
         if scope.look or _thread.entered or _held:
@@ -256,7 +255,7 @@ def _say_once(name: str) -> None:
 
 
 def _scores_skipped(query: Tensor, value: Tensor, sequence: int) -> bool:
-    """Whether Diffusers' layer-skip guidance wants the values themselves instead of attention.
+    """Whether Diffusers' layer-skip guidance asks for the values themselves instead of attention.
 
     It replaces torch's function while a layer runs (hooks/layer_skip.py of 0.42.1); few kernels call it.
     """

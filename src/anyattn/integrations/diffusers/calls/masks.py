@@ -1,4 +1,4 @@
-"""Say in anyattn's words what a mask given to Diffusers' dispatcher means there."""
+"""Convert a mask passed to Diffusers' dispatcher to the mask of anyattn with the same meaning."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def translate(mask: Any, query: Tensor, key: Tensor) -> Tensor | Mask | None:
-    """Turn a mask with Diffusers' meaning into one with anyattn's.
+    """Convert a mask with Diffusers' meaning to one with anyattn's.
 
-    Diffusers reads two dimensions as `(B, S_kv)`, or as `(S_q, S_kv)` where the first isn't B, and documents
-    three as `(B, S_q, S_kv)`. A mask that two readings fit, with different results, is refused.
+    Diffusers reads two dimensions as `(B, S_kv)`, or as `(S_q, S_kv)` if the first isn't B, and documents three as
+    `(B, S_q, S_kv)`. A mask with two possible meanings, and different results, is refused.
 
     Args:
         mask: None, a `BlockMask`, a mask object of anyattn, or a boolean (True = attend) or floating (added)
@@ -26,7 +26,7 @@ def translate(mask: Any, query: Tensor, key: Tensor) -> Tensor | Mask | None:
         key: `(B, S_kv, H_kv, D)`.
 
     Raises:
-        InvalidCallError: If it is an integer mask, fits two readings, or fits none.
+        InvalidCallError: If it is an integer mask, has two possible meanings, or has none.
     """
     if mask is None or isinstance(mask, Mask):
         return mask
@@ -36,7 +36,7 @@ def translate(mask: Any, query: Tensor, key: Tensor) -> Tensor | Mask | None:
         raise InvalidCallError(
             "A mask must be boolean (True = attend) or floating (added to the scores); "
             f"{mask.dtype} of shape {tuple(mask.shape)} was given; Diffusers' native backend refuses it too. "
-            "If it holds 0 and 1, give mask.bool()."
+            "If it holds 0 and 1, pass mask.bool()."
         )
     dimensions = mask.dim()
     if dimensions == 1:
@@ -59,7 +59,7 @@ def _two(mask: Tensor, query: Tensor, key: Tensor) -> Tensor | Mask:
         raise InvalidCallError(
             f"A mask of shape {tuple(mask.shape)} is ambiguous here: the batch size and the query length are "
             f"both {rows}, so it could mean (batch, seqlen_kv) or (seqlen_q, seqlen_kv). "
-            "Give mask[:, None, None, :] for key padding, or mask[None, None] for one mask per query row."
+            "Pass mask[:, None, None, :] for key padding, or mask[None, None] for one mask per query row."
         )
     if rows == batch:
         return KeyPadding(mask) if mask.dtype == torch.bool else mask[:, None, None, :]
@@ -77,7 +77,7 @@ def _three(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         raise InvalidCallError(
             f"A mask of shape {tuple(mask.shape)} is ambiguous here: the batch size and the number of heads "
             f"are both {first}; Diffusers documents (batch, seqlen_q, seqlen_kv), and torch would take it as "
-            "(num_heads, seqlen_q, seqlen_kv). Give mask[:, None] for one mask per batch entry, or "
+            "(num_heads, seqlen_q, seqlen_kv). Pass mask[:, None] for one mask per batch entry, or "
             "mask[None] for one per head."
         )
     return mask[:, None]

@@ -30,7 +30,7 @@ def add(module: nn.Module) -> None:
 
 
 def remove(module: nn.Module) -> bool:
-    """Take a route back, from a module or from what is inside it; say whether there was one."""
+    """Remove a route, from a module or from one inside it; return whether there was one."""
     found = False
     for part in module.modules():
         _roots.discard(part)

@@ -1,8 +1,8 @@
-"""Signatures of processors, cached while a model is pinned: Diffusers' layers compute them anew at every call.
+"""Signatures of processors, cached while a model is pinned: Diffusers' layers compute them again at every call.
 
 `Attention.forward` asks `inspect.signature(self.processor.__call__)` which arguments it may pass on (Diffusers 0.42.1,
 `attention_processor.py` line 596). That takes about a fifth of a small attention layer's time on the host.
-`inspect.signature` itself returns a function's `__signature__` where there is one, so that nothing else changes.
+`inspect.signature` itself returns a function's `__signature__` if it has one, so nothing else changes.
 """
 
 from __future__ import annotations

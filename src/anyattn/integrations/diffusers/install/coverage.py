@@ -1,4 +1,4 @@
-"""Find the attention layers of a model, and whether each reaches one of the two doors."""
+"""Find the attention layers of a model, and whether the attention of each reaches anyattn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Layer:
     Attributes:
         path: Its name inside the model.
         computed_by: The class whose code computes the attention: the layer's own, or its processor's.
-        reason: Why anyattn doesn't reach it; empty where it does.
+        reason: Why anyattn doesn't reach it; empty if it does.
     """
 
     path: str
@@ -39,9 +39,9 @@ class Layer:
 
 
 def attention_layers(model: nn.Module) -> list[Layer]:
-    """List the layers of a model that compute softmax attention, by reading what their code calls.
+    """List the layers of a model that compute softmax attention, by reading their code.
 
-    The integration must be enabled: a layer is reached where its code calls a door that stands.
+    The integration must be enabled: a layer is reached if its code calls one of the functions of `calls.doors`.
     """
     known: dict[type, str | None] = {}
     layers = []
@@ -62,7 +62,7 @@ def attention_layers(model: nn.Module) -> list[Layer]:
 
 
 def reason_of(kind: type) -> str | None:
-    """Give None for a class that computes no attention, empty text for one that is reached, or why not."""
+    """Return why a class isn't reached; an empty text if it is, None if it computes no attention."""
     for base in kind.__mro__:
         own = OWN_LAYERS.get(f"{base.__module__}:{base.__qualname__}")
         if own is not None:
@@ -86,7 +86,7 @@ def reason_of(kind: type) -> str | None:
 
 def _opens_a_door(function: FunctionType, names: set[str]) -> bool:
     found = function.__globals__
-    # Where it isn't a global, the function imports it or reads it from Diffusers' module, where the door stands.
+    # If it isn't a global, the function imports it or reads it from Diffusers' module, which holds the replacement.
     if DISPATCH in names and found.get(DISPATCH, doors.dispatch_attention_fn) is doors.dispatch_attention_fn:
         return True
     proxies = doors.PROXIES

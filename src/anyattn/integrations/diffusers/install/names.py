@@ -16,8 +16,8 @@ VARIABLE = "DIFFUSERS_ATTN_BACKEND"
 def import_dispatcher() -> Any:
     """Import Diffusers' dispatcher, even with `DIFFUSERS_ATTN_BACKEND=anyattn`.
 
-    Diffusers looks that word up in its enumeration while it is imported, before anyone could have added the
-    name; so the word is hidden from it until then.
+    Diffusers looks the name up in its enumeration while it is imported, when the name can't have been added yet. So
+    the variable is hidden from it during the import.
     """
     constants = load("utils.constants")
     asked = getattr(constants, VARIABLE)
@@ -31,7 +31,7 @@ def import_dispatcher() -> Any:
 
 
 def install(dispatcher: Any, undo: ExitStack) -> None:
-    """Add the name to the enumeration and the registry; make it active where the environment asks for it."""
+    """Add the name to the enumeration and the registry; make it active if the environment variable asks for it."""
     member = _add_member(dispatcher.AttentionBackendName, undo)
     registry = dispatcher._AttentionBackendRegistry
     for table, entry in (
@@ -56,7 +56,7 @@ def install(dispatcher: Any, undo: ExitStack) -> None:
 
 
 def is_active() -> bool:
-    """Whether Diffusers uses anyattn wherever a layer doesn't name a backend."""
+    """Whether Diffusers uses anyattn for layers that don't name a backend."""
     return bool(doors.Stock.registry._active_backend == BACKEND_NAME)
 
 
@@ -77,7 +77,7 @@ def _add_member(names: Any, undo: ExitStack) -> Any:
         names._hashable_values_.append(BACKEND_NAME)
     if names(BACKEND_NAME) is not member or names[MEMBER] is not member or member not in list(names):
         raise UnsupportedVersionError(
-            f"This Python's enumerations take no new member, so that Diffusers can't know {BACKEND_NAME!r}."
+            f"This Python's enumerations accept no new member, so {BACKEND_NAME!r} can't be added to Diffusers."
         )
     return member
 

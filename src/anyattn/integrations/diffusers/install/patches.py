@@ -90,7 +90,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         setattr(module, alias, proxy)
 
     def uninstall(self) -> None:
-        """Give every module torch's own back, and look at imports no more."""
+        """Restore torch's own function in every module, and stop watching imports."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
         for module, alias in self.changed:

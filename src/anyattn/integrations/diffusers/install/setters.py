@@ -1,4 +1,4 @@
-"""Diffusers' own setters, taught the name anyattn; every other name goes to Diffusers as before."""
+"""Diffusers' own setters, extended by the name anyattn; every other name goes to Diffusers as before."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from anyattn.pins.covering import PIN
 
 
 class _Nothing:
-    """Stands where a layer has no processor."""
+    """The placeholder for a layer without a processor."""
 
 
 _NOTHING = _Nothing()
@@ -26,8 +26,8 @@ _NOTHING = _Nothing()
 def install(undo: ExitStack) -> None:
     """Replace the setters of models and of attention layers.
 
-    Diffusers' own would put the name on the processors that have a place for it, pass over all the others
-    without a word, and switch every other model of the process too (modeling_utils.py 0.42.1, lines 654-668).
+    Diffusers' own setter would write the name to the processors that have an attribute for it, skip all others
+    silently, and switch every other model of the process too (modeling_utils.py 0.42.1, lines 654-668).
     """
     model = load("models.modeling_utils").ModelMixin
     layer = load("models.attention").AttentionModuleMixin
@@ -82,6 +82,6 @@ def _route(module: nn.Module) -> None:
             f"{type(module).__name__} reaches anyattn ({why or 'it has none'})."
         )
     for part in module.modules():
-        # What Diffusers' setter left on a processor would still name a backend; this wish is the later one.
+        # A backend that Diffusers' setter wrote to a processor before would still be used; this call replaces it.
         vars(getattr(part, "processor", None) or _NOTHING).pop("_attention_backend", None)
     routes.add(module)

@@ -1,4 +1,4 @@
-"""Where Diffusers computes attention without its own dispatcher, as data; a test finds these places afresh.
+"""The places where Diffusers computes attention without its own dispatcher, as data; a test searches for them again.
 
 A key is a module below the package diffusers, or `module:Class.method` in it.
 """
@@ -43,7 +43,7 @@ OWN_KERNELS: Mapping[str, str] = {
     "flash_attention": "it calls torch_xla's kernel itself",
     "_na3d": "it calls NATTEN's neighbourhood attention itself",
 }
-"""Calls by which a processor computes attention past both doors; the reason is shown to the person."""
+"""Calls with which a processor computes attention past anyattn; the reason is shown to the user."""
 
 OWN_LAYERS: Mapping[str, str] = {
     "torch.nn.modules.activation:MultiheadAttention": "torch.nn.MultiheadAttention runs inside torch",

@@ -1,4 +1,4 @@
-"""What becomes of pins and routes after they were set: copies, pickles, and processors that are exchanged."""
+"""Pins and routes after they were set: copies, pickles, and processors that are exchanged."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from anyattn.integrations.diffusers.versions import UnsupportedVersionError
 from anyattn.pins.covering import Mark, live
 
 enablers: Final[list[Callable[[], bool]]] = []
-"""What enables the integration; filled by the module that does."""
+"""The function that enables the integration; the module that defines it adds it."""
 
 
 class _Host:
-    """The integration's part in its marks; one object, found again by its name."""
+    """The integration's callbacks for its marks; one object, pickled by its name."""
 
     def __reduce__(self) -> str:
         return "HOST"
 
     def arrived(self, mark: Mark) -> None:
-        """Enable the integration for a copy or for what was unpickled, or drop the wish and say so."""
+        """Enable the integration for a copied or unpickled mark; if that fails, clear the mark and warn."""
         try:
             for enable in enablers:
                 enable()
         except UnsupportedVersionError as error:
             warnings.warn(
-                f"A model was given to anyattn ({mark.preference or 'its settings decide'}) when it was saved, and "
-                f"that is lost here: {error}",
+                f"This model ran through anyattn ({mark.preference or 'its settings decide'}) when it was saved, and "
+                f"doesn't here: {error}",
                 AnyattnWarning,
                 stacklevel=2,
             )
             mark.clear()
 
     def watch(self, layer: nn.Module, mark: Mark) -> None:
-        """Warn before a layer runs whose processor was exchanged for one that doesn't reach anyattn; once a class."""
+        """Warn, once a class, before a layer runs with a new processor that doesn't reach anyattn."""
         kind = type(_processor_of(layer))
         if kind in mark.judged:
             return
@@ -67,17 +67,17 @@ def is_needed() -> bool:
 
 
 def judged_in(module: nn.Module) -> frozenset[type]:
-    """Give the classes of the processors that a model has now, of which its report speaks."""
+    """Return the classes of the processors that a model has now; its report covers them."""
     return frozenset(type(_processor_of(part)) for part in module.modules()) | {type(None)}
 
 
 def reason_against(kind: type) -> str:
-    """Say why a processor's attention doesn't reach anyattn; empty where it does, or computes none."""
+    """Return why a processor's attention doesn't reach anyattn; empty if it does, or if it computes none."""
     if kind is type(None):
         return ""
     reason = coverage.reason_of(kind)
     if reason is None and not kind.__module__.startswith("diffusers."):
-        return "its code opens neither of the doors to anyattn"
+        return "its code calls neither Diffusers' dispatcher nor torch's function from a module of Diffusers"
     return reason or ""
 
 
