@@ -73,4 +73,6 @@ def test_masks_and_sinks_stay_and_all_else_is_garbage(mask: str) -> None:
 
 def test_memory_that_is_handed_out_next_is_nan() -> None:
     fill_free_memory(torch.device("cpu"), [4096])
-    assert torch.empty(1024).isnan().any(), "the C library hands blocks out again, last freed first"
+    # Holes that other tests left in the heap may come first: the C library takes the best fit.
+    handed_out = [torch.empty(1024) for _ in range(512)]
+    assert any(bool(block.isnan().any()) for block in handed_out)
