@@ -7,7 +7,8 @@ SOURCES is the unpacked source distribution, which isn't changed. `objects` comp
 nvcc and torch's headers (a wheel's `torch/include`), and no GPU; an object that is there is kept. `link` runs where the
 result will, with that torch: it compiles what is bound to Python and makes BUILD/package, which goes on PYTHONPATH.
 
-Both half precisions, forward, split forward and backward. There are kernels for head_dim 64, 128 and 256, to which
+Both half precisions, forward, split forward and backward; fewer with `--head-dims` and `--dtypes`, and `run.py --keep`
+then names what was built. There are kernels for head_dim 64, 128 and 256, to which
 others are rounded up, as the whole build rounds them to the next of 32, 64, 96, 128, 192 and 256; none for ALiBi; and
 of the tiles that the backward chooses between by shared memory, those of an A100 or H100 alone.
 """
@@ -68,14 +69,22 @@ def includes(sources: Path, copy: Path, torch_include: Path) -> list[str]:
     return [*(f"-I{folder}" for folder in folders), f"-I{sysconfig.get_path('include')}"]
 
 
-def objects(sources: Path, build: Path, torch_include: Path, arch: int, jobs: int) -> None:
+def objects(
+    sources: Path,
+    build: Path,
+    torch_include: Path,
+    arch: int,
+    jobs: int,
+    dims: list[int],
+    dtypes: list[str],
+) -> None:
     """Compile the kernels; the smaller come first."""
     copy = prepared(sources, build)
     (build / "objects").mkdir(parents=True, exist_ok=True)
     names = [
         f"flash_{way}_hdim{dim}_{dtype}{causal}_sm80"
-        for dim in (64, 128, 256)
-        for dtype in ("bf16", "fp16")
+        for dim in dims
+        for dtype in dtypes
         for way in ("fwd", "fwd_split", "bwd")
         for causal in ("", "_causal")
     ]
@@ -136,13 +145,16 @@ def main() -> None:
     parser.add_argument("--torch-include", type=Path)
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256], choices=(64, 128, 256))
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp16"], choices=("bf16", "fp16"))
     options = parser.parse_args()
     if options.step == "link":
         link(options.sources, options.build)
     elif options.torch_include is None:
         sys.exit("objects needs --torch-include: the folder torch/include of the torch that the package is for")
     else:
-        objects(options.sources, options.build, options.torch_include, options.arch, options.jobs)
+        wanted = options.head_dims, options.dtypes
+        objects(options.sources, options.build, options.torch_include, options.arch, options.jobs, *wanted)
 
 
 if __name__ == "__main__":
