@@ -35,7 +35,11 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 def about(device: str, backends: str) -> dict[str, Any]:
-    return environment.detect().to_dict() | {"anyattn": anyattn.__version__, "device": device}
+    from anyattn.selection import registry
+
+    beside = ("diffusers", "transformers", "triton")
+    machine = environment.detect().holding((*registry.distributions(), *beside), registry.modules())
+    return machine.to_dict() | {"anyattn": anyattn.__version__, "device": device}
 
 
 def laws(device: str, backend: str, cases: str, law: str, thin: str, keep: str, shard: str) -> dict[str, Any]:
