@@ -19,8 +19,8 @@ BOTH: frozenset[Align] = frozenset(("upper_left", "lower_right"))
 class Capabilities:
     """What a backend accepts on one type of device; every default is the pessimistic one.
 
-    A backend that takes a dense boolean mask thereby takes every pattern, key mask and mask function as well: they
-    are turned into one, and the decision says so.
+    A backend that takes a dense boolean mask thereby takes every pattern, key mask and mask function as well: its `run`
+    turns them into one (`anyattn.lowering.dense.joined_mask`) for the calls of which `needs_dense` is true.
 
     Attributes:
         dtypes: The dtypes of query, key and value.

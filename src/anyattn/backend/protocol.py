@@ -121,7 +121,8 @@ class Backend:
             comes with torch.
         auto_rank: Its place in the order in which `auto` tries the backends that declare the call's type of device:
             the lowest number first, and among equals the one that is registered first. `native` has 10, and
-            `native_math`, which takes nearly every call, 90: the default comes after it.
+            `native_math`, which takes nearly every call, 90: the default comes after it. For some calls on CUDA the
+            kernels that `anyattn.selection.resolve.rule` names are tried before all others.
         declarations: What it accepts, per type of device.
         downloads: Whether `load` may fetch the kernel's code over a network: then nothing but a person's naming it has
             it loaded, never `auto`, nor what looks at every backend.
