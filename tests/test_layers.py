@@ -71,6 +71,31 @@ def test_no_folder_holds_over_eight_files() -> None:
     assert {str(f): n for f in folders if (n := len([p for p in f.glob("*.py") if p.name != "__init__.py"])) > 8} == {}
 
 
+def _long_functions(root: Path) -> dict[str, int]:
+    """Give the lines of each function that has over 60 of code; a docstring's don't count."""
+    found = {}
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if ast.get_docstring(node) is not None:
+                    lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+                if lines > 60:
+                    found[f"{path}:{node.name}"] = lines
+    return found
+
+
+def test_no_file_over_350_lines_and_no_function_over_60() -> None:
+    assert [path for path in ROOT.rglob("*.py") if len(path.read_text().splitlines()) > 350] == []
+    assert _long_functions(ROOT) == {}
+
+
+def test_a_planted_long_function_is_found(copy: Path) -> None:
+    _plant(copy / "types" / "spec.py", "def long() -> None:\n" + "    pass\n" * 61)
+    (found,) = _long_functions(copy)
+    assert found.endswith(":long")
+
+
 def test_each_folder_says_in_one_sentence_what_it_holds() -> None:
     for path in ROOT.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path

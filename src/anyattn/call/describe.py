@@ -71,14 +71,8 @@ def build_spec(
     same = seqlen_q == seqlen_kv if same_lengths is None else same_lengths
     mask_spec = _mask_spec(mask, options, query, sizes, same)
     _check_sinks(sinks, heads, query)
-    wants = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "mask": mask.dense,
-        "sinks": sinks,
-    }
-    needs = tuple(name for name, facts in wants.items() if facts is not None and facts.requires_grad)
+    inputs = {"query": query, "key": key, "value": value, "mask": mask.dense, "sinks": sinks}
+    needs = tuple(name for name, facts in inputs.items() if facts is not None and facts.requires_grad)
     return AttentionSpec(
         batch=batch,
         seqlen_q=seqlen_q,
