@@ -25,6 +25,7 @@ ORDER = (
     "sources",
     "backend",
     "masks",
+    "records",
     "scopes",
     "reference",
     "lowering",

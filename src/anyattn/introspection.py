@@ -247,7 +247,7 @@ class PlannedCall:
             return entry.call(query, key, value)
 
         try:
-            return first_that_runs(self._decide, run, usual=True, after=(error, self.decision))
+            return first_that_runs(self._decide, run, query, usual=True, after=(error, self.decision))
         finally:
             del error  # or it would hold itself, and the call's tensors, by way of its traceback
 

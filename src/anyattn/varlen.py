@@ -257,7 +257,7 @@ def _attend(
         with _without_autocast(query.device.type):
             return run_packed(found.plan, found.run, query, key, value, lengths, sinks)
 
-    result = first_that_runs(decide, run, scope.recorder, usual=usual)
+    result = first_that_runs(decide, run, query, scope.recorder, usual=usual)
     if checked and not ran[0].compared:
         _check_result(ran[0], query, key, value, lengths, sinks, result)
         ran[0].compared.append(True)

@@ -183,3 +183,32 @@ def demo(
         )
 
     _answer(make, show, as_json)
+
+
+@app.command(
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+    epilog="Exit codes: the script's own; 2 for wrong usage.",
+)
+def record(
+    script: opt.Script,
+    arguments: opt.ScriptArguments = None,
+    out: opt.RecordOut = None,
+    plot: opt.Plot = None,
+    times: opt.Times = False,
+) -> None:
+    """Run a script, and print which kernel ran in which of its layers.
+
+    What the script's main thread calls through anyattn is recorded, outside code that torch.compile compiled. Options
+    come before the script; what follows it is the script's own.
+
+    Example: anyattn record --times --out calls.json generate.py --steps 4
+    """
+    from anyattn.cli.commands import record as command
+
+    try:
+        found = command.run(script, arguments or (), out=out, plot=plot, times=times)
+    except AnyattnError as error:
+        render.failure(error, as_json=False)
+        raise typer.Exit(2) from None
+    render.line(str(found.calls))
+    raise typer.Exit(found.exit_code)

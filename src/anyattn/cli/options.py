@@ -66,3 +66,10 @@ Backends = Annotated[
 ]
 DemoDtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
+
+# What is recorded.
+Script = Annotated[Path, typer.Argument(metavar="SCRIPT", help="The Python file to run.")]
+ScriptArguments = Annotated[list[str] | None, typer.Argument(metavar="[ARGS]...", help="The script's arguments.")]
+RecordOut = Annotated[Path | None, typer.Option("--out", help="A file that gets the rows as JSON.")]
+Plot = Annotated[Path | None, typer.Option(help="A picture of them, .png or .svg; needs anyattn[plots].")]
+Times = Annotated[bool, typer.Option("--times", help="Time each call.")]

@@ -20,6 +20,7 @@ from anyattn.process.tracing import is_plain, is_usual
 from anyattn.run.plan import raise_kernel_error
 from anyattn.run.table import Entry, entry_for, entry_under
 from anyattn.scopes import defaults
+from anyattn.scopes.scopes import Recorder
 from anyattn.selection.decide import decide
 from anyattn.selection.faults import is_kernels, may_go_on, outside, passes_over, told
 from anyattn.types.decision import Decision
@@ -40,7 +41,8 @@ Found = TypeVar("Found", bound=Decided)
 def first_that_runs(
     decide: Callable[[dict[str, Reason]], Found],
     run: Callable[[Found], Output],
-    recorder: Callable[[Decision], None] | None = None,
+    query: Tensor,
+    recorder: Recorder | None = None,
     *,
     usual: bool,
     after: tuple[Exception, Decision] | None = None,
@@ -50,6 +52,7 @@ def first_that_runs(
     Args:
         decide: Decides the call, and loads the kernel; it gets the backends that failed in this call alone.
         run: Runs what was decided.
+        query: The call's query, whose device a recorder times.
         recorder: Gets the decision that ran, or the last one that failed.
         usual: Whether what fails says something of other calls: it is noted as a fault, and passed over until
             `anyattn.reset`. Otherwise (a tracer, a transform, a tensor subclass) it is passed over in this call alone.
@@ -74,6 +77,7 @@ def first_that_runs(
         try:
             if after is not None:
                 raise after[0]
+            start = None if recorder is None else recorder.start(query)
             result = run(found)
         except Exception as error:
             after = None
@@ -90,7 +94,7 @@ def first_that_runs(
                 raise_kernel_error(error, decision)
             raise
         if recorder is not None:
-            recorder(decision)
+            recorder(decision, start)
         _say(failed, decision)
         return result
 
@@ -119,7 +123,7 @@ def call_under(
     def run(entry: Entry) -> Output:
         return entry.run(query, key, value, attn_mask, sinks)
 
-    return first_that_runs(under, run, scope.recorder, usual=False)
+    return first_that_runs(under, run, query, scope.recorder, usual=False)
 
 
 def call_on(
@@ -166,7 +170,7 @@ def call_on(
         return entry.run(query, key, value, attn_mask, sinks)
 
     try:
-        return first_that_runs(again, run, scope.recorder, usual=True, after=(error, decision))
+        return first_that_runs(again, run, query, scope.recorder, usual=True, after=(error, decision))
     finally:
         del error  # or it would hold itself, and the call's tensors, by way of its traceback
 
@@ -259,6 +263,7 @@ def run_any(
         if list(map(type, plain)) != list(map(type, options)):
             return run_any(scope, query, key, value, attn_mask, sinks, tuple(options))
         entry = entry_for(scope, table_key, query, key, value, attn_mask, sinks, options)
+    start = None if scope.recorder is None else scope.recorder.start(query)
     try:
         if attn_mask is None and sinks is None:
             result = entry.call(query, key, value)
@@ -268,7 +273,7 @@ def run_any(
         decided = (entry.decision, scope, table_key)
         return call_on(error, *decided, query, key, value, attn_mask, sinks, Options(*plain))
     if scope.recorder is not None:
-        scope.recorder(entry.decision)
+        scope.recorder(entry.decision, start)
     return result
 
 

@@ -116,22 +116,24 @@ def end(life: Life) -> None:
         _set(outer if scope.life is life and outer is not None and not outer.stale else _rebuilt(scope, None))
 
 
-def leave(owner: Owner) -> None:
-    """End the life, of an object's lives, that the caller's caller leaves, if there is one."""
+def leave(owner: Owner) -> Life | None:
+    """End the life, of an object's lives, that the caller's caller leaves, and return it; None if there is none."""
     lives = owner.lives
     if not lives:
-        return
+        return None
     scope = _get()
-    life: Life | None = lives[0]
+    life = lives[0]
     if len(lives) > 1 or scope.life is not life:
-        life = _left(list(lives), sys._getframe(2), scope)
-        if life is None:
-            return
+        left = _left(list(lives), sys._getframe(2), scope)
+        if left is None:
+            return None
+        life = left
     try:
-        lives.remove(life)  # type: ignore[arg-type]
+        lives.remove(life)
     except ValueError:  # another thread was faster
-        return
-    end(life)  # type: ignore[arg-type]
+        return None
+    end(life)
+    return life
 
 
 def _left(lives: list[Life], frame: FrameType, scope: Scope) -> Life | None:

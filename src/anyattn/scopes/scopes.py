@@ -15,7 +15,10 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any, Final
 
+from torch import Tensor
+
 from anyattn.process.bounded import Bounded
+from anyattn.records import times
 from anyattn.scopes.values import Settings
 from anyattn.types.decision import Mode, Precision, Preference
 
@@ -73,7 +76,7 @@ class Scope:
         self.records = records
         self.above = None  # the scopes to make again when this one goes stale
         if records:
-            self.recorder = _teller(records)
+            self.recorder = Recorder(records)
             self.table, self.short = Bounded(_MOST_CALLS), Bounded(_MOST_CALLS)
         else:
             self.recorder = None
@@ -142,8 +145,10 @@ class Life:
     compiled: tuple[list[Entered], int] | None = None
     """What compiled code had entered in that thread when this began: the list, and its length then."""
 
-    tell: Recorder | None = None
-    """For a record: called with each decision."""
+    tell: Callable[[Any, Any], None] | None = None
+    """For a record: called with each decision, and the call's span of time."""
+    timed = False
+    """For a record: whether calls are timed."""
     scope: Scope | None = None
     """The scope that it made; `more` holds those that were made again on another outer scope."""
     more: weakref.WeakSet[Scope] | None = None
@@ -166,16 +171,24 @@ class Owner:
         self.lives: list[Life] = []
 
 
-Recorder = Callable[[Any], None]
+class Recorder:
+    """The records that a call is told to, one inside the other."""
 
+    __slots__ = ("records",)
 
-def _teller(records: tuple[Life, ...]) -> Recorder:
-    def tell(decision: Any) -> None:
-        for life in records:
+    def __init__(self, records: tuple[Life, ...]) -> None:
+        self.records = records
+
+    def start(self, tensor: Tensor) -> Any:
+        """Begin to time a call, if a record asks for that."""
+        return times.started(tensor) if any(life.timed for life in self.records) else None
+
+    def __call__(self, decision: Any, start: Any = None) -> None:
+        """Record a call that has just been made."""
+        span = times.stopped(start)
+        for life in self.records:
             if life.tell is not None and not life.ended:
-                life.tell(decision)
-
-    return tell
+                life.tell(decision, span if life.timed else None)
 
 
 # Reentrant: garbage collection can end a generator, and its block with it, at any point.
