@@ -47,7 +47,7 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor, layout: str) -> tuple[T
     sink = sinks.to(lse.dtype)[None, :, None]
     # In float32 the factor keeps its accuracy; rounding happens once, when the product is stored.
     # A row without a key has nothing to scale; lse and sink may both be -inf there, and their difference is NaN.
-    factor = torch.where(torch.isneginf(lse), 0.0, torch.sigmoid(lse - sink)).unsqueeze(-1)
+    factor = torch.where(lse == float("-inf"), 0.0, torch.sigmoid(lse - sink)).unsqueeze(-1)
     if layout == "BSHD":
         factor = factor.transpose(1, 2)
     scaled = (out.to(torch.promote_types(out.dtype, torch.float32)) * factor).to(out.dtype)

@@ -50,6 +50,11 @@ def records() -> bool:
     return proxies is not None and proxies.get_proxy_mode() is not None
 
 
+def exports_onnx() -> bool:
+    """Whether one of the ONNX exporters records a graph."""
+    return torch.onnx.is_in_onnx_export()
+
+
 def has_values(*tensors: Tensor | None) -> bool:
     """Whether the values of tensors may be read, and results computed from them be used by later calls.
 

@@ -107,7 +107,11 @@ def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
 def _shortcuts(choice: Choice) -> tuple[Runner | None, MaskedRunner | None]:
     """Ask the backend for shorter ways, where they are its own: a subclass with another `run` doesn't inherit them."""
     backend, caps, plan = choice.backend, choice.caps, choice.plan
-    if plan.lowering.entry == "empty" or (caps is not None and is_copied_for(caps, plan.spec, plan.lowering)):
+    if (
+        plan.lowering.entry == "empty"
+        or tracing.exports_onnx()
+        or (caps is not None and is_copied_for(caps, plan.spec, plan.lowering))
+    ):
         return None, None
     owns, owns_masked = _owned(type(backend).__mro__)
     return backend.bind(plan) if owns else None, backend.bind_masked(plan) if owns_masked else None
@@ -229,7 +233,7 @@ def entry_under(
     base = scope if scope.recorder is None else defaults.scope_for(scope.settings)
     spec = describe(query, key, value, attn_mask, sinks, options)
     cast = autocast_dtype(query.device.type)
-    table_key = ("under", spec, cast)
+    table_key = ("under", spec, cast, tracing.exports_onnx())
     entry: Entry | None = None if failed else base.table.get(table_key)
     if entry is None:
         generation = defaults.generation()

@@ -27,6 +27,7 @@ from anyattn.lowering.dense import (
 from anyattn.lowering.key_layout import cached_padding
 from anyattn.lowering.lse import normalise_lse, repeat_heads, with_huge_biases
 from anyattn.lowering.storage import realigned
+from anyattn.process import tracing
 from anyattn.types.spec import AttentionSpec, PatternSpec
 
 FUSED_CUDA: frozenset[str] = frozenset(("flash", "efficient", "cudnn"))
@@ -95,21 +96,23 @@ _CAUSAL = PatternSpec(-1, 0, "upper_left")
 
 def _written_out(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
-) -> tuple[Tensor, None]:
-    """Compute in float32 with matrix products and a softmax, for devices whose own kernel is wrong."""
+) -> tuple[Tensor, Tensor]:
+    """Compute with matrix products and a softmax, in float32 at least: where torch's own kernel or export is wrong."""
     assert not is_causal
     times = spec.num_heads // spec.num_kv_heads
-    wide = [tensor.float() for tensor in (query, repeat_heads(key, times), repeat_heads(value, times))]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    wide = [tensor.to(dtype) for tensor in (query, repeat_heads(key, times), repeat_heads(value, times))]
     scores = wide[0] @ wide[1].transpose(-2, -1) * spec.scale
     if mask is not None:
         scores = scores + additive(mask, scores.dtype)
     top = scores.detach().amax(-1, keepdim=True)
     # A row without a key is -inf throughout: it gives zeros, and finite gradients.
-    weights = (scores - torch.where(torch.isneginf(top), 0.0, top)).exp()
+    top = torch.where(top == float("-inf"), 0.0, top)
+    weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total == 0, 1.0, total)
     weights = F.dropout(weights, spec.dropout_p) if spec.dropout_p else weights
-    return (weights @ wide[2]).to(query.dtype), None
+    return (weights @ wide[2]).to(query.dtype), (top + total.log()).squeeze(-1)
 
 
 def _pad_head_dim(tensor: Tensor) -> Tensor:
@@ -196,7 +199,10 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if parts.key is not None:
         # Dynamo before torch 2.9 traces no NamedTuple's _replace.
         parts = Parts(cached_padding(parts.key, key.shape[2]), parts.dense, parts.block, parts.sinks)
-    lengths, pattern = (query.shape[2], key.shape[2]), not lowering.is_causal
+    # ONNX has no kernel's lse, and its attention gives rows without a key the mean of all values.
+    written_out = tracing.exports_onnx() and (spec.return_lse or spec.sinks or not spec.mask.is_empty)
+    entry, is_causal = ("written_out", False) if written_out else (lowering.entry, lowering.is_causal)
+    lengths, pattern = (query.shape[2], key.shape[2]), not is_causal
     mask = joined_mask(spec, parts, *lengths, query.device, pattern=pattern, batch=query.shape[0], like=(query, key))
     if mask is not None and misread(spec):
         mask = mask.to(query.dtype)
@@ -204,7 +210,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
         shape = (query.shape[0], query.shape[1], *lengths)
         mask = mask.expand(shape).contiguous()
     told = _told(mask, given, plan, query.dtype)
-    out, lse = _ENTRIES[lowering.entry](spec, query, key, value, told, lowering.is_causal)
+    out, lse = _ENTRIES[entry](spec, query, key, value, told, is_causal)
     if lowering.upcast:
         out = out.to(dtype)
     if spec.layout == "BSHD":
