@@ -161,7 +161,6 @@ def _sample(seqlen_q: int, device: torch.device) -> Tensor:
 
 
 def _rows_of_mask(spec: AttentionSpec, parts: Parts, rows: Tensor, device: torch.device) -> Mask | None:
-    """Return the mask of some query rows."""
     pattern = spec.mask.pattern
     columns = torch.arange(spec.seqlen_kv, device=device)[None, :]
     allowed = torch.ones(len(rows), spec.seqlen_kv, dtype=torch.bool, device=device)

@@ -78,7 +78,6 @@ def make_plan(decision: Decision) -> tuple[Plan, Run]:
 
 
 def _on_its_device(run: Run) -> Run:
-    """Make the tensors' device the current one during the call."""
 
     def guarded(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         if torch.compiler.is_compiling():

@@ -137,7 +137,6 @@ def _choice(
 
 
 def _conversions(choice: Choice, spec: AttentionSpec) -> tuple[Conversion, ...]:
-    """Return what is done to the call, by the backend and outside it."""
     plan = choice.plan
     conversions = plan.lowering.conversions
     if choice.caps is not None and is_copied_for(choice.caps, plan.spec, plan.lowering):

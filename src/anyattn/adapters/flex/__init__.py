@@ -129,7 +129,6 @@ def _mixes_names_up(spec: AttentionSpec) -> bool:
 
 
 def _compiles(spec: AttentionSpec, env: Environment) -> tuple[bool, str]:
-    """Return whether to compile the call, and why."""
     if spec.compiled:
         return True, "traced into the caller's torch.compile"
     if spec.device_type == "cuda":

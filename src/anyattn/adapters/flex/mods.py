@@ -170,7 +170,6 @@ def _with_blocks(block_mask: Any) -> Mod:
 
 
 def _mask_mod(plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Mod | None:
-    """Make the function of a pattern, a key mask and padded keys."""
     pattern = plan.spec.mask.pattern
     inside = None if pattern is None else _pattern_mod(pattern, seqlen_q, seqlen_kv)
     allowed_key = None if parts.key is None else _key_mod(parts.key, seqlen_kv, padded=plan.lowering.pad_keys)

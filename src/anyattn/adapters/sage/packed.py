@@ -89,7 +89,6 @@ def _part_beyond(pairs: Sequence[_Pair]) -> list[_Pair]:
 
 
 def _attend(plan: Plan, call: KernelCall, pairs: list[_Pair], *, causal: bool) -> Tensor:
-    """Call the kernel with some of the sequences, and return their rows."""
     (start, stop), (first, last) = pairs[-1]
     guarded = causal and -(-(stop - start) // _ROWS) * _ROWS // _KEYS > -(-(last - first) // _KEYS)
     if guarded:
@@ -124,6 +123,5 @@ def _place(spans: Sequence[_Span], device: torch.device) -> slice | Tensor:
 
 
 def _starts(spans: Sequence[_Span], device: torch.device) -> Tensor:
-    """Return the cumulative lengths of spans."""
     ends = itertools.accumulate((stop - start for start, stop in spans), initial=0)
     return torch.tensor(list(ends), dtype=torch.int32, device=device)
