@@ -133,7 +133,7 @@ def attention(
         BackendUnavailableError: If the backend required isn't to be had here.
         UnsupportedCallError: If no backend that may run admits the call; it carries the decision.
         KernelError: If the kernel raises.
-        InvalidSettingError: If an environment variable holds what can't be followed.
+        InvalidSettingError: If an environment variable has an invalid value.
         TypeError: For an unknown keyword, or a backend that is no string.
 
     While torch.compile traces, these arrive inside an error of torch._dynamo, which holds their words; the checks that

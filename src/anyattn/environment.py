@@ -1,4 +1,4 @@
-"""The machine as a frozen value, and the only code that looks at the machine."""
+"""The machine as a frozen value, and the only code that inspects the machine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from anyattn.process.installed import Modules, Packages
 Arch = tuple[int, int]
 
 BUILDS: tuple[str, ...] = ("fa3_fwd_config", "flash_attn_config")
-"""The modules of plain Python that say what a build of FlashAttention-3 left out."""
+"""The modules of plain Python that list what a build of FlashAttention-3 left out."""
 
 VARIABLES: tuple[str, ...] = ("HF_HUB_OFFLINE", "KERNELS_CACHE", "LOCAL_KERNELS", "TRANSFORMERS_OFFLINE")
-"""The environment variables that say where a kernel's code comes from; those that steer choosing are `policy`'s."""
+"""The environment variables that set where a kernel's code comes from; `anyattn.scopes` reads those of preferences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Device:
     Attributes:
         type: `"cuda"`, `"cpu"`, `"mps"`, ...
         name: What the driver calls it.
-        arch: CUDA compute capability such as `(9, 0)`, or None where there is none.
+        arch: CUDA compute capability such as `(9, 0)`, or None if it has none.
         index: Its index among devices of its type.
         rocm: Whether a `"cuda"` device is an AMD one.
     """
@@ -50,24 +50,24 @@ class Device:
 
 @dataclass(frozen=True)
 class Environment:
-    """Everything outside a call that choosing may depend on.
+    """Everything outside a call that choosing a backend may depend on.
 
     Attributes:
         torch: The version of torch.
         devices: The devices, cpu always among them.
-        packages: Version of each installed distribution, by name as pip compares names. Of this machine they are looked
-            up when they are asked for, and `holding` gives those that a report lists.
+        packages: Version of each installed distribution, by name as pip compares names. For this machine each is looked
+            up when it is read; `holding` adds those that a report lists.
         cudnn: The version of cuDNN, such as `(9, 19, 0)`, or None.
         cpu: The widest instruction set that torch uses on the processor, such as `"AVX512"`.
-        cxx: Whether a C++ compiler is at hand, which compiled CPU code needs.
+        cxx: Whether there is a C++ compiler, which compiled CPU code needs.
         python: The version of Python.
         platform: The operating system and processor.
-        modules: The modules that could be imported, as far as files tell; looked up in the same way.
+        modules: The modules whose files exist; looked up in the same way.
         variables: Those of `VARIABLES` that are set.
-        builds: Per module of `BUILDS` that is there, each feature and whether the build left it out.
+        builds: Per installed module of `BUILDS`, each feature and whether the build left it out.
         overrides: torch's CUDA kernels that are replaced in this process (`"native_flash"`, `"native_cudnn"`,
             `"varlen_attn"`), and by what: `"FA3"`, `"FA4"`, or the file that registered another kernel.
-        cudnn_file: The file of the cuDNN that is loaded; empty where that can't be told.
+        cudnn_file: The file of the cuDNN that is loaded; empty if unknown.
     """
 
     torch: Version
@@ -100,37 +100,37 @@ class Environment:
     def device(self, device_type: str, index: int | None = None) -> Device | None:
         """Find a device; without an index, the first of its type."""
         if device_type == "meta":
-            return Device("meta", "shapes alone")
+            return Device("meta", "shapes only")
         for device in self.devices:
             if device.type == device_type and index in (None, device.index):
                 return device
         return None
 
     def holding(self, distributions: Iterable[str] = (), modules: Iterable[str] = ()) -> Environment:
-        """Return the same machine with these looked up, so that they are listed where they are there."""
+        """Return the same machine with these looked up; those that are installed are then listed."""
         packages = {**self.packages, **{name: self.packages[name] for name in distributions if name in self.packages}}
         found = frozenset((*self.modules, *(name for name in modules if name in self.modules)))
         return dataclasses.replace(self, packages=packages, modules=found)
 
     def supposing(self, packages: Mapping[str, str]) -> Environment:
-        """Return the same machine with other versions of some distributions, there or not."""
+        """Return the same machine with other versions of some distributions, installed or not."""
         known = self.packages
         found = known.with_others(packages) if isinstance(known, Packages) else Packages({**known, **packages})
         return dataclasses.replace(self, packages=found)
 
     def version(self, distribution: str) -> Version | None:
-        """Give an installed distribution's version, or None where it is absent or unreadable."""
+        """Return an installed distribution's version, or None if it is absent or invalid."""
         try:
             return Version(self.packages[distribution])
         except (KeyError, InvalidVersion):
             return None
 
     def left_out(self, config: str, feature: str) -> bool | None:
-        """Say whether a build left a feature out, by its module of `BUILDS`; None where that isn't known."""
+        """Return whether a build, by its module of `BUILDS`, left a feature out; None if unknown."""
         return self.builds.get(config, {}).get(feature)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return {
             "torch": str(self.torch),
             "devices": [dataclasses.asdict(device) for device in self.devices],
@@ -152,22 +152,22 @@ _supposed: list[Environment] = []
 
 
 def detect() -> Environment:
-    """Look at this machine, once per process until `forget`; inside `supposed`, give that machine instead.
+    """Return this machine, inspected once per process until `forget`; inside `supposed`, return that machine.
 
-    Whether torch's kernels are replaced is looked at each time: one call of a program's own changes it.
+    Only `overrides` is read each time, since a program can replace torch's kernels at any moment.
     """
     return _supposed[-1] if _supposed else _with(tuple(sorted(installed.overrides().items())))
 
 
 def forget() -> None:
-    """Forget what was seen of this machine, so that the next `detect` looks again."""
+    """Have the next `detect` inspect this machine again."""
     _look.cache_clear()
     _with.cache_clear()
 
 
 @contextlib.contextmanager
 def supposed(env: Environment) -> Iterator[None]:
-    """Have `detect` give another machine inside the block, in every thread: for tests and contract doubles."""
+    """Have `detect` return another machine inside the block, in every thread: for tests and contract doubles."""
     _supposed.append(env)
     try:
         yield
@@ -200,7 +200,7 @@ def _look() -> Environment:
 
 
 def variables_now() -> dict[str, str]:
-    """Give those of `VARIABLES` that are set at this moment; `detect` keeps what they were when it looked."""
+    """Return those of `VARIABLES` that are set now; `detect` returns those set when it inspected the machine."""
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
@@ -225,17 +225,17 @@ def _devices() -> tuple[Device, ...]:
 
 
 def _xla_type() -> str:
-    """Say what torch_xla runs on (`"TPU"`, `"CPU"`, ...), or why that can't be known; empty where it isn't installed.
+    """Return what torch_xla runs on (`"TPU"`, `"CPU"`, ...), or why that is unknown; empty if it isn't installed.
 
-    Asking for the type starts no XLA runtime, which processes that are still to be spawned couldn't bear; counting
-    devices would. Source: `torch_xla/runtime.py` of torch_xla 2.9.
+    Reading the type starts no XLA runtime; counting devices would, and processes spawned later would fail. Source:
+    `torch_xla/runtime.py` of torch_xla 2.9.
     """
     if installed.version_of("torch-xla") is None:
         return ""
     try:
         runtime = importlib.import_module("torch_xla.runtime")
         return str(runtime.device_type() or "unknown")
-    except Exception as error:  # noqa: BLE001 - a broken build fails in whatever way it likes, and is told of by name
+    except Exception as error:  # noqa: BLE001 - a broken build may raise anything; the device's name shows it
         return f"unknown: torch_xla can't be imported ({type(error).__name__}: {error})"
 
 
@@ -272,15 +272,15 @@ PRESET_NAMES: tuple[str, ...] = tuple(_PRESETS)
 
 
 def preset(name: str, *, packages: Mapping[str, str] | None = None, torch_version: str | None = None) -> Environment:
-    """Describe a machine that isn't here, to ask what would be chosen on it.
+    """Return another machine, to find out what would be chosen on it.
 
     Args:
         name: One of `PRESET_NAMES`.
-        packages: The distributions to suppose installed; by default none.
-        torch_version: The torch to suppose; by default this process's.
+        packages: The distributions to take as installed; by default none.
+        torch_version: The version of torch; by default this process's.
 
     Raises:
-        ValueError: If the name isn't known.
+        ValueError: If there is no preset of this name.
     """
     device = _PRESETS.get(name.lower())
     if device is None:

@@ -1,6 +1,6 @@
 """The exceptions and warnings that anyattn raises.
 
-Their keywords have defaults so that pickling, which makes an exception anew from its message, can restore them.
+Keywords have defaults because pickling creates an exception from its message only.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ __all__ = [
 
 
 class AnyattnWarning(UserWarning):
-    """Something that a person should know, said once."""
+    """Something that a user should know; each is warned of once."""
 
 
 class AnyattnError(Exception):
-    """The base of every error that anyattn raises on purpose."""
+    """The base class of anyattn's errors."""
 
 
 class InvalidCallError(AnyattnError, ValueError):
-    """The call is wrong whatever the backend: it says what was needed, what was given and what to do."""
+    """The call is wrong for every backend."""
 
 
 class UnknownBackendError(AnyattnError, ValueError):
-    """No backend or alias has this name; the message gives the nearest names that exist."""
+    """No backend or alias has this name; the message lists similar names."""
 
 
 class InvalidSettingError(AnyattnError, ValueError):
-    """An environment variable holds something that can't be followed."""
+    """An environment variable has an invalid value."""
 
 
 class BackendUnavailableError(AnyattnError, RuntimeError, ImportError):
-    """A backend that is known but can't be used here: not installed, too old, or broken."""
+    """A known backend can't be used here: it is not installed, too old, or broken."""
 
     def __init__(self, message: str, *, backend: str = "", reasons: tuple[Reason, ...] = ()) -> None:
         super().__init__(message)
-        # ImportError's own field, which isn't set where RuntimeError comes first; Dynamo looks into it (torch 2.13,
-        # torch/_dynamo/symbolic_convert.py), and fails on None instead of giving this message.
+        # ImportError's own field, which RuntimeError's __init__ doesn't set. Dynamo reads it; None would raise another
+        # error that hides this message (torch 2.13, torch/_dynamo/symbolic_convert.py).
         self.msg = message
         self.backend = backend
         self.reasons = reasons
@@ -65,7 +65,7 @@ class UnsupportedCallError(AnyattnError, ValueError):
 
 
 class KernelError(AnyattnError, RuntimeError):
-    """A kernel raised, or gave an answer that the checks refuse; chained to the kernel's own error."""
+    """A kernel raised an error, which this is chained to, or its result failed the value checks."""
 
     def __init__(self, message: str, *, backend: str = "") -> None:
         super().__init__(message)

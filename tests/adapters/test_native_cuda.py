@@ -213,7 +213,7 @@ def test_sdpa_gets_an_additive_mask_that_no_kernel_loses(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_biases_drawn_together_keep_their_order_and_stay_finite_to_base_2(dtype: torch.dtype) -> None:
+def test_compressed_biases_keep_their_order_and_stay_finite_to_base_2(dtype: torch.dtype) -> None:
     low = torch.finfo(dtype).min
     bias = torch.tensor([low, low / 1.2, -HUGE, -HUGE / 2, -1e30, -3.0, 0.0, 5.0, -math.inf, math.inf], dtype=dtype)
     drawn = within_base_2(bias)

@@ -103,7 +103,7 @@ def test_compiled_calls_of_too_old_a_torch_are_refused_with_the_version_needed(f
     query = _shared()[0]
     with (
         environment.supposed(environment.preset("cpu", torch_version="2.7.1")),
-        pytest.raises(Exception, match=r"need torch 2\.8 or newer, and this is torch 2\.7\.1"),
+        pytest.raises(Exception, match=r"need torch 2\.8 or newer; this is torch 2\.7\.1"),
     ):
         run(query)
     torch._dynamo.reset()

@@ -28,7 +28,7 @@ from anyattn import environment
 from anyattn.backend.from_hub import FromHub
 from anyattn.cli.commands.doctor import probe, trial
 from anyattn.selection import registry
-from anyattn.selection.faults import told
+from anyattn.selection.faults import one_line
 from anyattn.sources import hub
 from anyattn.types.reasons import Reason
 
@@ -37,7 +37,7 @@ def _one_broken_import(reasons: tuple[Reason, ...], error: Exception) -> None:
     (reason,) = reasons
     assert reason.code == "broken_import"
     # An adapter may add what it knows of the cause.
-    assert reason.got.startswith(told(error))
+    assert reason.got.startswith(one_line(error))
     assert "\n" not in str(reason)
     assert reason.hint
 
@@ -54,7 +54,7 @@ def test_explicit_name_raises_with_the_reason_and_the_cure_and_never_imports_aga
             with pytest.raises(anyattn.BackendUnavailableError) as caught:
                 call(*inputs, backend=name)
             _one_broken_import(caught.value.reasons, error)
-            assert str(caught.value).count(told(error)) == 1
+            assert str(caught.value).count(one_line(error)) == 1
             cause: BaseException = caught.value
             while cause.__cause__ is not None:
                 cause = cause.__cause__
@@ -115,7 +115,7 @@ def test_list_goes_on_to_the_next_and_says_so_once(name: str, way: str, call: st
         assert len(ours) == 1
         text = str(ours[0].message)
         assert text.startswith(f"The attention backend {name} can't be imported")
-        assert told(error) in text
+        assert one_line(error) in text
         assert text.endswith("native_math runs instead.")
         assert ours[0].filename == __file__, "a warning points to the line that called"
         assert [decision.chosen for decision in calls] == ([] if call == "plan" else ["native_math"] * 3)
@@ -220,7 +220,7 @@ def test_doctor_tells_a_broken_import_once_with_its_cure(name: str, way: str) ->
     report = command._backend(row, found, env)
     assert report.state == "unusable"
     assert [reason.code for reason in report.reasons] == ["broken_import"]
-    assert report.reasons[0].got == (hub._one_line(error) if name in FROM_HUB else told(error))
+    assert report.reasons[0].got == (hub._one_line(error) if name in FROM_HUB else one_line(error))
     assert report.cure == report.reasons[0].hint != ""
 
 

@@ -82,11 +82,11 @@ def test_list_goes_on_and_says_so_once_with_the_true_name(name: str, error: Exce
         assert len(seen) == 1, "a kernel that failed for a call is tried for it once"
         (text,) = (str(w.message) for w in said if issubclass(w.category, anyattn.AnyattnWarning))
         assert text.startswith(f"The attention backend {name} failed for ")
-        assert faults.told(error) in text
+        assert faults.one_line(error) in text
         assert text.endswith("native_math runs instead.")
         assert [decision.chosen for decision in calls] == ["native_math"] * 3, "what ran is what is recorded"
         (reason,) = anyattn.explain(*inputs).reasons(name)
-        assert (reason.code, reason.got) == ("fault", faults.told(error))
+        assert (reason.code, reason.got) == ("fault", faults.one_line(error))
         assert "doctor" in reason.hint
 
 
@@ -164,7 +164,7 @@ class AcceleratorError(RuntimeError):
 def test_error_that_loses_the_device_is_raised_and_never_retried(error: Exception) -> None:
     with raising("flash2", error) as seen:
         inputs = admitted("flash2")
-        with pytest.raises(anyattn.KernelError, match="start the process anew") as caught:
+        with pytest.raises(anyattn.KernelError, match="restart the process") as caught:
             anyattn.attention(*inputs, backend=["flash2", "native_math"])
         assert caught.value.__cause__ is error
         assert len(seen) == 1

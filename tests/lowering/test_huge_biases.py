@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anyattn import reference
-from anyattn.adapters.flex.huge import FROM, drawn_together, lse_with_bias
+from anyattn.adapters.flex.huge import FROM, compressed, lse_with_bias
 from anyattn.adapters.flex.mods import score_mod_of
 from anyattn.backend.protocol import Parts
 from anyattn.masks.objects import Bias
@@ -136,15 +136,15 @@ def test_masks_added_to_each_other_leave_what_is_left(dtype: torch.dtype, query_
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_biases_drawn_together_keep_their_order(dtype: torch.dtype) -> None:
+def test_compressed_biases_keep_their_order(dtype: torch.dtype) -> None:
     low = torch.finfo(dtype).min
     bias = torch.tensor(
         [-math.inf, low, low / 1.01, -2e38, -1e38, -1e30, -1e12, -2e9, -1e9, -3.0, 0.0, 5.0, 1e9, 1e38]
     ).to(dtype)
-    drawn = drawn_together(bias.float())
-    assert bool((drawn.diff() > 20).logical_or(bias.float().abs()[1:] < 10).all())
-    assert torch.equal(drawn[9:12], bias[9:12].float())
-    assert bool((drawn[1:].abs() * LOG2_E < 2 * FROM).all())
+    close = compressed(bias.float())
+    assert bool((close.diff() > 20).logical_or(bias.float().abs()[1:] < 10).all())
+    assert torch.equal(close[9:12], bias[9:12].float())
+    assert bool((close[1:].abs() * LOG2_E < 2 * FROM).all())
 
 
 def test_gradients_of_scores_pass_huge_biases() -> None:

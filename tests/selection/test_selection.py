@@ -66,9 +66,9 @@ def test_plain_call_on_h100_is_torchs_own_pick() -> None:
     [
         (spec(scale=0.0), "efficient", "NaN"),
         (spec(scale=-1.0), "efficient", "NaN"),
-        (spec(mask=BOOLEAN, dtype=torch.float32), "efficient", "nothing were masked"),
+        (spec(mask=BOOLEAN, dtype=torch.float32), "efficient", "attends to every key"),
         (spec(mask=BOOLEAN, seqlen_q=192, requires_grad=("query",)), "efficient", "NaN in the query's gradient"),
-        (spec(dropout_p=1.0), "math", "leaves something"),
+        (spec(dropout_p=1.0), "math", "silently keeps some weights"),
         (spec(mask=FLOAT32), "efficient", "bits are read"),
         (spec(mask=FLOAT32, head_dim=66, head_dim_v=66), "math", "bits are read"),
         (spec(storage=Storage(aligned=False)), "cudnn", "not aligned"),
@@ -315,7 +315,7 @@ def test_copies_of_decisions_are_equal_and_carry_nothing_to_run() -> None:
     assert "choice" not in repr(decision)
     with pytest.raises(AttributeError):
         decision.nothing  # type: ignore[attr-defined]  # noqa: B018
-    with pytest.raises(TypeError, match="nothing to run"):
+    with pytest.raises(TypeError, match="Nothing to run"):
         choice_of(decide(spec(dtype=torch.int8)))
 
 

@@ -1,7 +1,7 @@
-"""What kernels that take one dense mask beside a causal flag have in common: torch_xla's and torch_npu's.
+"""Shared code for kernels that take one dense mask beside a causal flag: torch_xla's and torch_npu's.
 
-What such a kernel does in a row without a key is unspecified or no zero, so the mask itself says which rows those are:
-their output is set to zero here, which also keeps gradients from flowing into them.
+Such a kernel's output for a row without a key is unspecified or not zero. These rows are found from the mask, and their
+output is set to zero here, which also stops their gradients.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from anyattn.types.spec import AttentionSpec
 
 
 class KernelCall(NamedTuple):
-    """What a kernel is called with, beside the plan.
+    """What a kernel is called with, besides the plan.
 
     Attributes:
-        query: In the spec's layout, as are key and value; the rows and keys that a pattern leaves.
-        key: Key.
-        value: Value.
+        query: In the spec's layout; only the rows that a pattern leaves.
+        key: Likewise; only the keys that a pattern leaves.
+        value: As key.
         mask: Boolean (True = attend) or floating (added), four dimensions, each full or 1; or None.
-        live: Boolean `(B or 1, H or 1, S_q or 1)`: the mask's rows that have a key; None where all have.
+        live: Boolean `(B or 1, H or 1, S_q or 1)`: the mask's rows that have a key; None if all have.
     """
 
     query: Tensor
@@ -42,17 +42,17 @@ class KernelCall(NamedTuple):
 
 
 Kernel = Callable[[Plan, KernelCall], tuple[Tensor, Tensor | None]]
-"""Gives the output in the spec's layout and, where there is one, the natural lse `(B, H, S_q)`."""
+"""Returns the output in the spec's layout, and the natural lse `(B, H, S_q)` or None."""
 
 
 def lower(entry: str, caps: Capabilities, spec: AttentionSpec, *, copies: bool = True) -> Lowering:
-    """Describe how a call reaches a kernel of this kind.
+    """Return how a call reaches a kernel of this kind.
 
     Args:
-        entry: What the kernel's function is called.
+        entry: The name of the kernel's function.
         caps: The backend's declaration.
         spec: The call.
-        copies: Whether the kernel wants contiguous, aligned storage.
+        copies: Whether the kernel needs contiguous, aligned storage.
     """
     notes = list(mask_conversions(caps, spec))
     copy = copies and not (spec.storage.aligned and spec.storage.unit_stride)
@@ -65,9 +65,9 @@ def lower(entry: str, caps: Capabilities, spec: AttentionSpec, *, copies: bool =
     pattern = kernel_pattern(caps, spec)
     if pattern is not None:
         pattern = trimmed(pattern, spec.seqlen_q, spec.seqlen_kv)
-        cut = [f"{what} {part} alone" for what, part in (("rows", pattern.rows), ("keys", pattern.keys)) if part]
+        cut = [f"{what} {part} only" for what, part in (("rows", pattern.rows), ("keys", pattern.keys)) if part]
         if cut:
-            notes.append(Conversion("trimmed", "what the pattern leaves out whole isn't computed: " + ", ".join(cut)))
+            notes.append(Conversion("trimmed", "fully masked rows and keys aren't computed: " + ", ".join(cut)))
     is_causal = pattern is not None and pattern.is_causal
     return Lowering(entry, is_causal=is_causal, copy=copy, pattern=pattern, conversions=tuple(notes))
 
@@ -103,5 +103,5 @@ def attend(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, 
     if not (spec.return_lse or plan.rescale):
         return out
     if lse is None:
-        raise AssertionError(f"{plan.backend} gave no lse")
+        raise AssertionError(f"{plan.backend} returned no lse")
     return out, lse.detach().float()

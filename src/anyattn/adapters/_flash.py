@@ -1,7 +1,7 @@
-"""What flash-attn and its kin have in common: how a call is brought to their terms, and its results back.
+"""Shared code for flash-attn and similar kernels: it converts a call to their arguments, and their results back.
 
-They take `(B, S, H, D)`, causal and windowed patterns in one alignment, and key masks as lengths. Everything here is
-exact: rows and keys that see nothing are left out, allowed keys are moved, head_dim is padded with zeros.
+They take `(B, S, H, D)`, causal and windowed patterns in one alignment, and key masks as lengths. Every conversion is
+exact: fully masked rows and keys are left out, allowed keys are moved, head_dim is padded with zeros.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from anyattn.lowering.key_layout import key_layout, packed_keys, to_front, to_pa
 from anyattn.lowering.storage import realigned
 from anyattn.types.reasons import Conversion
 from anyattn.types.spec import AttentionSpec
-
-FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
-"""What every release of FlashAttention, and what is modelled on it, calls its two entries."""
 
 DECLARED = Capabilities(
     dtypes=frozenset((torch.float16, torch.bfloat16)),
@@ -43,22 +40,22 @@ DECLARED = Capabilities(
     varlen=True,
     device_guard=True,
 )
-"""What all of them take; each adapter says what else, and what not."""
+"""What most of them take; each adapter changes the fields that differ."""
 
 FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
-"""What FlashAttention of every generation, and what is modelled on it, calls its two entries."""
+"""The names of the two functions in every generation of FlashAttention, and in kernels modelled on it."""
 
 
 class KernelCall(NamedTuple):
-    """What a kernel is called with, beside the plan.
+    """What a kernel is called with, besides the plan.
 
     Attributes:
-        query: `(B, S_q, H, D)`, or `(B * S_q, H, D)` where `cu_seqlens_kv` is given.
+        query: `(B, S_q, H, D)`, or `(B * S_q, H, D)` if `cu_seqlens_kv` is given.
         key: `(B, S_kv, H_kv, D)`, or `(B * S_kv, H_kv, D)`.
         value: As key, with D_v.
         left: Columns before a row's own position, or -1.
         right: Columns after it, or -1.
-        lengths: int32 `(B,)`: how many leading keys each batch entry has, or None.
+        lengths: int32 `(B,)`: the number of keys of each batch entry, or None.
         cu_seqlens_q: int32 `(B + 1,)`, or None.
         cu_seqlens_kv: int32 `(B + 1,)`, or None.
         max_seqlen_q: S_q.
@@ -78,7 +75,7 @@ class KernelCall(NamedTuple):
 
 
 Kernel = Callable[[Plan, KernelCall], tuple[Tensor, Tensor | None]]
-"""Gives the output in query's layout and, where asked for, the natural lse `(B, H, S_q)` or `(H, B * S_q)`."""
+"""Returns the output in query's layout, and the natural lse `(B, H, S_q)` or `(H, B * S_q)`, or None."""
 
 
 def lower(
@@ -90,14 +87,14 @@ def lower(
     head_dim_multiple: int = 8,
     same_head_dims: bool = False,
 ) -> Lowering:
-    """Describe how a call reaches a kernel of this kind.
+    """Return how a call reaches a kernel of this kind.
 
     Args:
-        entry: What the kernel's function is called.
+        entry: The name of the kernel's function.
         caps: The backend's declaration.
         spec: The call.
-        packs: Whether key masks are told as cumulative lengths of packed keys, for a kernel without lengths.
-        head_dim_multiple: What head_dim and head_dim_v are padded to multiples of.
+        packs: Whether key masks are passed as cumulative lengths of packed keys, for a kernel without lengths.
+        head_dim_multiple: head_dim and head_dim_v are padded to multiples of this.
         same_head_dims: Whether the smaller of them is padded to the larger.
     """
     notes: list[Conversion] = []
@@ -114,16 +111,16 @@ def lower(
     pattern = kernel_pattern(caps, spec)
     asked = spec.mask.pattern
     if pattern is not None and asked is not None and not spec.same_lengths and pattern.align != asked.align:
-        said = f"the pattern told as ({pattern.left}, {pattern.right}) in {pattern.align} alignment"
-        cut = [f", {what} {part} alone" for what, part in (("rows", pattern.rows), ("keys", pattern.keys)) if part]
-        notes.append(Conversion("realigned", said + "".join(cut)))
+        text = f"the pattern passed as ({pattern.left}, {pattern.right}) in {pattern.align} alignment"
+        cut = [f", {what} {part} only" for what, part in (("rows", pattern.rows), ("keys", pattern.keys)) if part]
+        notes.append(Conversion("realigned", text + "".join(cut)))
     keys = ""
     if spec.mask.key is not None:
         keys = "packed" if packs else "lengths" if spec.mask.prefix else "front"
         how = {
-            "packed": "key mask: the allowed keys are packed, and told as cumulative lengths",
-            "lengths": "key mask: told as lengths",
-            "front": "key mask: the allowed keys are moved to the front, and told as lengths",
+            "packed": "key mask: the allowed keys are packed, and passed with cumulative lengths",
+            "lengths": "key mask: passed as lengths",
+            "front": "key mask: the allowed keys are moved to the front, and passed with lengths",
         }
         notes.append(Conversion(f"keys_{keys}", how[keys]))
     head_dims, conversions = (dim, dim_v), tuple(notes)
@@ -131,12 +128,12 @@ def lower(
 
 
 def keys_left(spec: AttentionSpec, pattern: KernelPattern) -> int:
-    """Say how many keys a pattern leaves."""
+    """Return the number of keys that a pattern leaves."""
     return spec.seqlen_kv if pattern.keys is None else pattern.keys[1] - pattern.keys[0]
 
 
 def attend(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, kernel: Kernel) -> Output:
-    """Run a lowered call: bring it to the kernel's terms, call it, and bring the results back."""
+    """Run a lowered call: convert its arguments, call the kernel, and convert the results back."""
     spec, lowering = plan.spec, plan.lowering
     if spec.layout == "BHSD":
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -165,7 +162,7 @@ def attend(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts, 
         before, after = pattern.rows[0], seqlen_q - pattern.rows[1]
         out = F.pad(out, (0, 0, 0, 0, before, after))
         if lse is not None and parts.sinks is not None and not plan.rescale:
-            # The kernel's own lse holds the sinks, and so does that of a row without a key.
+            # The kernel's lse includes the sinks; for a row without a key it is the sink itself.
             alone = parts.sinks.detach().to(lse.dtype)[None, :, None].expand(lse.shape[0], -1, before + after)
             lse = torch.cat((alone[..., :before], lse, alone[..., before:]), -1)
         elif lse is not None:
@@ -179,7 +176,7 @@ def _with_lse(plan: Plan, out: Tensor, lse: Tensor | None) -> Output:
     if not (plan.spec.return_lse or plan.rescale):
         return out
     if lse is None:
-        raise AssertionError(f"{plan.backend} gave no lse")
+        raise AssertionError(f"{plan.backend} returned no lse")
     lse = lse.detach().float()
     # Kernels write +inf or -inf for a row without a key.
     return out, torch.where(lse == float("inf"), float("-inf"), lse)

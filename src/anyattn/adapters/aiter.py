@@ -3,11 +3,11 @@
 Sources: `aiter/ops/mha.py` of amd-aiter 0.1.7 and of ROCm/aiter e4048607. No AMD GPU has run this adapter: a contract
 double stands in for the kernel. Causal and windows are aligned to the lower right.
 
-What needs care: a window whose sides are both <= 0 counts as none on its fast paths, so that causality is told by the
-flag alone and such windows are refused; a call that needs gradients must ask for lse, or an assertion fails; the
-backward of causal attention with unequal lengths is aligned otherwise than its forward; `return_attn_probs` puts other
-things where lse is. Softcap is known to the packed entry alone, and not to its backward; sinks have no gradient: both
-are left out.
+What needs care: on its fast paths a window whose sides are both <= 0 counts as none, so causal is passed by the flag
+only and such windows are refused. A call that needs gradients must request lse, or an assertion fails. The backward of
+causal attention with unequal lengths is aligned differently from its forward. `return_attn_probs` returns other things
+in lse's place. Softcap and sinks aren't declared: only the packed entry has softcap, without a backward, and sinks have
+no gradient.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AMD_AITER = Package(
     "amd-aiter", _MODULE, _flash.FUNCTIONS, ">=0.1.5", others=("aiter",), note="PyPI's aiter is another package"
 )
 AITER = Package("aiter", _MODULE, _flash.FUNCTIONS, ">=0.1.5", AMD_AITER.command)
-"""AMD's own wheels were called that up to 0.1.7; so is PyPI's, which lacks the module."""
+"""The name of AMD's own wheels up to 0.1.7, and of PyPI's package, which lacks the module."""
 
 UNNAMED = Package("", _MODULE, _flash.FUNCTIONS, install=AMD_AITER.command, found_by=_MODULE)
 """A build without metadata."""
@@ -48,7 +48,7 @@ _ROCM = _flash.DECLARED.replace(rocm=True, head_dim_v=True, window_any_right=Tru
 
 
 def package_on(env: Environment) -> Package:
-    """Give the package that brings the kernel on a machine, or the one to ask for."""
+    """Return the package that contains the kernel on a machine, or the one to install."""
     if "amd-aiter" in env.packages:
         return AMD_AITER
     if _MODULE in env.modules:
@@ -71,7 +71,7 @@ class Aiter(Backend):
         yield from _not_nvidia(env, self.declarations)
         package = package_on(env)
         if package is AMD_AITER and "amd-aiter" not in env.packages and "aiter" in env.packages:
-            got = f"aiter {env.packages['aiter']}, another package that only shares the name"
+            got = f"aiter {env.packages['aiter']}, another package of the same name"
             yield Reason("not_installed", AMD_AITER.wanted, got, f"pip uninstall aiter; {self.install}")
         else:
             yield from package.reasons(env)
@@ -88,16 +88,16 @@ class Aiter(Backend):
         sides = f"({pattern.left}, {pattern.right}) on {rows} queries and {keys} keys"
         left, right = _sides(pattern.left, pattern.right, keys)
         if right > 0 and keys <= right < rows - 1:
-            need = "a right side below seqlen_kv where there are more queries than keys (taken for unbounded)"
+            need = "a right side below seqlen_kv if seqlen_q > seqlen_kv (the kernel treats others as unbounded)"
             yield Reason("mask", need, sides, "flex takes every mask")
         if left == 0 and not 0 < right < keys:
-            need = "a window with a side above 0 (the kernel takes others for no window)"
+            need = "a window with a side above 0 (the kernel treats others as no window)"
             yield Reason("mask", need, sides, "flex takes every mask")
         unequal = not spec.same_lengths and (rows != keys or rows == UNKNOWN)
         if spec.packed and not spec.same_lengths and (left, right) != (-1, 0):
             yield Reason("mask", "no window over packed sequences of different lengths", sides, "flash4 takes them")
         if (left, right) == (-1, 0) and spec.needs_grad and (unequal or (spec.packed and not spec.same_lengths)):
-            need = "equal lengths where causal attention needs gradients (its backward is aligned otherwise)"
+            need = "equal lengths for gradients of causal attention (its backward is aligned differently)"
             yield Reason("mask", need, sides, "flex takes every mask")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
@@ -106,7 +106,7 @@ class Aiter(Backend):
         lowering = _flash.lower(entry, self.declarations[spec.device_type], spec, packs=True)
         pattern, notes = self._pattern(spec), lowering.conversions
         if pattern is not None and pattern != lowering.pattern:
-            notes = (*notes, Conversion("trimmed", f"rows {pattern.rows} alone: the others see no key"))
+            notes = (*notes, Conversion("trimmed", f"rows {pattern.rows} only: the others see no key"))
         return dataclasses.replace(lowering, pattern=pattern, conversions=notes)
 
     def _pattern(self, spec: AttentionSpec) -> KernelPattern | None:
@@ -131,10 +131,10 @@ class AiterHub(FromHub, Aiter):
 
     name = "aiter_hub"
     aliases = ("aiter_fa2_hub",)
-    # ROCm, gfx942 and gfx950. Other than amd-aiter: there is no autograd, and outputs are detached; float16 raises
-    # "invalid argument for fmha_fwd"; head_dim is 64 or 128; unknown keywords are swallowed, softcap and deterministic
-    # among them; sinks are `s_aux`, not `sink_ptr`; windows have three parts. lse comes with `return_lse=True`; with
-    # `return_attn_probs=True` alone the second part of the tuple is the dropout mask and not lse (`mha.py`).
+    # ROCm, gfx942 and gfx950. Differences from amd-aiter: there is no autograd, and outputs are detached; float16
+    # raises "invalid argument for fmha_fwd"; head_dim is 64 or 128; unknown keywords, including softcap and
+    # deterministic, are ignored; sinks are `s_aux`, not `sink_ptr`; windows have three parts. `return_lse=True` returns
+    # lse; with only `return_attn_probs=True` the second part of the tuple is the dropout mask (`mha.py`).
     hub = HubKernel(
         "kernels-community/aiter-flash-attn-ck",
         _flash.FUNCTIONS,
@@ -148,7 +148,7 @@ class AiterHub(FromHub, Aiter):
             head_dim_max=128,
             head_dim_multiple=64,
             head_dim_v=False,
-            # What its functions don't name they swallow, and dropout was seen in none of its sources.
+            # Its functions ignore unknown keywords, and none of its sources mentions dropout.
             dropout=False,
             backward=False,
             deterministic=False,
@@ -166,10 +166,10 @@ class AiterHub(FromHub, Aiter):
 
 def _not_nvidia(env: Environment, kinds: Iterable[str]) -> Iterator[Reason]:
     devices = [device for device in env.devices if device.type in kinds]
-    # A compute capability is NVIDIA's.
+    # Only NVIDIA's GPUs have a compute capability.
     if devices and all(device.arch is not None and not device.rocm for device in devices):
         names = ", ".join(dict.fromkeys(device.name for device in devices))
-        yield Reason("arch", "an AMD GPU (ROCm)", f"NVIDIA ({names})", "flash2 is the like of it for NVIDIA")
+        yield Reason("arch", "an AMD GPU (ROCm)", f"NVIDIA ({names})", "choose flash2 on NVIDIA")
 
 
 def _left_over(pattern: KernelPattern, spec: AttentionSpec) -> tuple[int, int]:
@@ -179,9 +179,9 @@ def _left_over(pattern: KernelPattern, spec: AttentionSpec) -> tuple[int, int]:
 
 
 def _sides(left: int, right: int, keys: int) -> tuple[int, int]:
-    """Write a left side that reaches the first key from the last row as unbounded, so that causal is said as such.
+    """Make a left side unbounded if the last row sees the first key; a pattern that is causal then is passed as such.
 
-    The kernel does so by itself from S_kv on, and then doesn't see that what is left is causal.
+    The kernel itself does so from S_kv on, but then doesn't notice that the pattern is causal.
     """
     return (-1 if 0 < keys <= left + 1 else left), right
 
@@ -190,7 +190,7 @@ def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
     spec, functions = plan.spec, FUNCTIONS[plan.backend]
     left, right = _sides(call.left, call.right, call.max_seqlen_kv)
     causal = left == -1 and right == 0
-    # Whatever needs a gradient makes it assert that lse is asked for.
+    # It asserts that lse is requested if any input needs a gradient.
     with_lse = spec.return_lse or plan.rescale or spec.needs_grad
     options: dict[str, Any] = {
         "dropout_p": spec.dropout_p,
@@ -203,7 +203,7 @@ def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
     if call.cu_seqlens_kv is None:
         result = functions.flash_attn_func(call.query, call.key, call.value, **options)
         return (result[0], result[1]) if with_lse else (result, None)
-    # What it writes for an entry without keys isn't known, in its backward neither: chosen, not trusted.
+    # What it writes for an entry without keys is unknown, in its backward too, so those rows are replaced.
     assert call.cu_seqlens_q is not None
     alive = packed_rows.used(call.cu_seqlens_q, call.cu_seqlens_kv, call.query.shape[0])
     result = functions.flash_attn_varlen_func(

@@ -40,18 +40,18 @@ class Flash2(Backend):
             _flash.FUNCTIONS,
             ">=2.6.3,<3",
             "pip install {requirement} --no-build-isolation",
-            note="flash-attn-4 alone leaves a namespace flash_attn without these functions",
+            note="flash-attn-4 has a namespace flash_attn too, without these functions",
         ),
     )
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _CUDA}
 
     def kernel_version(self, env: Environment) -> Version | None:
-        """Give the version of the functions that are called; None where they are new enough."""
+        """Return the version of the functions that are called; None if they are new enough."""
         return env.version("flash-attn")
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         if spec.scale <= 0:
-            return  # refused by the declaration; nothing more to say
+            return  # refused by the declaration
         if spec.softcap is not None and spec.dropout_p:
             yield Reason("softcap", "softcap without dropout", f"dropout_p {spec.dropout_p}")
         version = self.kernel_version(env)
@@ -77,9 +77,9 @@ class Flash2Hub(FromHub, Flash2):
     name = "flash2_hub"
     aliases = ("flash_hub", "flash_varlen_hub", "flash_attn_2_hub")
     # Signatures and conventions are those of flash-attn 2.8. Builds are for CUDA, ROCm, XPU and CPUs: only CUDA's are
-    # declared, since `flash_attn_cpu/flash_api.cpp` takes dropout, softcap and seqused_k without using them, and leaves
-    # lse undefined. Builds of this line for CUDA 12.8 were known to raise in a backward with fewer key/value heads
-    # (kernels-community issue 1085); that the pinned one doesn't isn't on record.
+    # declared, since `flash_attn_cpu/flash_api.cpp` ignores dropout, softcap and seqused_k, and leaves lse undefined.
+    # Builds of this line for CUDA 12.8 were known to raise in a backward with fewer key/value heads (kernels-community
+    # issue 1085); nobody reported that the pinned one doesn't.
     hub = HubKernel(
         "kernels-community/flash-attn2",
         _flash.FUNCTIONS,
@@ -90,7 +90,7 @@ class Flash2Hub(FromHub, Flash2):
     )
 
     def kernel_version(self, env: Environment) -> Version | None:
-        return None  # whatever version of the package is installed beside it
+        return None  # the installed package isn't what is called
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         yield from super().rejects(spec, env)

@@ -3,13 +3,13 @@
 Sources: `op_plugin/config/op_plugin_functions.yaml` and the API document of Ascend's op-plugin 517f2e7d, and the
 document in torch_npu 2.14. No NPU has run this adapter: a contract double stands in for the kernel.
 
-Its mask says True for what is *not* seen, its scale defaults to 1, and without a mask tensor its causal modes are full
-attention without a word: the compressed 2048 x 2048 mask goes with them always. Its additive input (`pse`) isn't used:
+In its mask True means masked, and its scale defaults to 1. Without a mask tensor its causal modes silently attend to
+everything, so the compressed 2048 x 2048 mask is always passed with them. Its additive input (`pse`) isn't used:
 document and example disagree on whether it is scaled.
 
-Packed sequences are its layout TND. What it gives of softmax's maximum and sum has the shape `(T, N, 8)` there, but is
-stored one sequence after the other as `(N, S, 8)` unless `softmax_layout="TND"`, which older versions don't know, says
-otherwise (MindSpeed's `flatten_softmax` undoes it): where lse is wanted, sequences are padded instead.
+Packed sequences use its layout TND. Softmax's maximum and sum have the shape `(T, N, 8)` there, but are stored sequence
+by sequence as `(N, S, 8)` unless `softmax_layout="TND"` is passed, which older versions don't know (MindSpeed's
+`flatten_softmax` undoes it). So sequences are padded if lse is wanted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NPU = Capabilities(
     boolean=True,
     dead_rows=True,
     gqa=True,
-    # Not of everything: keep_prob is in (0, 1].
+    # keep_prob is in (0, 1], so dropout_p < 1.
     dropout=True,
     lse=True,
     backward=True,
@@ -56,7 +56,7 @@ _MOST = {"batch": 2 << 20, "num_heads": 256, "seqlen_q": 1 << 20, "seqlen_kv": 1
 """The document's limits of sizes."""
 
 _MOST_PACKED = 1 << 10
-"""How many packed sequences: the document says 2K in one place, and 1K in another."""
+"""The most packed sequences: the document says 2K in one place and 1K in another."""
 
 _MOST_TOKENS = 1 << 20
 
@@ -106,9 +106,9 @@ class Npu(Backend):
 
 
 def _packs(spec: AttentionSpec) -> bool:
-    """Whether packed sequences are given as they are.
+    """Whether the kernel takes packed sequences; otherwise they are padded.
 
-    Its causal modes leave rows without a key where lengths differ; windows would need a dense mask.
+    Its causal modes leave rows without a key if lengths differ; windows would need a dense mask.
     """
     pattern = spec.mask.pattern
     full = pattern is None or pattern.left == pattern.right == -1
@@ -141,7 +141,7 @@ def _attend_packed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts:
 
 
 def _options(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """Give what the kernel is told whatever the layout: the scale, the dropout and a causal pattern."""
+    """Return the arguments that don't depend on the layout: scale, dropout and a causal pattern."""
     spec, pattern = plan.spec, plan.lowering.pattern
     options: dict[str, Any] = {"scale": spec.scale, "keep_prob": 1.0 - spec.dropout_p}
     if plan.lowering.is_causal and pattern is not None:
@@ -162,26 +162,26 @@ def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
     result = function(call.query, call.key, call.value, spec.num_heads, layout, **options)
     if not (spec.return_lse or plan.rescale):
         return result[0], None
-    # Two float32 tensors (B, N, S_q, 8), the eight of a row alike.
+    # Two float32 tensors (B, N, S_q, 8); the eight numbers of a row are equal.
     largest, total = result[1][..., 0], result[2][..., 0]
     return result[0], largest + total.log()
 
 
 @functools.lru_cache(maxsize=16)
 def _compressed(device: torch.device) -> Tensor:
-    """Give the mask that the causal modes expect whatever the lengths are, made once per device."""
+    """Return the mask that the causal modes expect for all lengths, made once per device."""
     with torch.inference_mode(False):
         return torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool, device=device).triu(1)
 
 
 def _hidden(spec: AttentionSpec, call: KernelCall) -> Tensor:
-    """Turn the mask into the kernel's: True is hidden, heads and batch 1 only where it takes that, the rest in full."""
+    """Convert the mask to the kernel's: True is masked, and only heads, and then batch, may have size 1."""
     mask = call.mask
     assert mask is not None
     hidden = ~mask
     if call.live is not None:
-        # A row that sees nothing is let see everything: what the kernel gives there is unspecified, in its backward
-        # too. `attend` sets the row to zero.
+        # A row without a key sees every key, since the kernel's result is unspecified otherwise, in its backward too.
+        # `attend` sets the row to zero.
         hidden = hidden & call.live.unsqueeze(-1)
     axis = 1 if spec.layout == "BSHD" else 2
     lengths = (call.query.shape[axis], call.key.shape[axis])

@@ -1,10 +1,9 @@
 """SageAttention 3 in fp4, from the Hub, for NVIDIA GPUs of sm120: never run on a real one.
 
 Source: Diffusers 0.42.1, `models/attention_dispatch.py`, and the kernel's own `sageattn3_blackwell`, by reading. It
-takes `(B, H, S, D)`, contiguous. It ignores `attn_mask`, and swallows every keyword that it doesn't know, scale among
-them: its scale is `D**-0.5`. It takes the mean off the caller's own key, in place, so that it is given a copy. Key
-heads must be as many as query heads; the output carries no gradient, and there is no lse. Causal attention where the
-lengths differ, torch.compile and CUDA graphs: nobody saw what it does.
+takes `(B, H, S, D)`, contiguous. It ignores `attn_mask` and unknown keywords, including scale: its scale is `D**-0.5`.
+It subtracts the mean from key in place, so it gets a copy. It needs as many key heads as query heads; the output has no
+gradient, and there is no lse. Causal attention with unequal lengths, torch.compile and CUDA graphs were never tried.
 """
 
 from __future__ import annotations
@@ -40,17 +39,16 @@ _CUDA = Capabilities(
     unit_stride=False,
     batch_max=65535,
     device_guard=True,
-    default_stream=True,  # its launches were not read: this is right either way
+    default_stream=True,  # which stream its launches use wasn't read: this is right for any
 )
 
 
 class SageBlackwellHub(FromHub):
-    """SageAttention 3, scores, weights and value in fp4; forward alone."""
+    """SageAttention 3, scores, weights and value in fp4; forward only."""
 
     name = "sage_blackwell_hub"
     family = "sage_blackwell"
-    # `sageattn3_blackwell(q, k, v, attn_mask=None, is_causal=False, per_block_mean=True, **kwargs)`, `(B, H, S, D)`: it
-    # ignores attn_mask, swallows scale, and writes to the caller's key.
+    # `sageattn3_blackwell(q, k, v, attn_mask=None, is_causal=False, per_block_mean=True, **kwargs)`, `(B, H, S, D)`.
     hub = HubKernel(
         "SageAttention/sage-blackwell",
         ("sageattn3_blackwell",),
@@ -64,7 +62,7 @@ class SageBlackwellHub(FromHub):
         # The default is 1 / sqrt(D), which for D = 128 is another float than D ** -0.5.
         if not math.isclose(spec.scale, spec.head_dim**-0.5):
             need = f"scale=None, which is head_dim ** -0.5 ({spec.head_dim**-0.5})"
-            yield Reason("scale", need, str(spec.scale), "multiply query by what is missing")
+            yield Reason("scale", need, str(spec.scale), "multiply query by the quotient of the two")
         if spec.mask.pattern is not None and not spec.same_lengths:
             yield Reason("mask", "seqlen_q == seqlen_kv for causal", f"{spec.seqlen_q} and {spec.seqlen_kv}")
 

@@ -3,10 +3,10 @@
 Sources: `torch_xla/experimental/custom_kernel.py` of torch_xla 2.9 and of pytorch/xla 41398bff, and the kernel that it
 calls, jax's `pallas/ops/tpu/flash_attention.py` (078fd687). No TPU has run this adapter: a contract double stands in.
 
-What needs care: the scale defaults to 1; `ab` is added before the scale; keys are padded with zeros that are masked
-only where `ab` is given; causal attention of a single query runs no block; a mask's forbidden positions are large
-negative numbers and not -inf; the backward takes lengths in whole blocks alone. `torch.ops.xla.flash_attention` is
-never called: off an XLA device it gives uninitialised memory.
+What needs care: the scale defaults to 1. `ab` is added before the scale. Padded keys are masked only if `ab` is passed.
+Causal attention of a single query runs no block. Masked positions are large negative numbers and not -inf. The backward
+takes lengths in whole blocks only. `torch.ops.xla.flash_attention` is never called: off an XLA device it returns
+uninitialised memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from anyattn.types.spec import AttentionSpec, PatternSpec
 
 _XLA = Capabilities(
     dtypes=frozenset((torch.bfloat16, torch.float32)),
-    # No limit is written down; larger ones would need more of a TPU's vector memory than was ever tried.
+    # No limit is documented; larger ones would need more of a TPU's vector memory than was ever tried.
     head_dim_max=256,
     causal=frozenset(("upper_left",)),
     realigns=True,
@@ -50,7 +50,7 @@ _XLA = Capabilities(
 )
 
 _BLOCK = 512
-"""Keys beyond one block are taken in whole blocks."""
+"""More keys than one block are padded to whole blocks."""
 
 _LANES = 128
 _FAR = 1e37
@@ -80,13 +80,13 @@ class Xla(Backend):
         device = env.device("xla")
         if device is not None and device.name != "TPU":
             got = f"an XLA device of type {device.name or 'unknown'}"
-            yield Reason("no_device", "a TPU", got, "set PJRT_DEVICE=TPU where there is one, or choose another backend")
+            yield Reason("no_device", "a TPU", got, "set PJRT_DEVICE=TPU if there is one, or choose another backend")
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         if 0 < spec.scale < 1e-9:
             yield Reason("scale", "scale >= 1e-9 (the kernel's bias is divided by it)", str(spec.scale))
         if spec.dtype == torch.float32 and spec.needs_grad:
-            need = "bfloat16 where gradients are needed (a TPU's backward multiplies in bfloat16 by default)"
+            need = "bfloat16 if gradients are needed (a TPU's backward multiplies in bfloat16 by default)"
             yield Reason("dtype", need, "float32", "cast query, key and value")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
@@ -103,7 +103,7 @@ class Xla(Backend):
             notes.append(Conversion("pad_rows", "queries padded to whole blocks, and the padding cut off"))
         if spec.head_dim > _LANES and spec.head_dim % _LANES:
             notes.append(Conversion("pad_head_dim", f"head_dim padded to a multiple of {_LANES}"))
-        # One key is seen by every row: the kernel's causal code would run no block for one query.
+        # Every row sees a single key; the kernel's causal code would run no block for one query.
         is_causal = lowering.is_causal and keys != 1
         return dataclasses.replace(lowering, is_causal=is_causal, conversions=tuple(notes))
 
@@ -122,14 +122,14 @@ class Xla(Backend):
 
 
 def _whole(length: int, *, backward: bool) -> int:
-    """Give the number of keys as the kernel takes them: whole blocks, and for its backward whole lanes."""
+    """Return the number of keys that the kernel takes: whole blocks, and for its backward whole lanes."""
     if length > _BLOCK or (backward and length > _BLOCK // 2):
         return -(-length // _BLOCK) * _BLOCK
     return -(-length // _LANES) * _LANES if backward else length
 
 
 def _whole_rows(length: int, *, backward: bool) -> int:
-    """Give the number of queries: the backward takes 1024 a time where there are more than 512."""
+    """Return the number of queries that the kernel takes: its backward takes 1024 at a time if there are over 512."""
     return -(-length // (2 * _BLOCK)) * 2 * _BLOCK if backward and length > _BLOCK else length
 
 
@@ -146,20 +146,20 @@ def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
     more_keys = _whole(keys, backward=spec.needs_grad) - keys
     mask, causal = call.mask, plan.lowering.is_causal
     if more_keys and mask is None and not (causal and rows <= keys):
-        # Zero keys would take part in the softmax: only `ab` masks them. The flag's own mask does where S_q <= S_kv.
+        # Padded keys would take part in the softmax: only `ab` masks them, or the causal flag if S_q <= S_kv.
         mask = _nothing_hidden(causal, rows, keys, query.device)
         causal = False
     ab = None
     if mask is not None:
         ab = _before_scale(mask, spec.scale, (rows, keys), (more_rows, more_keys)).expand(batch, heads, -1, -1)
         ab = ab.contiguous()
-    # Heads larger than a lane's 128 are taken in multiples of it.
+    # A head_dim above 128, the number of lanes, must be a multiple of it.
     more_dim = -dim % _LANES if dim > _LANES else 0
     query, key, value = (
         F.pad(tensor, (0, more_dim, 0, more)) if more or more_dim else tensor
         for tensor, more in ((query, more_rows), (key, more_keys), (value, more_keys))
     )
-    # float32 is multiplied in bfloat16 on a TPU unless jax is told otherwise.
+    # On a TPU jax multiplies float32 in bfloat16 by default.
     precise = functions.precision("highest") if spec.dtype == torch.float32 else contextlib.nullcontext()
     with precise:
         out = functions.flash_attention(query, key, value, causal=causal, sm_scale=spec.scale, ab=ab)
@@ -174,18 +174,18 @@ def _nothing_hidden(causal: bool, rows: int, keys: int, device: torch.device) ->
 
 
 def _before_scale(mask: Tensor, scale: float, lengths: tuple[int, int], more: tuple[int, int]) -> Tensor:
-    """Turn a mask into what is added before the scale: float32, padded, finite.
+    """Convert a mask to what is added before the scale: float32, padded, finite.
 
-    The kernel can't take -inf (a block of nothing else gives NaN), so that hidden positions get a number far below
-    every bias. Biases beyond +-far are drawn together in their order, so that the division by the scale stays finite.
+    The kernel can't take -inf (a block of it gives NaN), so masked positions get a number far below every bias. Biases
+    beyond +-far are compressed, in the same order, so that the division by the scale stays finite.
     """
     far = _FAR * min(1.0, scale)
     if mask.dtype == torch.bool:
         added = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -8 * far)
     else:
         bias = mask.detach().float()
-        drawn = bias * (far / 4e38)
-        added = torch.minimum(torch.maximum(bias, drawn - far), drawn + far)
+        small = bias * (far / 4e38)
+        added = torch.minimum(torch.maximum(bias, small - far), small + far)
         added = added.masked_fill(bias == float("-inf"), -8 * far)
     added = added.expand(*added.shape[:2], *lengths) / scale
     added = F.pad(added, (0, more[1]), value=-8 * far / scale)

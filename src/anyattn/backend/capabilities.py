@@ -1,4 +1,4 @@
-"""What a backend declares that it accepts, and the one place that reads each field."""
+"""What a backend declares that it accepts."""
 
 from __future__ import annotations
 
@@ -19,60 +19,60 @@ BOTH: frozenset[Align] = frozenset(("upper_left", "lower_right"))
 class Capabilities:
     """What a backend accepts on one type of device; every default is the pessimistic one.
 
-    A backend that takes a dense boolean mask thereby takes every pattern, key mask and mask function as well: its `run`
-    turns them into one (`anyattn.lowering.dense.joined_mask`) for the calls of which `needs_dense` is true.
+    A backend that takes a dense boolean mask also takes every pattern, key mask and mask function: its `run` converts them
+    to one (`anyattn.lowering.dense.joined_mask`) for the calls of which `needs_dense` is true.
 
     Attributes:
         dtypes: The dtypes of query, key and value.
         arch_min: The lowest compute capability, for CUDA.
         arch_max: The highest, or None.
-        rocm: Whether AMD GPUs are served.
+        rocm: Whether it runs on AMD GPUs.
         head_dim_max: The largest head_dim.
         head_dim_min: The smallest of head_dim and head_dim_v.
-        head_dims: Which head dims there are where that depends on the compute capability; of others, none.
+        head_dims: The head dims per compute capability, if they depend on it; capabilities not listed have none.
         head_dim_multiple: What head_dim and head_dim_v must be multiples of.
         head_dim_v: Whether value's head_dim may differ from query's.
         causal: The alignments in which the kernel itself does causal attention.
-        causal_square: Whether it does so only where there are as many queries as keys.
+        causal_square: Whether it does so only if S_q == S_kv.
         window: The alignments in which the kernel itself does sliding windows.
-        window_any_right: Whether a window's right side may be any where there are more queries than keys; otherwise it
-            must be below the number of keys. FlashAttention-2 takes one of S_kv or more for unbounded though it may
-            still cut, and an unbounded one beside a bounded left side for S_kv, which then cuts (`flash_api.cpp`; seen
-            on an H100 with 2.8.3). It matters to kernels with `realigns` and windows.
-        realigns: Whether the backend says a pattern in its kernel's own alignment where that can be done exactly (it
-            then calls `kernel_pattern`); otherwise alignments must agree, or the lengths.
-        key_mask: Whether the kernel takes a key mask as such.
+        window_any_right: Whether a window's right side may have any size if S_q > S_kv; if not, it must be below S_kv.
+            FlashAttention-2 treats a right side of S_kv or more as unbounded, though it may still mask keys. It treats
+            an unbounded right side beside a bounded left one as S_kv, which then masks keys (`flash_api.cpp`; seen on
+            an H100 with 2.8.3). It matters to kernels with `realigns` and windows.
+        realigns: Whether the backend converts a pattern to its kernel's alignment (with `kernel_pattern`) if that is
+            exact; otherwise the alignments must agree, or S_q == S_kv.
+        key_mask: Whether the kernel itself takes a key mask.
         key_and_pattern: Whether it takes one together with a pattern.
         boolean: Whether it takes a dense boolean mask.
         bias: Whether it takes a dense additive mask.
         bias_float32: Whether that may be float32 with a half-precision query.
         block: Whether it takes a FlexAttention block mask or a mask function.
-        mask_grad: Whether it gives the gradient of an additive mask.
+        mask_grad: Whether it computes the gradient of an additive mask.
         dead_rows: Whether rows without a key give zeros.
         gqa: Whether query heads may share key/value heads.
         dropout: Whether it does dropout.
-        dropout_of_all: Whether that is right where everything is dropped, dropout_p == 1.
+        dropout_of_all: Whether dropout is right for dropout_p == 1.
         softcap: Whether it does softcap.
         sinks: Whether it does sinks.
-        sinks_grad: Whether it gives their gradient.
+        sinks_grad: Whether it computes their gradient.
         scale_any: Whether zero and negative scales are right.
-        lse: Whether it gives the log-sum-exp.
-        backward: Whether it gives gradients.
-        deterministic: Whether its gradients are deterministic when asked.
-        forward_ad: Whether it gives derivatives of forward mode (torch.func.jvp, dual tensors).
+        lse: Whether it returns the log-sum-exp.
+        backward: Whether it computes gradients.
+        deterministic: Whether its gradients can be deterministic.
+        forward_ad: Whether it supports forward-mode AD (torch.func.jvp, dual tensors).
         vmap: Whether it can be called inside torch.vmap.
         exact: Whether it computes in the inputs' precision; False for quantised kernels.
-        quantised: What a quantised kernel computes in: `"int8"`, `"fp8"` or `"fp4"` (its loosest part).
-        value_max: The largest magnitude in value that the kernel can hold, or None where the dtype's own is.
+        quantised: The lowest precision that a quantised kernel computes in: `"int8"`, `"fp8"` or `"fp4"`.
+        value_max: The largest magnitude in value that the kernel can represent, or None for the dtype's own.
         unit_stride: Whether head_dim must be contiguous.
-        aligned: Whether storage must be 16-byte aligned (it is copied where it isn't).
+        aligned: Whether storage must be 16-byte aligned; it is copied if it isn't.
         batch_heads_max: The largest batch * num_heads, or None.
         batch_max: The largest batch, and the largest num_heads, or None.
         seqlen_kv_min: The fewest keys.
-        varlen: Whether the kernel takes packed sequences as such; otherwise they are padded for it.
-        device_guard: Whether the call must be made with its tensors' device as the current one.
-        default_stream: Whether the kernel is launched on CUDA's default stream whatever stream is current: the call is
-            then made there, and both streams wait for one another.
+        varlen: Whether the kernel itself takes packed sequences; otherwise they are padded for it.
+        device_guard: Whether its tensors' device must be the current one.
+        default_stream: Whether the kernel always runs on CUDA's default stream; the call is then made there, and it and
+            the current stream wait for each other.
         compile: Whether it works under torch.compile(fullgraph=True).
         cuda_graph: Whether it can be captured in a CUDA graph.
     """
@@ -126,12 +126,12 @@ class Capabilities:
     cuda_graph: bool = False
 
     def replace(self, **changes: object) -> Capabilities:
-        """Give a copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
 def pattern_is_native(caps: Capabilities, spec: AttentionSpec) -> bool:
-    """Whether the kernel does the call's pattern itself: alignments agree where the lengths do."""
+    """Whether the kernel itself does the call's pattern; if S_q == S_kv, any alignment will do."""
     pattern = spec.mask.pattern
     if pattern is None:
         return True
@@ -142,7 +142,7 @@ def pattern_is_native(caps: Capabilities, spec: AttentionSpec) -> bool:
 
 
 def kernel_pattern(caps: Capabilities, spec: AttentionSpec) -> KernelPattern | None:
-    """Say the call's pattern as the kernel takes it, in its own alignment; None where it can't be said exactly."""
+    """Return the call's pattern in the kernel's alignment; None if there is no exact one."""
     pattern = spec.mask.pattern
     if pattern is None:
         return None
@@ -151,7 +151,7 @@ def kernel_pattern(caps: Capabilities, spec: AttentionSpec) -> KernelPattern | N
     for align in (first, second):
         if align not in caps.causal and align not in caps.window:
             continue
-        # Packed sequences each have lengths of their own, which aren't known.
+        # The lengths of each packed sequence aren't known.
         sizes = (UNKNOWN, UNKNOWN) if spec.packed else (spec.seqlen_q, spec.seqlen_kv)
         found = in_alignment(pattern, *sizes, align, same_lengths=spec.same_lengths)
         if found is None:
@@ -176,7 +176,7 @@ def _right_side_is_misread(pattern: KernelPattern, spec: AttentionSpec) -> bool:
 
 
 def as_run(caps: Capabilities | None, spec: AttentionSpec) -> AttentionSpec:
-    """Give the call as a backend runs it: packed sequences are padded for a kernel that doesn't take them."""
+    """Return the call as a backend runs it: packed sequences are padded for a kernel that doesn't take them."""
     if not spec.packed or (caps is not None and caps.varlen):
         return spec
     pattern = spec.mask.pattern
@@ -189,7 +189,7 @@ def as_run(caps: Capabilities | None, spec: AttentionSpec) -> AttentionSpec:
 
 
 def _is_square(pattern: KernelPattern, spec: AttentionSpec) -> bool:
-    """Whether as many rows as keys are left; sizes that aren't known yet are not."""
+    """Whether as many rows as keys are left; False if sizes are unknown."""
     if spec.same_lengths:
         return True
     rows = spec.seqlen_q if pattern.rows is None else pattern.rows[1] - pattern.rows[0]
@@ -198,15 +198,14 @@ def _is_square(pattern: KernelPattern, spec: AttentionSpec) -> bool:
 
 
 def needs_dense(caps: Capabilities, spec: AttentionSpec) -> bool:
-    """Whether a pattern, key mask or mask function has to be turned into a dense mask for this kernel."""
+    """Whether a pattern, key mask or mask function must be converted to a dense mask for this kernel."""
     mask = spec.mask
     function = mask.block is not None and mask.block.is_function and not caps.block
     if mask.block is not None and not caps.block and not function:
         return False
     pattern_left = mask.pattern is not None and not pattern_is_native(caps, spec)
     key_left = mask.key is not None and not caps.key_mask
-    # A kernel's own causal flag beside a dense mask is not uniform (SDPA's documentation forbids it), so
-    # the two are joined.
+    # Kernels differ in what a causal flag beside a dense mask does (SDPA's documentation forbids it): they are joined.
     joined = mask.dense is not None or key_left or function or (mask.key is not None and not caps.key_and_pattern)
     both = mask.pattern is not None and joined and not caps.key_and_pattern
     return pattern_left or key_left or both or function

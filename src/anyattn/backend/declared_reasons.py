@@ -1,4 +1,4 @@
-"""Every ground on which a backend's declaration refuses a call."""
+"""The reasons for which a backend's declaration refuses a call."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from anyattn.types.reasons import Reason
 from anyattn.types.spec import UNKNOWN, AttentionSpec, describe_mask
 
 MAX_LOWERED_MASK_BYTES = 1 << 30
-"""The most memory (bytes) that is given, behind the caller's back, to a dense mask made of a pattern, a key mask or a
-mask function: see `lowered_mask_bytes`."""
+"""The largest dense mask (bytes) made from a pattern, key mask or mask function; see `lowered_mask_bytes`."""
 
 
 def declared_reasons(caps: Capabilities, spec: AttentionSpec, device: Device | None) -> Iterator[Reason]:
-    """Yield every ground on which the declaration refuses the call."""
+    """Yield every reason for which the declaration refuses the call."""
     yield from _hardware(caps, spec, device)
     yield from _shape(caps, spec)
     yield from _head_dims(caps, spec, device)
@@ -25,16 +24,21 @@ def declared_reasons(caps: Capabilities, spec: AttentionSpec, device: Device | N
     yield from _gradients(caps, spec)
 
 
+def named_device(*kinds: str) -> str:
+    """Name types of devices in a reason: `a cuda or an xla device`."""
+    return " or ".join(f"{'an' if kind in ('mps', 'npu', 'xla', 'xpu') else 'a'} {kind}" for kind in kinds) + " device"
+
+
 def _hardware(caps: Capabilities, spec: AttentionSpec, device: Device | None) -> Iterator[Reason]:
     if device is None:
-        yield Reason("no_device", f"a {spec.device_type} device", "none on this machine")
+        yield Reason("no_device", named_device(spec.device_type), "none on this machine")
     elif device.rocm:
         if not caps.rocm:
             yield Reason("arch", "an NVIDIA GPU", f"AMD ({device.name})")
     elif device.arch is not None:
         low, high = caps.arch_min, caps.arch_max
         if (low and device.arch < low) or (high and device.arch > high):
-            upto = f" to sm{high[0]}{high[1]}" if high else " or newer"
+            upto = " or newer" if not high else "" if high == low else f" to sm{high[0]}{high[1]}"
             need = f"sm{low[0]}{low[1]}{upto}" if low else f"an arch{upto}"
             yield Reason("arch", need, f"sm{device.arch[0]}{device.arch[1]} ({device.name})")
     if spec.dtype not in caps.dtypes:
@@ -69,7 +73,7 @@ def _shape(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
 
 
 def _head_dims(caps: Capabilities, spec: AttentionSpec, device: Device | None) -> Iterator[Reason]:
-    """Refuse head dims that the kernels for the device's architecture don't have, where its arch is known."""
+    """Refuse head dims that the kernels for the device's arch, if it is known, don't have."""
     if not caps.head_dims or device is None or device.arch is None:
         return
     if max(spec.head_dim, spec.head_dim_v) > caps.head_dim_max:
@@ -89,13 +93,11 @@ def _mask(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     dense = needs_dense(caps, spec)
     if spec.packed_pattern is not None and spec.batch * spec.seqlen_q * spec.seqlen_kv > MAX_LOWERED_MASK_BYTES:
         size = spec.batch * spec.seqlen_q * spec.seqlen_kv >> 20
-        need = f"a mask of at most {MAX_LOWERED_MASK_BYTES >> 20} MiB made of the packed sequences' lengths"
-        yield Reason(
-            "memory", need, f"{size} MiB", "choose a backend with packed sequences of its own (flash2, flash4)"
-        )
+        need = f"a mask of at most {MAX_LOWERED_MASK_BYTES >> 20} MiB made from the packed sequences' lengths"
+        yield Reason("memory", need, f"{size} MiB", "choose a backend that takes packed sequences (flash2, flash4)")
     if dense and not caps.boolean:
         hint = "choose flex" if mask.block is not None else "flex takes every mask"
-        yield Reason("mask", "no mask that its kernel can't express", _unsupported(caps, spec), hint)
+        yield Reason("mask", "a mask that its kernel can express", _unsupported(caps, spec), hint)
     if dense and caps.boolean:
         yield from lowered_mask_reasons(spec)
     if mask.dense is not None and not (caps.bias if mask.dense.kind == "bias" else caps.boolean):
@@ -106,7 +108,7 @@ def _mask(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
             "mask_dtype",
             f"an additive mask of query's dtype {spec.dtype}",
             str(mask.dense.dtype),
-            "cast the mask (mind finfo.min, which becomes -inf in a narrower dtype)",
+            "cast the mask (finfo.min becomes -inf in a narrower dtype)",
         )
     if mask.block is not None and not caps.block and not mask.block.is_function:
         yield Reason("mask", "no block mask", "a FlexAttention block mask", "choose flex")
@@ -115,15 +117,15 @@ def _mask(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
             "mask",
             "a mask known to leave every row a key",
             "one that may not",
-            "anyattn.prepare_mask(mask) looks once and remembers",
+            "anyattn.prepare_mask(mask) checks once, and caches the answer",
         )
 
 
 def lowered_mask_bytes(spec: AttentionSpec) -> int:
-    """Count the bytes of the dense mask that the parts of a call's mask become; 0 where sizes aren't known.
+    """Return the bytes of the dense mask made from a call's mask; 0 if sizes are unknown.
 
-    A boolean mask has one byte a position, and as many as query's dtype in the additive mask that every SDPA kernel
-    gets of it; a bias that is joined keeps its own dtype. Heads and batch entries are counted where they differ.
+    A boolean mask takes one byte per position, and query's itemsize more in the additive mask that SDPA kernels get;
+    a joined bias has its own dtype. Heads and batch entries count if they differ.
     """
     mask, dense, block = spec.mask, spec.mask.dense, spec.mask.block
     if UNKNOWN in (spec.batch, spec.seqlen_q, spec.seqlen_kv):
@@ -142,7 +144,7 @@ def _bytes_of_position(spec: AttentionSpec) -> int:
 
 
 def lowered_mask_reasons(spec: AttentionSpec) -> Iterator[Reason]:
-    """Refuse a dense mask that would take more than is allowed, and more than the one that the caller gave."""
+    """Refuse a dense mask above the limit, unless the user's own dense mask is as large."""
     made = lowered_mask_bytes(spec)
     shape = (0, 0, 0, 0) if spec.mask.dense is None else spec.mask.dense.shape
     own = math.prod(shape) * _bytes_of_position(spec)
@@ -151,7 +153,7 @@ def lowered_mask_reasons(spec: AttentionSpec) -> Iterator[Reason]:
             "memory",
             f"a mask of at most {MAX_LOWERED_MASK_BYTES >> 20} MiB made from {describe_mask(spec.mask)}",
             f"{made >> 20} MiB",
-            "choose flex, or another backend that does it itself, or give the mask as a tensor",
+            "choose flex or another backend whose kernel takes it, or pass the mask as a tensor",
         )
 
 
@@ -172,14 +174,14 @@ def _features(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     if spec.dropout_p and not caps.dropout:
         yield Reason("dropout", "dropout_p == 0", str(spec.dropout_p))
     elif spec.dropout_p >= 1 and not caps.dropout_of_all:
-        yield Reason("dropout", "dropout_p < 1", str(spec.dropout_p), "native_math drops everything")
+        yield Reason("dropout", "dropout_p < 1", str(spec.dropout_p), "choose native_math")
     if spec.softcap is not None and not caps.softcap:
         yield Reason("softcap", "no softcap", str(spec.softcap), "choose flex")
     if spec.sinks and not caps.sinks:
         if not caps.lse:
-            yield Reason("sinks", "no sinks", "sinks", "choose a backend that gives lse")
+            yield Reason("sinks", "no sinks", "sinks", "choose a backend that returns lse")
         elif spec.needs_grad or spec.forward_ad:
-            yield Reason("sinks", "sinks without gradients (done by rescaling with lse)", "gradients needed")
+            yield Reason("sinks", "sinks without gradients (done by rescaling with lse)", "gradients are needed")
         elif spec.dropout_p:
             yield Reason("sinks", "sinks without dropout (done by rescaling with lse)", f"dropout {spec.dropout_p}")
     if "sinks" in spec.requires_grad and caps.sinks and not caps.sinks_grad:
@@ -191,10 +193,10 @@ def _features(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
     if spec.return_lse and spec.dropout_p:
         yield Reason("lse", "return_lse without dropout", f"dropout_p {spec.dropout_p}")
     if spec.compiled and not caps.compile:
-        hint = "leave it out of torch.compile (torch.compiler.disable around the call), or choose another backend"
+        hint = "use torch.compiler.disable around the call, or choose another backend"
         yield Reason("compile", "a call outside torch.compile", "one that is being traced", hint)
     if spec.captured and not caps.cuda_graph:
-        hint = "leave it out of the graph, or choose another backend"
+        hint = "run it outside the graph, or choose another backend"
         yield Reason("cuda_graph", "a call outside the capture of a CUDA graph", "one that is being captured", hint)
 
 
@@ -204,10 +206,10 @@ def _gradients(caps: Capabilities, spec: AttentionSpec) -> Iterator[Reason]:
         yield Reason("backward", "no gradients", f"gradients of {needed}", "use torch.no_grad(), or another backend")
     if spec.forward_ad and not caps.forward_ad:
         hint = "use reverse mode (torch.func.vjp, jacrev), or choose native or native_math"
-        yield Reason("forward_ad", "no derivatives of forward mode", "a tensor with a tangent (torch.func.jvp)", hint)
+        yield Reason("forward_ad", "no forward-mode AD", "a tensor with a tangent (torch.func.jvp)", hint)
     if spec.vmap and not caps.vmap:
-        hint = "give the call the whole batch, or choose native"
-        yield Reason("vmap", "a call outside torch.vmap", "a tensor with a dimension that torch.vmap hides", hint)
+        hint = "pass the whole batch in one call, or choose native"
+        yield Reason("vmap", "a call outside torch.vmap", "a tensor with a dimension hidden by torch.vmap", hint)
     if "mask" in spec.requires_grad and caps.backward and not caps.mask_grad:
         yield Reason("mask_grad", "a mask that needs no gradient", "a mask that requires one", "detach the mask")
     if spec.deterministic and spec.needs_grad and caps.backward and not caps.deterministic:

@@ -1,4 +1,4 @@
-"""The mixin of backends whose kernel comes from the Hugging Face Hub."""
+"""The mixin for backends whose kernel comes from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from anyattn.types.reasons import Reason
 
 
 class FromHub(Backend):
-    """A mixin: an adapter whose kernel comes from the Hub; put it before the adapter's class and set `hub`.
+    """A mixin for adapters whose kernel comes from the Hub; put it before the adapter's class and set `hub`.
 
-    What the adapter reads from its own package's version must be left to a method that the subclass overrides, since
-    that package, installed or not, is not what is called (see `Flash2.kernel_version`).
+    The version of the adapter's own package means nothing here. An adapter that reads it must do so in a method that
+    the subclass overrides (see `Flash2.kernel_version`).
     """
 
     packages: ClassVar[tuple[Package, ...]] = (KERNELS,)
@@ -24,14 +24,14 @@ class FromHub(Backend):
     hub: ClassVar[HubKernel]
 
     def availability(self, env: Environment) -> Iterator[Reason]:
-        """Yield why the kernel isn't to be had; that a package of the same kernel is missing is no ground."""
+        """Yield why the kernel can't be had here; the adapter's own package isn't needed."""
         yield from self.no_device(env)
         yield from self.hub.reasons(env)
 
     def origin(self, env: Environment) -> str:
-        """Say which revision, or which local folder in its place."""
+        """Return the kernel's revision, or the local folder used instead."""
         return self.hub.origin(env)
 
     def load(self) -> None:
-        """Fetch the kernel where it isn't on this machine, and import it."""
+        """Import the kernel, and download it before if it isn't on this machine."""
         FUNCTIONS[self.name] = self.prepare(self.hub.load(self.name))

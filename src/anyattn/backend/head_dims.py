@@ -1,4 +1,4 @@
-"""Which head dims a kernel has, where that depends on the architecture."""
+"""The head dims of a kernel, if they depend on the compute capability."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from anyattn.types.spec import AttentionSpec
 
 @dataclass(frozen=True, slots=True)
 class HeadDims:
-    """Which head dims a kernel has on the CUDA devices of one major compute capability.
+    """The head dims of a kernel on the CUDA devices of one major compute capability.
 
     Attributes:
-        major: That capability, such as 9 for sm90.
-        largest: Up to which head_dim and head_dim_v are free.
-        pairs: Further pairs of the two.
-        largest_grad: Up to which they are free where gradients are needed; None is the same.
-        plain_pairs: Further pairs, of calls without softcap, sinks and key masks alone.
+        major: The capability, such as 9 for sm90.
+        largest: Up to this size head_dim and head_dim_v may be anything.
+        pairs: More pairs of the two.
+        largest_grad: `largest` when gradients are needed; None is the same.
+        plain_pairs: More pairs, for calls without softcap, sinks and key masks.
     """
 
     major: int

@@ -1,4 +1,4 @@
-"""What a backend needs and how it is installed, in words made from its packages and declarations."""
+"""What a backend needs and how to install it, in words made from its packages and declarations."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from anyattn.backend.capabilities import Capabilities
 from anyattn.sources.packages import Package
 
 TORCH = "torch >=2.8"
-"""What anyattn itself needs, and with it each backend whose kernel comes with torch."""
+"""What anyattn needs, and each backend whose kernel comes with torch."""
 
 _DEVICES: Mapping[str, str] = {"npu": "an Ascend NPU", "xla": "a TPU", "mps": "an Apple GPU", "xpu": "an Intel GPU"}
 
 
 def needs(packages: Sequence[Package], declarations: Mapping[str, Capabilities]) -> str:
-    """Say what has to be there: one of the packages, and one of the devices unless a CPU is enough."""
+    """Return what is needed: one of the packages, and one of the devices unless a CPU will do."""
     wanted = " or ".join(dict.fromkeys(package.wanted for package in packages)) or TORCH
     device = "" if "cpu" in declarations else " or ".join(_device(kind, declarations[kind]) for kind in declarations)
     computed = dict.fromkeys(caps.quantised for caps in declarations.values() if caps.quantised)
@@ -33,5 +33,5 @@ def _device(kind: str, caps: Capabilities) -> str:
 
 
 def install(packages: Iterable[Package]) -> str:
-    """Join what installs each of the packages that bring one kernel."""
+    """Join the install commands of the packages that contain one kernel."""
     return ", or ".join(dict.fromkeys(package.command for package in packages if package.command))

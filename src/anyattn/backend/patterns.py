@@ -1,7 +1,6 @@
-"""Causal and windowed patterns said in a kernel's own alignment, exactly.
+"""Exact conversion of causal and windowed patterns to a kernel's alignment.
 
-Rows and keys that see nothing are left out where that makes the difference. Pure arithmetic on sizes; nothing here
-touches a tensor.
+If needed, rows that see no key and keys that no row sees are left out. This is arithmetic on sizes, without tensors.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from anyattn.types.spec import UNKNOWN, Align, PatternSpec
 
 @dataclass(frozen=True, slots=True)
 class KernelPattern:
-    """A pattern as a kernel is told it, on the rows and keys that are left.
+    """A pattern as it is passed to a kernel, on the rows and keys that are left.
 
     Attributes:
         left: Columns before a row's own position; -1 is unbounded.
         right: Columns after it; -1 is unbounded.
-        align: Where a row's own position is, in what is left.
-        rows: `(first, end)` of the query rows that are left; the others see no key. None leaves all.
-        keys: `(first, end)` of the keys that are left; the others are seen by no row. None leaves all.
+        align: The alignment, among the rows and keys that are left.
+        rows: `(first, end)` of the query rows that are left; the others see no key. None is all.
+        keys: `(first, end)` of the keys that are left; no row sees the others. None is all.
     """
 
     left: int
@@ -43,17 +42,17 @@ class KernelPattern:
 def in_alignment(
     pattern: PatternSpec, seqlen_q: int, seqlen_kv: int, align: Align, *, same_lengths: bool
 ) -> KernelPattern | None:
-    """Say a pattern in an alignment.
+    """Convert a pattern to an alignment.
 
     Args:
         pattern: The pattern.
         seqlen_q: S_q, or UNKNOWN.
         seqlen_kv: S_kv, or UNKNOWN.
         align: The alignment wanted.
-        same_lengths: Whether the lengths are known to agree, even where they aren't known.
+        same_lengths: Whether S_q == S_kv, also if both are unknown.
 
     Returns:
-        The pattern; None where the lengths would have to be known, or where it can't be said with sides >= 0.
+        The pattern; None if unknown lengths matter, or if a side would be negative.
     """
     if same_lengths or UNKNOWN in (seqlen_q, seqlen_kv):
         if same_lengths or align == pattern.align:
@@ -110,7 +109,7 @@ def _to_upper_left(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int) -> Kerne
 
 
 def _without_idle_sides(pattern: KernelPattern, rows: int, keys: int) -> KernelPattern:
-    """Write a side that cuts nothing off as unbounded."""
+    """Make a side that masks nothing unbounded."""
     shift = keys - rows if pattern.align == "lower_right" else 0
     left, right = pattern.left, pattern.right
     if left != -1 and rows - 1 + shift - left <= 0:
@@ -121,9 +120,9 @@ def _without_idle_sides(pattern: KernelPattern, rows: int, keys: int) -> KernelP
 
 
 def trimmed(pattern: KernelPattern, seqlen_q: int, seqlen_kv: int) -> KernelPattern:
-    """Leave out what a right side cuts off whole: first rows (lower right) or last keys (upper left). Exact.
+    """Leave out rows (lower right) or keys (upper left) that a right side masks entirely. Exact.
 
-    For kernels whose answer for a row without a key is unspecified, or that skip a block wrongly.
+    For kernels that are wrong for rows without a key, or skip a block wrongly.
     """
     if UNKNOWN in (seqlen_q, seqlen_kv) or pattern.right == -1:
         return pattern

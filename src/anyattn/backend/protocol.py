@@ -1,14 +1,14 @@
 """The protocol of a backend and its laws.
 
-A backend is a class that says everything about itself: its names, the packages that bring its kernel, its place in
-`auto`'s order, a declaration (`declarations`, one `Capabilities` per type of device), what no field can say
-(`rejects`), a pure description of how a call reaches its kernel (`lower`), and the call itself (`run`). The registry,
-errors, reports and the documentation's tables are made from it.
+A backend is a class that defines its names, the packages that contain its kernel, its place in `auto`'s order, a
+declaration (`declarations`, one `Capabilities` per type of device), rules that no field can express (`rejects`), a pure
+description of how a call reaches its kernel (`lower`), and the call itself (`run`). The registry, errors, reports and
+the documentation's tables are made from it.
 
 Laws, checked for every backend by `anyattn.testing`:
-    1. A call that isn't refused gives what `anyattn.reference` gives, forward and backward.
+    1. A call that isn't refused returns what `anyattn.reference` returns, forward and backward.
     2. A refused call raises before `load` runs, with every reason.
-    3. `reasons`, `lower` and `rejects` are pure: they look at their arguments alone.
+    3. `reasons`, `lower` and `rejects` are pure: they depend on their arguments only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from anyattn.backend import needs
 from anyattn.backend.capabilities import Capabilities
-from anyattn.backend.declared_reasons import declared_reasons
+from anyattn.backend.declared_reasons import declared_reasons, named_device
 from anyattn.backend.known_bad.table import hits
 from anyattn.backend.patterns import KernelPattern
 from anyattn.environment import Environment, detect
@@ -33,15 +33,15 @@ Output = Tensor | tuple[Tensor, Tensor]
 
 
 class Parts(NamedTuple):
-    """The tensors that a call has beside query, key and value; what they mean stands in the spec.
+    """The tensors of a call besides query, key and value; the spec says what they mean.
 
     Attributes:
-        key: Boolean `(B, S_kv)` or `(B or 1, 1, 1, S_kv)`, or integer lengths `(B,)`; the caller's own tensor.
+        key: Boolean `(B, S_kv)` or `(B or 1, 1, 1, S_kv)`, or integer lengths `(B,)`; the user's own tensor.
         dense: Boolean or floating, with four dimensions, each full or 1.
         block: A FlexAttention BlockMask.
         sinks: `(H,)`.
-        cu_seqlens_q: Of packed sequences, int32 `(B + 1,)`: where each one's queries begin.
-        cu_seqlens_k: The same of keys.
+        cu_seqlens_q: int32 `(B + 1,)`: where each packed sequence's queries begin.
+        cu_seqlens_k: The same for keys.
     """
 
     key: Tensor | None = None
@@ -54,22 +54,22 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
-    """How a call reaches a kernel: constants alone, so that torch.compile can trace through it.
+    """How a call reaches a kernel; constants only, so that torch.compile can trace through it.
 
     Attributes:
-        entry: Which function of the kernel.
+        entry: The kernel's function.
         is_causal: Whether the kernel's own causal flag is set.
         dense: Whether every part of the mask is joined into one dense mask.
         copy: Whether query, key and value are copied to aligned, contiguous storage.
-        compiled: Whether the kernel is compiled, by the backend itself or with the caller's code.
-        upcast: Whether query, key and value are computed with as float32, and the output cast back.
+        compiled: Whether the kernel is compiled, by the backend itself or with the user's code.
         pad_keys: Whether keys are padded to a multiple of 16, and masked.
+        upcast: Whether query, key and value are cast to float32, and the output back.
         repeat_heads: Whether key and value heads are repeated in memory, for a kernel without GQA.
-        pattern: The pattern as the kernel is told it, with the rows and keys that are left.
-        head_dims: What head_dim and head_dim_v are padded to, where the adapter pads them.
-        keys: How a key mask reaches the kernel: `"lengths"` (the allowed keys are the first), `"front"` (they are moved
-            there), `"packed"` (all entries' keys one after the other), or empty.
-        conversions: What is done, for people.
+        pattern: The pattern as it is passed to the kernel, with the rows and keys that are left.
+        keys: How a key mask reaches the kernel: `"lengths"` (allowed keys come first), `"front"` (they are moved
+            there), `"packed"` (the allowed keys of all entries are packed), or empty.
+        head_dims: What head_dim and head_dim_v are padded to, if the adapter pads them.
+        conversions: What is done, in words.
     """
 
     entry: str
@@ -88,13 +88,13 @@ class Lowering:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A call with the choice made: what `run` needs.
+    """A decided call: what `run` needs.
 
     Attributes:
         backend: The backend's name.
         spec: The call.
         lowering: How it reaches the kernel.
-        rescale: Whether sinks are added after the fact, by rescaling with lse.
+        rescale: Whether sinks are added to the result, by rescaling with lse.
     """
 
     backend: str
@@ -111,23 +111,23 @@ MaskedRunner = Callable[[Tensor, Tensor, Tensor, Any], Output]
 class Backend:
     """One attention implementation under one name; subclass it, one file per family.
 
-    A subclass with a name of its own inherits neither `aliases` nor `auto_rank`: both belong to a name.
+    A subclass with a name of its own inherits neither `aliases` nor `auto_rank`.
 
     Attributes:
         name: Its canonical name.
-        family: The group that shares a kernel source.
-        aliases: Other names, Diffusers' among them.
-        packages: The distributions that bring its kernel, the likeliest first: one that serves is enough. Empty if it
-            comes with torch.
-        auto_rank: Its place in the order in which `auto` tries the backends that declare the call's type of device:
-            the lowest number first, and among equals the one that is registered first. `native` has 10, and
-            `native_math`, which takes nearly every call, 90: the default comes after it. For some calls on CUDA the
-            kernels that `anyattn.selection.resolve.rule` names are tried before all others.
+        family: The group of backends that share a kernel's source.
+        aliases: Other names, including Diffusers'.
+        packages: The distributions that contain its kernel, the likeliest first; one is enough. Empty if it comes with
+            torch.
+        auto_rank: Its place when `auto` tries the backends that declare the call's type of device: the lowest number
+            first, and among equals the one registered first. `native` has 10; `native_math`, which takes nearly every
+            call, has 90, so a backend with the default is tried after it. For some calls on CUDA the kernels that
+            `anyattn.selection.resolve.rule` names are tried before all others.
         declarations: What it accepts, per type of device.
-        downloads: Whether `load` may fetch the kernel's code over a network: then nothing but a person's naming it has
-            it loaded, never `auto`, nor what looks at every backend.
-        is_double: Whether it stands for a kernel that isn't there: a contract double of the tests.
-        quantises: Whether it is the adapter that quantises, so that results are coarse whatever computes them.
+        downloads: Whether `load` may download the kernel; then it is loaded only when requested by name, never by
+            `auto` or by listings.
+        is_double: Whether it is a contract double of the tests, in place of the real kernel.
+        quantises: Whether the adapter itself quantises; then results are coarse whatever kernel runs.
     """
 
     name: ClassVar[str] = ""
@@ -148,44 +148,44 @@ class Backend:
 
     @property
     def needs(self) -> str:
-        """What has to be there, in words: the packages with the versions that serve, and the device."""
+        """What it needs, in words: packages with their versions, and the device."""
         return needs.needs(self.packages, self.declarations)
 
     @property
     def install(self) -> str:
-        """What installs its kernel: the command of each package that brings it; empty if it comes with torch."""
+        """The commands that install its kernel; empty if it comes with torch."""
         return needs.install(self.packages)
 
     def package(self, env: Environment) -> Package | None:
-        """Return the package that brings the kernel on a machine, or None. Law: pure."""
+        """Return the package that contains the kernel on a machine, or None. Law: pure."""
         return first_that_serves(self.packages, env)
 
     def origin(self, env: Environment) -> str:
-        """Say where the kernel's code comes from: a distribution with its version, or a Hub revision. Law: pure."""
+        """Return where the kernel's code comes from: a distribution with its version, or a Hub revision. Law: pure."""
         package = self.package(env)
         return "" if package is None else package.origin(env)
 
     def availability(self, env: Environment) -> Iterator[Reason]:
-        """Yield why the kernel isn't to be had here: no such device, not installed, too old. Law: pure."""
+        """Yield why the kernel can't be had here: no such device, not installed, too old. Law: pure."""
         yield from self.no_device(env)
         yield from package_reasons(self.packages, env)
 
     def no_device(self, env: Environment) -> Iterator[Reason]:
-        """Yield a reason if the machine has none of the devices that are declared. Law: pure."""
+        """Yield a reason if the machine has none of the declared devices. Law: pure."""
         if not any(env.device(kind) for kind in self.declarations):
-            kinds = " or ".join(self.declarations)
-            yield Reason("no_device", f"a {kinds} device", ", ".join(device.type for device in env.devices))
+            need = named_device(*self.declarations)
+            yield Reason("no_device", need, ", ".join(device.type for device in env.devices))
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
-        """Give the declaration for the call's device, or None. Law: pure."""
+        """Return the declaration for the call's device, or None. Law: pure."""
         return self.declarations.get(spec.device_type)
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        """Yield the grounds that no field of the declaration can say. Law: pure."""
+        """Yield the reasons that no field of the declaration can express. Law: pure."""
         return iter(())
 
     def reasons(self, spec: AttentionSpec, env: Environment) -> tuple[Reason, ...]:
-        """Give every ground for refusing the call; none means that it will be run. Law: pure."""
+        """Return every reason for refusing the call; none means that it admits it. Law: pure."""
         caps = self.capabilities(spec, env)
         found = [*self.availability(env)]
         no_device = any(reason.code == "no_device" for reason in found)
@@ -195,7 +195,7 @@ class Backend:
                 found.append(Reason("device_type", need, spec.device_type, "move them, or choose another backend"))
             return tuple(dict.fromkeys(found))
         declared = declared_reasons(caps, spec, env.device(spec.device_type, spec.device_index))
-        # That the device isn't there is said once.
+        # A missing device is reported once.
         found += (reason for reason in declared if not (no_device and reason.code == "no_device"))
         found += self.rejects(spec, env)
         found += self.known_bad(spec, env)
@@ -206,13 +206,13 @@ class Backend:
         return (row.reason() for row in hits((self.name,), spec, env))
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
-        """Say how an admitted call reaches the kernel. Law: pure, and exact."""
+        """Return how an admitted call reaches the kernel. Law: pure, and exact."""
         raise NotImplementedError(f"the backend {self.name} has no lower(); see anyattn.backend.Backend")
 
     def load(self) -> None:
         """Import the kernel; called once, before the first `run`. Law: nothing else imports it.
 
-        The functions of the package that serves are then `anyattn.sources.packages.FUNCTIONS[name]`.
+        It stores the kernel's functions as `anyattn.sources.packages.FUNCTIONS[name]`.
 
         Raises:
             Exception: Whatever the kernel's package raises; it is reported as BackendUnavailableError.
@@ -221,33 +221,33 @@ class Backend:
             FUNCTIONS[self.name] = self.prepare((self.package(detect()) or self.packages[0]).load())
 
     def prepare(self, functions: Any) -> Any:
-        """Return what `run` finds of a kernel, made from the functions that were imported: what is told from them.
+        """Return what `run` uses of the imported functions, with what is read from their signatures.
 
         Raises:
-            ImportError: If they are no functions that `run` can call.
+            ImportError: If `run` can't call them.
         """
         return functions
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        """Call the kernel, in the spec's layout. Law: gives what the reference gives, inputs unchanged.
+        """Call the kernel, in the spec's layout. Law: returns what the reference returns; inputs are unchanged.
 
-        Where `plan.spec.return_lse` or `plan.rescale` is set it gives `(out, lse)`: a backend that declares lse and not
-        sinks is asked for lse where there are sinks, and anyattn adds them. Rows without a key give zeros, finite
-        gradients, and lse -inf. Strides along head_dim are 1 where the declaration asks for it.
+        It returns `(out, lse)` if `plan.spec.return_lse` or `plan.rescale` is set; the latter is for a backend that
+        declares lse and not sinks, which anyattn then adds. Rows without a key give zeros, finite gradients, and lse
+        -inf. Strides along head_dim are 1 if the declaration requires it.
 
-        torch.compile traces it, and sees the fields of the plan and its spec, but no properties.
+        torch.compile traces it; read fields of the plan and its spec, and no properties.
         """
         raise NotImplementedError
 
     def bind(self, plan: Plan) -> Runner | None:
-        """Give a shorter way to run a plan that has no tensors beside query, key and value, or None.
+        """Return a shorter way to run a plan without tensors besides query, key and value, or None.
 
-        Law: the callable itself refuses mismatched dtypes and devices, follows autocast as SDPA does and gives the
-        gradients that are needed, so that one serves every call of the same shapes.
+        Law: the callable itself refuses mismatched dtypes and devices, follows autocast as SDPA does and computes the
+        gradients that are needed, so it can be used for every call of the same shapes.
         """
         return None
 
     def bind_masked(self, plan: Plan) -> MaskedRunner | None:
-        """Give a shorter way to run a plan with a mask and without sinks, `run(query, key, value, attn_mask)`."""
+        """Return a shorter way to run a plan with a mask and without sinks, `run(query, key, value, attn_mask)`."""
         return None

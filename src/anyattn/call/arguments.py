@@ -1,4 +1,4 @@
-"""From a call's tensors to its spec: what is read of them, and what a decision depends on besides shapes."""
+"""From a call's tensors to its spec."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _deterministic = torch._C._get_deterministic_algorithms
 def describe(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, options: Options
 ) -> AttentionSpec:
-    """Check a call and describe it.
+    """Check a call and return its spec.
 
     Raises:
-        InvalidCallError: If it is wrong for any backend.
+        InvalidCallError: If no backend can take the call.
     """
     check_tensors(query, key, value)
     options = plain_options(options)
@@ -65,15 +65,15 @@ def describe(
         )
 
     if known.all_true:
-        build(mask_facts(mask, NOTHING))  # a mask of the wrong shape is wrong even where it allows everything
+        build(mask_facts(mask, NOTHING))  # a mask of the wrong shape is refused even if it allows everything
     return build(mask_facts(mask, known))
 
 
 def _facts(tensor: Tensor, cast: torch.dtype | None, layout: Layout, *, records: bool = False) -> Facts:
-    """Read a tensor's facts as autocast will have it; where sizes are symbols, heads and head_dim are made static.
+    """Return a tensor's facts after autocast; if sizes are symbols, heads and head_dim are made static.
 
-    A graph that is recorded may run with another batch and other lengths, so that those aren't known: 0, and a batch to
-    which limits of kernels apply, aside.
+    A recorded graph may run with another batch and other lengths, so those are UNKNOWN, except for 0 and for a batch
+    so large that kernels' limits apply.
     """
     facts = facts_of(tensor)
     if records or not all_plain(facts.shape):
@@ -91,11 +91,11 @@ def _facts(tensor: Tensor, cast: torch.dtype | None, layout: Layout, *, records:
 
 
 _LARGE = 65535
-"""The most of batch * heads that every kernel takes."""
+"""The largest batch * heads that every kernel takes."""
 
 
 def _same_lengths(query: Tensor, key: Tensor, layout: Layout) -> bool:
-    """Whether the lengths are one, and not just equal now: symbols say so, and so does one tensor for both."""
+    """Whether both lengths are the same symbol or the same tensor's, and not just equal now."""
     axis = 1 if layout == "BSHD" else 2
     if query is key:
         return True
@@ -104,7 +104,7 @@ def _same_lengths(query: Tensor, key: Tensor, layout: Layout) -> bool:
     mine, other = query.shape[axis], key.shape[axis]
     if not tracing.records():
         return bool(mine == other)
-    # make_fx takes sizes that are equal now for one symbol, without a guard; torch.export has guards.
+    # make_fx gives sizes that are equal now the same symbol, without a guard; torch.export has guards.
     if type(mine) is int or type(other) is int or not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -119,14 +119,14 @@ def _kv_length(key: Tensor, layout: Layout) -> int:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Give the dtype that autocast asks for on a type of device, or None."""
+    """Return autocast's dtype on a type of device, or None if it is off there."""
     if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device_type):
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _storage(query: Tensor, key: Tensor, value: Tensor, layout: Layout, mask: Mask | None) -> Storage:
-    # On a CPU nothing depends on it, and leaving it out keeps the hot path short.
+    # On a CPU nothing depends on storage, and skipping it saves time on every call.
     if query.is_cpu:
         return Storage()
     heads = 2 if layout == "BSHD" else 1
@@ -139,5 +139,5 @@ def _storage(query: Tensor, key: Tensor, value: Tensor, layout: Layout, mask: Ma
 
 
 def bias_is_aligned(dense: Tensor) -> bool:
-    """Whether a dense mask is boolean (and will be copied), or its rows lie where kernels may read them."""
+    """Whether a dense mask is boolean (it will be copied) or has aligned rows."""
     return bias_aligned(dense, starts_on_16)

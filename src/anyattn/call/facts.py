@@ -1,4 +1,4 @@
-"""What is known of a call without reading a value: facts of its tensors and mask, and its other arguments."""
+"""What is known of a call without reading values: facts of its tensors and mask, and its other arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anyattn.process.tracing import needs_gradient, static_shape
 from anyattn.types.spec import UNKNOWN, BlockSpec, Layout
 
 Lengths = tuple[Tensor, Tensor, int, int]
-"""Of a packed call: both sides' cumulative lengths, int32 `(B + 1,)`, and both sides' largest length."""
+"""cu_seqlens_q and cu_seqlens_k, int32 `(B + 1,)`, then max_seqlen_q and max_seqlen_k of a packed call."""
 
 
 class Facts(NamedTuple):
@@ -37,8 +37,8 @@ class MaskFacts(NamedTuple):
         dense: The dense mask.
         block: The block mask.
         seqlens: The lengths that a block mask was made for.
-        live: Whether they are known to leave every row a key.
-        prefix: Whether a key mask's keys are known to be the first ones of each batch entry.
+        live: Whether every row is known to have a key.
+        prefix: Whether the allowed keys are known to come first in each batch entry.
     """
 
     pattern: Pattern | None = None
@@ -64,10 +64,10 @@ class Options(NamedTuple):
 
 
 def plain_options(options: Options) -> Options:
-    """Write numbers and flags of any kind as Python's own.
+    """Convert numbers and flags of any type to Python's own.
 
     Raises:
-        InvalidCallError: For a tensor whose value can't be read.
+        InvalidCallError: If one is a tensor whose value can't be read.
     """
     return Options(
         scalars.number("dropout_p", options.dropout_p),
@@ -82,7 +82,7 @@ def plain_options(options: Options) -> Options:
 
 
 def facts_of(tensor: Tensor) -> Facts:
-    """Read the facts of a tensor; its sizes are symbols where they are being traced."""
+    """Return the facts of a tensor; its sizes may be symbols while it is traced."""
     return Facts(static_shape(tensor), tensor.dtype, tensor.device, needs_gradient(tensor))
 
 
@@ -90,22 +90,22 @@ _INTS = frozenset((int,))
 
 
 def all_plain(shape: tuple[Any, ...]) -> bool:
-    """Whether every size is a plain int, and none a symbol."""
+    """Whether every size is a plain int."""
     return _INTS.issuperset(map(type, shape))
 
 
 def agree(first: int, second: int) -> bool:
-    """Whether two sizes may be the same: one that isn't known agrees with every other."""
+    """Whether two sizes may be the same; an unknown one agrees with every other."""
     return first == second or UNKNOWN in (first, second)
 
 
 def shape_text(facts: Facts) -> str:
-    """Write a shape for a message; `?` is a size that isn't known."""
+    """Write a shape for a message; `?` is an unknown size."""
     return "(" + ", ".join("?" if size == UNKNOWN else str(size) for size in facts.shape) + ")"
 
 
 def mask_facts(mask: Mask | None, known: Known) -> MaskFacts:
-    """Read what a mask is made of; parts known to allow everything are left out."""
+    """Return a mask's facts, without the parts known to allow everything."""
     if mask is None:
         return MaskFacts()
     key: Facts | None = None
@@ -138,6 +138,6 @@ def _block_facts(mask: Mask) -> tuple[BlockSpec | None, tuple[int, int] | None]:
 def function_facts(
     per_batch: bool, per_head: bool, sizes: tuple[int | None, int | None, int | None]
 ) -> tuple[BlockSpec, tuple[int, int]]:
-    """Describe a mask function, with the lengths that its tensors fix (UNKNOWN: any)."""
+    """Return a mask function's spec, and the lengths that its tensors fix (UNKNOWN: any)."""
     batch, seqlen_q, seqlen_kv = (size if type(size) is int else UNKNOWN for size in sizes)
     return BlockSpec(max(batch, 1), 1, per_batch, per_head, is_function=True), (seqlen_q, seqlen_kv)

@@ -1,4 +1,4 @@
-"""What a call is looked up by: everything that its spec depends on, read without describing it."""
+"""The keys under which decided calls are cached: everything that a spec depends on, read without building it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _numbers = itertools.count()
 
 
 def tensor_name(tensor: Tensor) -> Any:
-    """Give what the short table knows a mask tensor by: a CPU boolean one seen to forbid something.
+    """Return a mask tensor's key in the short table: the shape of a boolean CPU mask known to forbid something.
 
     Raises:
-        KeyError: If it knows none, so that the rest of the key needn't be made.
+        KeyError: If it has none. An exception is the fastest way out of the look-up.
     """
     if tensor.dtype is not torch.bool or not tensor.is_cpu:
         raise KeyError
@@ -34,10 +34,10 @@ def tensor_name(tensor: Tensor) -> Any:
 
 
 def short_name(attn_mask: Any, spec: MaskSpec) -> Any:
-    """Give a mask object the number under which the short table holds its decisions, or None.
+    """Return a mask's key in the short table, or None; a mask object's key is a number that it remembers.
 
-    A pattern alone has one, and so has a CPU mask that was seen to forbid something: should its values change, the
-    decision stays right. Every other mask is looked at each time.
+    Masks without tensors have one, and boolean CPU masks known to forbid something: the decision stays right if their
+    values change. Every other mask is described at each call.
     """
     if type(attn_mask) is Tensor:
         try:
@@ -60,10 +60,9 @@ def short_name(attn_mask: Any, spec: MaskSpec) -> Any:
 
 
 def place_key(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
-    """Give what a decision depends on besides shapes for tensors that aren't on a CPU.
+    """Return what a decision depends on besides shapes, for tensors that aren't on a CPU.
 
-    Where kernels differ by alignment, strides, gradients and the like, all of that is part of the key; on a CPU none of
-    it matters to a call without a mask.
+    On a CPU none of it matters to a call without a mask.
     """
     try:
         start = (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15
@@ -84,7 +83,7 @@ def place_key(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
 def table_key(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, plain: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """Give what the decision of a call depends on."""
+    """Return everything that the decision of a call depends on."""
     grads: Any = None
     if _grad_enabled():
         grads = (query.requires_grad, key.requires_grad, value.requires_grad)
@@ -121,4 +120,4 @@ def _mask_key(attn_mask: Any, key: Tensor, plain: tuple[Any, ...], grad: bool) -
         if dense is None:
             return (attn_mask.signature, known)
         return (attn_mask.signature, known, grad and dense.requires_grad, dense.is_cpu or bias_is_aligned(dense))
-    raise TypeError("a mask of another type is looked at anew at every call")
+    raise TypeError("a mask of another type has no key: it is described at every call")

@@ -1,4 +1,4 @@
-"""From a packed call to its spec: the sizes are those of its largest sequence."""
+"""From a packed call to its spec."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def describe_packed(
     sinks: Tensor | None,
     options: Options,
 ) -> AttentionSpec:
-    """Describe a packed call: the sizes are those of its largest sequence.
+    """Return the spec of a packed call, with the sizes of its longest sequence.
 
     Raises:
-        InvalidCallError: If it is wrong for any backend.
+        InvalidCallError: If no backend can take the call.
     """
     cu_q, cu_k, max_q, max_k = lengths
     options = plain_options(options)
@@ -35,8 +35,8 @@ def describe_packed(
     if attn_mask is not None:
         if not isinstance(attn_mask, Mask) or attn_mask.pattern is None or _holds_tensors(attn_mask):
             raise InvalidCallError(
-                "attention_varlen takes masks.Causal or masks.SlidingWindow as attn_mask: keys that aren't to be seen "
-                f"are left out of the packed tensors. {attn_mask!r} was given."
+                "attn_mask of attention_varlen must be masks.Causal or masks.SlidingWindow; "
+                f"{attn_mask!r} was given. To mask other keys, leave them out of the packed tensors."
             )
         pattern = attn_mask.pattern
     records = tracing.records()
@@ -47,7 +47,7 @@ def describe_packed(
         _packed_facts(value, batch, max_k),
     )
     seen = None if sinks is None else facts_of(sinks)
-    # One tensor for both may stand for two inputs of a graph that is recorded.
+    # In a recorded graph one tensor may stand for two inputs.
     same = not records and cu_q is cu_k and max_q == max_k
     tensors = (query, key, value, sinks, cu_q, cu_k)
     storage = Storage()
@@ -70,7 +70,7 @@ def describe_packed(
 
 
 def _packed_facts(tensor: Tensor, batch: Any, most: Any) -> Facts:
-    """Read a packed tensor's facts as those of the largest sequence; where a graph is recorded lengths aren't known."""
+    """Return a packed tensor's facts with the longest sequence's sizes; a recorded graph's lengths are UNKNOWN."""
     facts = facts_of(tensor)
     free = tracing.records()
     sizes = tuple(UNKNOWN if type(n) is not int or (free and n) else n for n in (batch, most))

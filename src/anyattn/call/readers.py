@@ -1,6 +1,6 @@
-"""From facts to a spec: one reader for a call's tensors and one for the constants that stand for traced ones.
+"""From facts to a spec, for a call's tensors and for the constants of a traced call.
 
-Both say in one place what else a spec depends on: gradients, determinism, tracers and transforms.
+Both add what else a spec depends on: gradients, determinism, tracers and transforms.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from anyattn.process import tracing
 from anyattn.types.spec import AttentionSpec, Storage
 
 Three = tuple[Facts, Facts, Facts]
-"""What is known of query, key and value."""
+"""The facts of query, key and value."""
 
 
 def of_tensors(
@@ -30,20 +30,20 @@ def of_tensors(
     same_lengths: bool | None,
     compiled: bool,
 ) -> AttentionSpec:
-    """Describe a call of tensors.
+    """Return the spec of a call of tensors.
 
     Args:
         facts: Of query, key and value.
         mask: Of the mask.
-        options: The other arguments, already plain.
+        options: The other arguments, as plain Python values.
         sinks: Of the sinks.
-        tensors: Every tensor of the call, which a transform may have wrapped.
+        tensors: Every tensor of the call; a transform may have wrapped some.
         storage: How the tensors lie in memory.
-        same_lengths: Whether the lengths are one; None compares them.
-        compiled: Whether sizes are those of a graph that is recorded.
+        same_lengths: Whether S_q and S_kv are always equal; None compares them.
+        compiled: Whether a graph is recorded.
 
     Raises:
-        InvalidCallError: If it is wrong for any backend.
+        InvalidCallError: If no backend can take the call.
     """
     return build_spec(
         *facts,
@@ -70,23 +70,23 @@ def of_constants(
     storage: Storage = Storage(),  # noqa: B008
     same_lengths: bool = False,
 ) -> AttentionSpec:
-    """Describe a call that is traced, by the constants that were read of it.
+    """Return the spec of a traced call.
 
     Args:
         facts: Of query, key and value.
         mask: Of the mask.
         options: The other arguments.
         sinks: Of the sinks.
-        flags: Whether gradients are on, and whether deterministic algorithms are asked for.
+        flags: Whether gradients are on, and whether deterministic algorithms are.
         storage: How the tensors lie in memory.
-        same_lengths: Whether the lengths are known to be one.
+        same_lengths: Whether S_q and S_kv are known to be equal.
 
     Raises:
-        InvalidCallError: If it is wrong for any backend.
+        InvalidCallError: If no backend can take the call.
     """
     levels = tracing.transforms()
     if "Grad" in levels:
-        # Of tensors inside torch.func's transforms compiled code says nothing: what runs around the call counts.
+        # Compiled code can't see that torch.func's grad wraps a tensor, so all three count as requiring a gradient.
         query, key, value = (fact._replace(requires_grad=True) for fact in facts)
         facts = (query, key, value)
     return build_spec(

@@ -1,4 +1,4 @@
-"""Running what is decided; where a list or `auto` chose and a kernel fails, the next backend is tried: one loop."""
+"""Run a decided call; if its kernel fails and a list or `auto` chose it, fall back to the next backend."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from anyattn.run.table import Entry, entry_for, entry_under
 from anyattn.scopes import defaults
 from anyattn.scopes.scopes import Recorder
 from anyattn.selection.decide import decide
-from anyattn.selection.faults import is_kernels, may_go_on, outside, passes_over, told
+from anyattn.selection.faults import is_kernels, may_go_on, one_line, outside, passes_over
 from anyattn.types.decision import Decision
 from anyattn.types.reasons import Reason
 
 
 class Decided(Protocol):
-    """A call that was decided, ready to be run."""
+    """A decided call, ready to run."""
 
     @property
     def decision(self) -> Decision:
@@ -47,19 +47,19 @@ def first_that_runs(
     usual: bool,
     after: tuple[Exception, Decision] | None = None,
 ) -> Output:
-    """Run what is decided; where a list or `auto` chose and its kernel fails, decide again and run that.
+    """Decide and run a call; if its kernel fails and a list or `auto` chose it, decide again.
 
     Args:
-        decide: Decides the call, and loads the kernel; it gets the backends that failed in this call alone.
+        decide: Decides the call, and loads the kernel; it gets the backends that failed in this call.
         run: Runs what was decided.
         query: The call's query, whose device a recorder times.
         recorder: Gets the decision that ran, or the last one that failed.
-        usual: Whether what fails says something of other calls: it is noted as a fault, and passed over until
-            `anyattn.reset`. Otherwise (a tracer, a transform, a tensor subclass) it is passed over in this call alone.
-        after: An attempt that failed already, which is handled as if it had been made here.
+        usual: Whether a failure is recorded as a fault: the backend is then passed over until `anyattn.reset`.
+            Otherwise (a tracer, a transform, a tensor subclass) it is passed over in this call only.
+        after: An earlier attempt that failed, handled as if it had been made here.
 
     Raises:
-        AnyattnError: As for `attention`; where every backend failed in this call alone, for the first one's error.
+        AnyattnError: As for `attention`; if every backend failed and no fault is recorded, the first one's error.
     """
     failed: dict[str, Reason] = {}
     first: tuple[Exception, Decision] | None = None
@@ -86,7 +86,7 @@ def first_that_runs(
                 continue
             if kernels and not usual and may_go_on(error, decision):
                 first = first or (error, decision)
-                failed[str(decision.chosen)] = Reason("fault", "a kernel that runs the call", told(error))
+                failed[str(decision.chosen)] = Reason("fault", "a kernel that runs the call", one_line(error))
                 continue
             if recorder is not None:
                 recorder(decision)
@@ -108,9 +108,7 @@ def call_under(
     sinks: Tensor | None,
     plain: tuple[Any, ...],
 ) -> Output:
-    """Make a call while a tracer or transform runs.
-
-    Where a list or `auto` chose and a kernel fails, the next one is tried in this call; later calls try it again.
+    """Run a call inside a tracer or transform; a backend that fails there is tried again by later calls.
 
     Raises:
         AnyattnError: As for `attention`.
@@ -138,14 +136,14 @@ def call_on(
     sinks: Tensor | None,
     options: Options,
 ) -> Output:
-    """Go on with a call that failed: the next backend where a list or `auto` chose, else the error.
+    """Continue after a kernel failed: fall back if a list or `auto` chose it, else raise the error.
 
     Args:
         error: What was raised.
-        decision: What had been decided; None where that isn't at hand.
-        scope: What is asked for.
-        table_key: What the call is looked up by.
-        query: As for `attention`; likewise what follows.
+        decision: The decision that failed; None describes and decides the call again.
+        scope: The scope in force.
+        table_key: The call's key in the table.
+        query: As for `attention`.
         key: As for `attention`.
         value: As for `attention`.
         attn_mask: As for `attention`.
@@ -157,10 +155,10 @@ def call_on(
     """
     options = plain_options(options)
     if is_kernels(error) and not is_usual(query, key, value, attn_mask, sinks):
-        # What is so under a tracer or transform may differ from what was decided: decided anew.
+        # The decision may not hold under a tracer or transform, so the call is decided again.
         return call_under(scope, query, key, value, attn_mask, sinks, tuple(options))
     if decision is None:
-        # Describing the call also says what is wrong with it, if anything is.
+        # Describing the call also raises if the call itself is wrong.
         decision = decide(describe(query, key, value, attn_mask, sinks, options), scope)
 
     def again(failed: dict[str, Reason]) -> Entry:
@@ -172,20 +170,20 @@ def call_on(
     try:
         return first_that_runs(again, run, query, scope.recorder, usual=True, after=(error, decision))
     finally:
-        del error  # or it would hold itself, and the call's tensors, by way of its traceback
+        del error  # its traceback refers to this frame, and so to it and the call's tensors
 
 
 def run_decided(
     scope: defaults.Scope, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, plain: tuple[Any, ...]
 ) -> Output | None:
-    """Run a call in the (batch, heads, sequence, head_dim) layout that is in the short table; None where it isn't.
+    """Run a call in the (batch, heads, sequence, head_dim) layout by the short table; None if it isn't there.
 
     Args:
         scope: The scope in force.
-        query: `(B, H, S_q, D)`; key and value likewise, as in `scaled_dot_product_attention`.
+        query: `(B, H, S_q, D)`.
         key: `(B, H_kv, S_kv, D)`.
         value: `(B, H_kv, S_kv, D_v)`.
-        attn_mask: As there.
+        attn_mask: As for `scaled_dot_product_attention`.
         plain: The fields of `Options`, in their order.
     """
     try:
@@ -203,7 +201,7 @@ def run_decided(
             plain,
         ]
     except (KeyError, TypeError, AttributeError, RuntimeError):
-        return None  # not decided yet, or wrong: described elsewhere, with an error that says why
+        return None  # not decided yet, or wrong: the caller describes it, which raises if it is wrong
     try:
         return call(query, key, value) if attn_mask is None else call(query, key, value, attn_mask)
     except Exception as error:
@@ -221,13 +219,13 @@ def run_after(
     attn_mask: Any,
     plain: tuple[Any, ...],
 ) -> Output:
-    """Go on after a call from the short table failed: it was wrong, or its kernel raised."""
+    """Continue after a call from the short table failed: the call was wrong, or its kernel raised."""
     try:
         if not is_usual(query, key, value, attn_mask):
             return run_any(scope, query, key, value, attn_mask, None, plain)
         return call_on(error, None, scope, None, query, key, value, attn_mask, None, Options(*plain))
     finally:
-        del error  # or it would hold itself, and the call's tensors, by way of its traceback
+        del error  # its traceback refers to this frame, and so to it and the call's tensors
 
 
 def run_any(
@@ -239,7 +237,7 @@ def run_any(
     sinks: Tensor | None,
     plain: tuple[Any, ...],
 ) -> Output:
-    """Run any call: find it in the table by everything that its decision depends on, or decide it."""
+    """Run any call: look it up in the table by everything that its decision depends on, or decide it."""
     mode = None if type(query) is Tensor else tracing.mode_left(query)
     if mode is not None:
         with mode:
@@ -253,9 +251,9 @@ def run_any(
         if entry is not None and not entry.in_graphs and tracing.is_captured(query):
             table_key = entry = None
     except (TypeError, AttributeError, RuntimeError):
-        # Not tensors, symbolic sizes, or an unhashable option: described anew, and refused where it is wrong.
+        # Not tensors, symbolic sizes, or an unhashable option: the call is described, and refused if it is wrong.
         table_key = entry = None
-    # SDPA itself, without a mask, is what it is under every tracer and transform; all else is decided anew there.
+    # SDPA without a mask works under every tracer and transform; all else is decided again there.
     if (entry is None or not entry.short or attn_mask is not None) and not is_plain():
         return call_under(scope, query, key, value, attn_mask, sinks, plain)
     if entry is None:
@@ -269,7 +267,7 @@ def run_any(
             result = entry.call(query, key, value)
         else:
             result = entry.call_masked(query, key, value, attn_mask, sinks)
-    except Exception as error:  # noqa: BLE001 - raised again there, unless the next backend runs the call
+    except Exception as error:  # noqa: BLE001 - call_on raises it again, unless the next backend runs the call
         decided = (entry.decision, scope, table_key)
         return call_on(error, *decided, query, key, value, attn_mask, sinks, Options(*plain))
     if scope.recorder is not None:
@@ -281,11 +279,11 @@ _said: Bounded[tuple[str, str], None] = Bounded(256)
 
 
 def _say(failed: dict[str, Reason], decision: Decision) -> None:
-    """Say once of each backend that it failed in a call of that kind, and what ran instead."""
+    """Warn once of each backend that failed, and name the one that ran instead."""
     for name, reason in failed.items():
         if not _said.once((name, reason.got)):
             continue
         when = "for tensors of a subclass" if is_plain() else "while a tracer or transform ran"
         text = f"The attention backend {name} failed {when}: {reason.got}."
-        text = f"{text} {decision.chosen} ran instead, in this call alone."
+        text = f"{text} {decision.chosen} ran instead, in this call only."
         warnings.warn(text, AnyattnWarning, stacklevel=outside())

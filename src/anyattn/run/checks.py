@@ -1,4 +1,4 @@
-"""The checks that must read values: on with ANYATTN_CHECKS=1 or DIFFUSERS_ATTN_CHECKS=1, never otherwise."""
+"""The checks that read values: on with ANYATTN_CHECKS=1 or DIFFUSERS_ATTN_CHECKS=1, never otherwise."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ SAMPLED_ROWS = 16
 """How many query rows of a call are compared with the reference."""
 
 SLACK = 4.0
-"""How many budgets of `anyattn.reference.tolerance` are allowed: one plain run may be right by chance, and a false
-alarm stops a person's work, while a kernel that lies is off by far more."""
+"""How many budgets of `anyattn.reference.tolerance` an error may be. The budget comes from one plain run, which may be
+exact by chance; a wrong kernel is off by far more."""
 
 
 _said: list[bool] = []
 
 
 def can_check(*tensors: Tensor | None) -> bool:
-    """Whether there are values to check; where there are none, that is said once to whom asked for the checks."""
+    """Whether there are values to check; if not, warn once."""
     if has_values(*tensors):
         return True
     if not _said:
         _said.append(True)
         text = (
-            "The value checks (ANYATTN_CHECKS) are left out where there are no values to read: while a call is traced, "
+            "The value checks (ANYATTN_CHECKS) are skipped if there are no values to read: while a call is traced, "
             "transformed or captured in a CUDA graph, and on fake and meta tensors."
         )
         warnings.warn(text, AnyattnWarning, stacklevel=outside())
@@ -48,12 +48,12 @@ def can_check(*tensors: Tensor | None) -> bool:
 def check_inputs(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, parts: Parts, value_max: float | None = None
 ) -> None:
-    """Look for values that make a result meaningless.
+    """Check the values of a call's tensors.
 
     Raises:
-        InvalidCallError: For NaN or infinity in query, key or value (masked positions too: a kernel may
-            multiply them by a zero weight), magnitudes in value above what the kernel holds, NaN or +inf in a mask,
-            and key lengths outside [0, S_kv].
+        InvalidCallError: For NaN or infinity in query, key or value (at masked positions too: a kernel may multiply
+            them by a zero weight), magnitudes in value above `value_max`, NaN or +inf in a mask, and key lengths
+            outside [0, S_kv].
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not bool(torch.isfinite(tensor).all()):
@@ -64,24 +64,24 @@ def check_inputs(
     if parts.dense is not None and parts.dense.is_floating_point():
         meaningless = torch.isnan(parts.dense) | (parts.dense == float("inf"))
         if bool(meaningless.any()):
-            raise InvalidCallError("The additive mask holds NaN or +inf; only finite values and -inf mean something.")
+            raise InvalidCallError("The additive mask holds NaN or +inf; it may hold finite values and -inf only.")
     if parts.key is not None and parts.key.dtype != torch.bool and parts.key.numel():
         low, high = int(parts.key.min()), int(parts.key.max())
         if low < 0 or high > spec.seqlen_kv:
-            raise InvalidCallError(f"Key lengths must lie in [0, {spec.seqlen_kv}]; they go from {low} to {high}.")
+            raise InvalidCallError(f"Key lengths must be in [0, {spec.seqlen_kv}]; they range from {low} to {high}.")
     _warn_of_dead_rows(spec, parts)
 
 
 def check_magnitude(value: Tensor, value_max: float | None) -> None:
-    """Look for magnitudes in value above what the kernel holds; None is whatever its dtype holds.
+    """Check the largest magnitude in value; None is no limit but the dtype's.
 
     Raises:
-        InvalidCallError: If there are any.
+        InvalidCallError: If it is above `value_max`.
     """
     if value_max is not None and value.numel() and float(value.detach().abs().max()) > value_max:
         raise InvalidCallError(
-            f"value holds magnitudes above {value_max:g}, which the kernel chosen can't hold, whatever value's dtype: "
-            "scale value down and the output up, or choose another backend."
+            f"value holds magnitudes above {value_max:g}, the largest that the chosen kernel can represent. "
+            "Scale value down and the output up, or choose another backend."
         )
 
 
@@ -98,8 +98,7 @@ def check_output(
     """Compare sampled rows of a result with the reference.
 
     Raises:
-        KernelError: If they leave the error budget of `anyattn.reference.tolerance`, which is looser where `quantised`
-            is set.
+        KernelError: If their error exceeds the budget of `anyattn.reference.tolerance`, which is larger if `quantised`.
     """
     spec = plan.spec
     if spec.dropout_p or spec.is_empty:
@@ -130,7 +129,7 @@ def _judge(plan: Plan, worst: float, rows: int) -> None:
     if worst > 1:
         raise KernelError(
             f"The attention backend {plan.backend} ({plan.lowering.entry}) disagrees with the reference: its error "
-            f"is {worst:.3g} times what is allowed, on {rows} sampled rows of {plan.spec}. Choose another backend and "
+            f"is {worst:.3g} times what is allowed, on {rows} sampled rows of {plan.spec}. Choose another backend, and "
             "run `anyattn verify` on this one.",
             backend=plan.backend,
         )
@@ -162,7 +161,6 @@ def _sample(seqlen_q: int, device: torch.device) -> Tensor:
 
 
 def _rows_of_mask(spec: AttentionSpec, parts: Parts, rows: Tensor, device: torch.device) -> Mask | None:
-    """Write out the mask of some query rows alone."""
     pattern = spec.mask.pattern
     columns = torch.arange(spec.seqlen_kv, device=device)[None, :]
     allowed = torch.ones(len(rows), spec.seqlen_kv, dtype=torch.bool, device=device)
@@ -186,23 +184,23 @@ def _rows_of_mask(spec: AttentionSpec, parts: Parts, rows: Tensor, device: torch
 
 
 def check_packed_finite(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Refuse values of packed tensors that aren't finite.
+    """Check that the values of packed tensors are finite.
 
     Raises:
-        InvalidCallError: If there is one.
+        InvalidCallError: If one isn't.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not bool(torch.isfinite(tensor).all()):
-            raise InvalidCallError(f"{name} holds NaN or infinity.")
+            raise InvalidCallError(f"{name} holds NaN or infinity; every value must be finite.")
 
 
 def check_packed(
     query: object, key: object, value: object, cu_q: object, cu_k: object, max_q: object, max_k: object
 ) -> None:
-    """Refuse what isn't a packed call, as far as that is known without waiting for a device.
+    """Check the arguments of a packed call, as far as possible without waiting for a device.
 
     Raises:
-        InvalidCallError: If it is wrong for any backend.
+        InvalidCallError: If no backend can take the call.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 3:
@@ -212,7 +210,9 @@ def check_packed(
     assert isinstance(key, Tensor)
     assert isinstance(value, Tensor)
     if key.shape[0] != value.shape[0]:
-        raise InvalidCallError(f"key and value need as many tokens; given {key.shape[0]} and {value.shape[0]}.")
+        raise InvalidCallError(
+            f"key and value must have the same number of tokens; {key.shape[0]} and {value.shape[0]} were given."
+        )
     for name, starts, most in (("q", cu_q, max_q), ("k", cu_k, max_k)):
         symbol = isinstance(most, torch.SymInt | Tensor)
         if not symbol and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
@@ -224,13 +224,13 @@ def check_packed(
             )
         if starts.device != query.device:
             raise InvalidCallError(
-                f"cu_seqlens_{name} is on {starts.device}, query on {query.device}; move it there once."
+                f"cu_seqlens_{name} must be on query's device, {query.device}; it is on {starts.device}."
             )
     assert isinstance(cu_q, Tensor)
     assert isinstance(cu_k, Tensor)
     if cu_q.shape != cu_k.shape:
         raise InvalidCallError(
-            f"cu_seqlens_q and cu_seqlens_k need one length, batch + 1; given {len(cu_q)} and {len(cu_k)}."
+            f"cu_seqlens_q and cu_seqlens_k must have the same length, batch + 1; given {len(cu_q)} and {len(cu_k)}."
         )
     if (query.is_cpu and has_values(cu_q, cu_k)) or (defaults.checks_enabled() and can_check(cu_q, cu_k)):
         assert isinstance(max_q, int)

@@ -1,4 +1,4 @@
-"""How a packed call is run: as it is where the kernel takes packed sequences, padded and packed again elsewhere."""
+"""Run a packed call: as it is if the kernel takes packed sequences, else padded and packed again."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from anyattn.types.spec import AttentionSpec
 def run_packed(
     plan: Plan, run: Run, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, sinks: Tensor | None
 ) -> Output:
-    """Run a plan on a packed call: zeros, lse -inf and no gradients for tokens that see nothing.
+    """Run a plan on a packed call; tokens that see no key get zeros, lse -inf and no gradients.
 
     Args:
-        plan: What was decided; its spec says whether the kernel takes packed sequences.
-        run: The backend's own function.
+        plan: What was decided; its spec is packed if the kernel takes packed sequences.
+        run: The backend's function.
         query: `(T_q, H, D)`.
         key: `(T_k, H_kv, D)`.
         value: `(T_k, H_kv, D_v)`.
-        lengths: As `attention_varlen` is given them.
+        lengths: As for `attention_varlen`.
         sinks: `(H,)`, or None.
     """
     cu_q, cu_k, max_q, max_k = lengths
@@ -45,9 +45,9 @@ def run_packed(
     ]
     result = execute(run, plan, padded[0], padded[1], padded[2], parts)
     tokens = torch.arange(query.shape[0], device=query.device)
-    # Meta tensors have no values to search for, and torch doesn't search them.
+    # searchsorted needs values, which meta tensors don't have.
     sequence = tokens if query.is_meta else torch.searchsorted(starts_q, tokens, right=True) - 1
-    # Tokens after the last sequence's end have no place: theirs is the first, and what they get zeros.
+    # Tokens after the last sequence's end read place 0; chosen_rows sets them to zero.
     inside = tokens < starts_q[-1]
     place = torch.where(inside, tokens - starts_q[sequence], 0)
     sequence = sequence.clamp(max=starts_q.shape[0] - 2)
@@ -59,7 +59,7 @@ def run_packed(
 
 
 def _unpacked(tensor: Tensor, starts: Tensor, most: int) -> Tensor:
-    """Pad packed sequences to `(B, S, H, D)` with zeros: another sequence's NaN would get through a masked position."""
+    """Pad packed sequences to `(B, S, H, D)` with zeros, since a NaN at a masked position would spread."""
     place = torch.arange(most, device=tensor.device)
     index = (starts[:-1, None] + place).clamp(max=tensor.shape[0] - 1)
     inside = place < starts.diff()[:, None]
@@ -67,7 +67,7 @@ def _unpacked(tensor: Tensor, starts: Tensor, most: int) -> Tensor:
 
 
 def _positions(spec: AttentionSpec, lengths_q: Tensor, lengths_k: Tensor, max_q: int, max_k: int) -> Tensor:
-    """Write a lower-right pattern of sequences of different lengths out: boolean `(B, 1, S_q, S_kv)`."""
+    """Return the lower-right pattern of sequences of different lengths as a boolean mask `(B, 1, S_q, S_kv)`."""
     pattern = spec.packed_pattern
     assert pattern is not None
     row = torch.arange(max_q, device=lengths_q.device)[:, None] + (lengths_k - lengths_q)[:, None, None]
@@ -81,7 +81,7 @@ def _positions(spec: AttentionSpec, lengths_q: Tensor, lengths_k: Tensor, max_q:
 
 
 def _nothing_to_see(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Output:
-    """Answer a call without queries or without keys: zeros, lse -inf (or the sinks); the graph is kept."""
+    """Compute a call without queries or keys: zeros, lse -inf (or the sinks), within the autograd graph."""
     group = spec.num_heads // spec.num_kv_heads
     scores = torch.einsum("thd,shd->hts", query, key[:0].repeat_interleave(group, 1))
     out = torch.einsum("hts,shd->thd", scores, value[:0].repeat_interleave(group, 1))

@@ -1,4 +1,4 @@
-"""From a decision to something that can be called, and what becomes of a kernel's errors."""
+"""From a decision to a function that can be called, and to errors with what to do about them."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _loaded: set[Backend] = set()
 
 
 def load(backend: Backend) -> None:
-    """Import a backend's kernel, once; one that can't be imported is noted until `anyattn.reset`.
+    """Import a backend's kernel, once; a failure is recorded until `anyattn.reset`.
 
     Raises:
-        BackendUnavailableError: If it raises anything.
+        BackendUnavailableError: If the import fails.
     """
     if backend in _loaded:
         return
     try:
         backend.load()
     except BackendUnavailableError as error:
-        # The backend knows better what is amiss, and what would cure it.
+        # The backend's own reason says best what is wrong and how to fix it.
         known = (reason for reason in error.reasons if reason.code == "broken_import")
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         _note(backend.name, next(known, None) or broken_import(backend.name, error), cause)
@@ -50,13 +50,13 @@ def load(backend: Backend) -> None:
 
 
 def _note(name: str, reason: Reason, error: Exception) -> None:
-    """Note that a kernel can't be imported, unless that may be due to a tracer or transform."""
+    """Record that a kernel can't be imported, unless a tracer or transform may be the cause."""
     if is_plain():
         faults.add_fault(name, None, reason, error)
 
 
 def make_plan(decision: Decision) -> tuple[Plan, Run]:
-    """Return the plan that a decision carries, and what runs it; loads the kernel."""
+    """Load the kernel, and return the plan that a decision carries and the function that runs it."""
     choice = choice_of(decision)
     plan, caps = choice.plan, choice.caps
     if decision.spec.is_empty:
@@ -72,13 +72,12 @@ def make_plan(decision: Decision) -> tuple[Plan, Run]:
     if is_copied_for(caps, plan.spec, plan.lowering):
         run = _with_aligned(run)
     if caps.unit_stride and plan.spec.device_type == "cpu":
-        # Strides aren't part of what a CPU call is decided by, so that they are seen to at each call.
+        # A CPU call's decision doesn't depend on strides, so they are checked at each call.
         run = _with_unit_stride(run)
     return plan, run
 
 
 def _on_its_device(run: Run) -> Run:
-    """Make the tensors' device the current one for the call, and put back what was current whatever the kernel does."""
 
     def guarded(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         if torch.compiler.is_compiling():
@@ -90,7 +89,7 @@ def _on_its_device(run: Run) -> Run:
 
 
 def _on_default_stream(run: Run) -> Run:
-    """Make the call on the default stream, after what is queued on the current one, which then waits for it."""
+    """Run the call on the default stream; it and the current stream wait for each other."""
 
     def ordered(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         if torch.compiler.is_compiling():
@@ -103,7 +102,7 @@ def _on_default_stream(run: Run) -> Run:
             result = run(plan, query, key, value, parts)
         current.wait_stream(default)
         for tensor in result if isinstance(result, tuple) else (result,):
-            # Its memory is the default stream's: it must not be handed out again while the current one reads it.
+            # The default stream owns the memory, and must not reuse it while the current one reads it.
             tensor.record_stream(current)
         return result
 
@@ -126,19 +125,19 @@ def _with_unit_stride(run: Run) -> Run:
 
 
 def run_empty(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-    """Answer a call without anything to attend to, whatever the backend."""
+    """Compute an empty call, for every backend."""
     return empty_attention(plan.spec, query, key, value, parts)
 
 
 def execute(run: Run, plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-    """Run a plan, and add the sinks where its kernel has none."""
+    """Run a plan, and add the sinks if its kernel has none."""
     result = run(plan, query, key, value, parts)
     if not plan.rescale or parts.sinks is None:
         return result
     if not isinstance(result, tuple):
         raise TypeError(
-            f"The backend {plan.backend} gave a tensor for a call with sinks; one that declares lse and not sinks has "
-            "to give (out, lse) there, as it does for return_lse."
+            f"The backend {plan.backend} returned a tensor for a call with sinks. A backend that declares lse and not "
+            "sinks must return (out, lse) there, as it does for return_lse."
         )
     out, lse = result
     if plan.spec.packed:
@@ -150,20 +149,20 @@ def execute(run: Run, plan: Plan, query: Tensor, key: Tensor, value: Tensor, par
 
 
 def raise_kernel_error(error: Exception, decision: Decision) -> NoReturn:
-    """Wrap what a kernel raised; out-of-memory and our own errors pass through."""
+    """Raise KernelError from a kernel's error; out-of-memory and anyattn's own errors are raised as they are."""
     if isinstance(error, AnyattnError) or is_out_of_memory(error):
         try:
             raise error
         finally:
-            del error  # or it would hold itself, and the call's tensors, by way of its traceback
+            del error  # its traceback refers to this frame, and so to it and the call's tensors
     name = decision.chosen or ""
-    cure = "Choose another backend, and run `anyattn doctor` to look into this one."
+    advice = "Choose another backend, and run `anyattn doctor` to check this one."
     if defaults.follow(detect().overrides):
-        cure = "torch's kernels were replaced or put back after this was decided; calls are decided anew. " + cure
+        advice = "torch's kernels were replaced or restored after this was decided; calls are decided again. " + advice
     if loses_device(error):
-        cure = "The device's context may be lost: start the process anew. " + cure
+        advice = "The device's context may be lost: restart the process. " + advice
     raise KernelError(
         f"The attention backend {name} ({decision.kernel}) raised {type(error).__name__}: {error}\n"
-        f"The call was {decision.spec}. {cure}",
+        f"The call was {decision.spec}. {advice}",
         backend=name,
     ) from error

@@ -1,4 +1,4 @@
-"""The table of bound calls: a call that was seen before runs without being described or decided again."""
+"""The cache of decided calls: a repeated call runs without being described or decided again."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Entry:
         call: `call(query, key, value)` for a call without mask and sinks.
         call_masked: `call_masked(query, key, value, attn_mask, sinks)`.
         decision: What was chosen and why.
-        short: Whether `call` itself refuses mismatched dtypes and devices, follows autocast and gives gradients, so
-            that a table key needn't hold those.
+        short: Whether `call` itself refuses mismatched dtypes and devices, follows autocast and computes gradients;
+            then the short table's key needn't hold those.
         short_masked: The same with a mask object: `short_masked(query, key, value, attn_mask)`.
-        in_graphs: Whether the call may be captured in a CUDA graph too; otherwise it is decided anew there.
+        in_graphs: Whether the call may be captured in a CUDA graph; if not, it is decided again there.
     """
 
     __slots__ = ("call", "call_masked", "decision", "in_graphs", "short", "short_masked")
@@ -62,25 +62,26 @@ class Entry:
         self.in_graphs = in_graphs
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
-        """Run the call, whatever it has beside query, key and value."""
+        """Run the call, with or without a mask and sinks."""
         if attn_mask is None and sinks is None:
             return self.call(query, key, value)
         return self.call_masked(query, key, value, attn_mask, sinks)
 
     @property
     def gives_gradients(self) -> bool:
-        """Whether the backend chosen has a backward on the call's device."""
+        """Whether the chosen backend has a backward on the call's device."""
         caps = choice_of(self.decision).caps
         return caps is not None and caps.backward
 
 
 def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
-    """Turn a decision into something that can be called."""
+    """Bind a decision to its kernel."""
     plan, run = make_plan(decision)
     choice = choice_of(decision)
 
     def call_masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
-        return execute(run, plan, query, key, value, _kept(plan.spec, parts_of(as_mask(attn_mask), sinks)))
+        parts = _without_full_masks(plan.spec, parts_of(as_mask(attn_mask), sinks))
+        return execute(run, plan, query, key, value, parts)
 
     bound, bound_masked = _shortcuts(choice)
     nothing = Parts()
@@ -93,7 +94,7 @@ def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
             return bound_to(query, key, value, attn_mask)
 
     in_graphs = decision.spec.is_empty or (choice.caps is not None and choice.caps.cuda_graph)
-    # The short table doesn't ask whether a graph is being captured.
+    # A look-up in the short table doesn't check whether a graph is captured.
     short = in_graphs and (bound is not None or bound_masked is not None)
     if cast is not None:
         call, masked = _autocast(call, masked, cast, plan.spec.device_type)
@@ -105,7 +106,7 @@ def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
 
 
 def _shortcuts(choice: Choice) -> tuple[Runner | None, MaskedRunner | None]:
-    """Ask the backend for shorter ways, where they are its own: a subclass with another `run` doesn't inherit them."""
+    """Return the backend's shorter runners; a subclass with a `run` of its own doesn't inherit them."""
     backend, caps, plan = choice.backend, choice.caps, choice.plan
     if (
         plan.lowering.entry == "empty"
@@ -119,7 +120,7 @@ def _shortcuts(choice: Choice) -> tuple[Runner | None, MaskedRunner | None]:
 
 @functools.lru_cache(maxsize=256)
 def _owned(order: tuple[type, ...]) -> tuple[bool, bool]:
-    """Whether `bind` and `bind_masked` come from the class that `run` does, or a subclass of it; `order` is the MRO."""
+    """Whether `bind` and `bind_masked` come from the class of `run` or a subclass of it; `order` is the MRO."""
 
     def owner(name: str) -> type:
         return next(base for base in order if name in vars(base))
@@ -128,8 +129,8 @@ def _owned(order: tuple[type, ...]) -> tuple[bool, bool]:
     return issubclass(owner("bind"), run), issubclass(owner("bind_masked"), run)
 
 
-def _kept(spec: AttentionSpec, parts: Parts) -> Parts:
-    """Leave out the parts of a mask that the spec left out, known as they are to allow everything."""
+def _without_full_masks(spec: AttentionSpec, parts: Parts) -> Parts:
+    """Drop mask tensors known to allow everything; the spec has none then."""
     mask = spec.mask
     if mask.key is None and mask.dense is None and (parts.key is not None or parts.dense is not None):
         return parts._replace(key=None, dense=None)
@@ -137,7 +138,7 @@ def _kept(spec: AttentionSpec, parts: Parts) -> Parts:
 
 
 def _autocast(call: Any, call_masked: Any, dtype: torch.dtype, device_type: str) -> tuple[Any, Any]:
-    """Cast as autocast does for SDPA, once, and run with it off, so that a mask keeps its precision."""
+    """Cast as autocast does for SDPA, and run with autocast off, which would cast the mask too."""
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
@@ -162,7 +163,7 @@ def _checked(call_masked: Any, choice: Choice) -> tuple[Any, Any]:
     quantised = caps is not None and not caps.exact and bool(caps.quantised)
 
     def checked(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, sinks: Tensor | None = None) -> Output:
-        parts = _kept(plan.spec, parts_of(as_mask(mask), sinks))
+        parts = _without_full_masks(plan.spec, parts_of(as_mask(mask), sinks))
         if not can_check(query, key, value, parts.key, parts.dense, sinks):
             return call_masked(query, key, value, mask, sinks)  # type: ignore[no-any-return]
         check_inputs(plan.spec, query, key, value, parts, value_max)
@@ -197,7 +198,7 @@ def entry_for(
             spec = spec.replace(captured=True)
         cast = autocast_dtype(query.device.type)
         entry = make_first(spec, base, lambda decision: make_entry(decision, cast))
-        # What a graph may hold isn't what runs outside of it.
+        # A decision for a captured graph may differ from the one outside it.
         if table_key is not None and not spec.captured and generation == defaults.generation():
             base.remember(table_key, entry)
             if entry.short and sinks is None and type(query) is Tensor:
@@ -218,17 +219,17 @@ def entry_under(
     options: Options,
     failed: dict[str, Reason],
 ) -> Entry:
-    """Decide a call that a tracer or transform makes; it is kept under its spec, which says all that it depends on.
+    """Decide a call inside a tracer or transform; it is cached by its spec.
 
     Args:
-        scope: What is asked for.
-        query: As for `attention`; likewise what follows.
+        scope: The scope in force.
+        query: As for `attention`.
         key: As for `attention`.
         value: As for `attention`.
         attn_mask: As for `attention`.
         sinks: As for `attention`.
         options: As for `attention`.
-        failed: The backends that failed in this very call.
+        failed: The backends that failed in this call.
     """
     base = scope if scope.recorder is None else defaults.scope_for(scope.settings)
     spec = describe(query, key, value, attn_mask, sinks, options)
@@ -249,9 +250,9 @@ def make_first(
     make: Callable[[Decision], Made],
     failed: dict[str, Reason] | None = None,
 ) -> Made:
-    """Decide a call and load its kernel; where a list or `auto` allows it, go on to the next if it can't be loaded.
+    """Decide a call and load its kernel; if loading fails and a list or `auto` chose it, decide again.
 
-    `failed` holds what failed in this call alone, under a tracer or transform: it says nothing of other calls.
+    `failed` holds the backends that failed in this call only, under a tracer or transform.
 
     Raises:
         AnyattnError: As `decide` and `make`.
@@ -266,7 +267,7 @@ def make_first(
             if failed is not None and not tracing.is_plain():
                 failed[decision.chosen] = error.reasons[0]
             elif decision.chosen not in faults.broken_loads():
-                # Loading notes what it couldn't load, and the next decision goes past it.
+                # A failed load is recorded, and then the next decision passes over the backend; this one wasn't.
                 raise
         else:
             if not failed:
@@ -277,14 +278,14 @@ def make_first(
 def _shorten(
     scope: defaults.Scope, entry: Entry, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, options: Options
 ) -> None:
-    """Put a decided call into the short table as well, where its mask isn't one that must be looked at each time."""
+    """Put a decided call into the short table too, unless its mask must be described at each call."""
     name: Any = None
     if attn_mask is not None:
         name = short_name(attn_mask, entry.decision.spec.mask)
         if name is None:
             return
     place = query.is_cpu or place_key(query, key, value)
-    # As `api.attention` and `api.scaled_dot_product_attention` look it up.
+    # The key that `api.attention` and `api.scaled_dot_product_attention` make.
     rest = options[:7] if options.layout == "BSHD" else (tuple(options),)
     short_key = (name, query.shape, key.shape, value.shape, query.dtype, place, *rest)
     runner = entry.call if attn_mask is None else entry.short_masked
@@ -294,11 +295,11 @@ def _shorten(
 
 
 def _only_plainly(run: Any) -> MaskedRunner:
-    """Run what takes two lengths for equal only where no graph is recorded, which may run with others."""
+    """Refuse to run while a graph is recorded: it may run with unequal lengths, and `run` relies on equal ones."""
 
     def plainly(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> Output:
         if not tracing.is_plain():
-            raise LookupError("decided anew while something is traced")
+            raise LookupError("decided again while a graph is recorded")
         return run(query, key, value, attn_mask)  # type: ignore[no-any-return]
 
     return plainly

@@ -1,7 +1,7 @@
-"""Calls inside torch.compile: an opaque chooser sees constants alone, and the kernel's call is traced.
+"""Calls inside torch.compile: a function that Dynamo doesn't trace chooses from constants; the kernel's call is traced.
 
-Dynamo refuses `functools.cache` and context variables. A function marked as giving a constant runs while tracing and
-installs no guard, so that the preference in force has to be among its arguments (see `anyattn.scopes._in_force`).
+Dynamo can't trace `functools.cache` and context variables. A function marked as returning a constant runs while tracing
+and installs no guard, so the preference in force must be one of its arguments (see `anyattn.scopes._in_force`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _number(number: Any) -> Any:
 
 
 def _flag(flag: Any) -> Any:
-    """Make a flag static: one that follows from sizes arrives as a symbol, and becomes a guard."""
+    """Make a flag static: one computed from sizes arrives as a symbol, and becomes a guard."""
     if isinstance(flag, bool):
         return True if flag else False  # noqa: SIM210
     return TENSOR if isinstance(flag, Tensor) else flag
@@ -75,11 +75,11 @@ def _static_options(options: Options) -> tuple[Any, ...]:
 
 
 _SINCE = Version("2.8")
-"""The oldest torch in which compiled calls were run and are right."""
+"""The oldest torch in which compiled calls were run and were right."""
 
 
 def _needs_torch() -> bool:
-    """Refuse compiled calls where dynamo can't trace them.
+    """Refuse compiled calls if Dynamo can't trace them.
 
     Raises:
         BackendUnavailableError: If torch is older than 2.8.
@@ -87,8 +87,8 @@ def _needs_torch() -> bool:
     found = detect().torch
     if found < _SINCE:
         raise BackendUnavailableError(
-            f"anyattn's calls inside torch.compile need torch {_SINCE} or newer, and this is torch {found}. Install a "
-            "newer torch, or keep the call out of compiled code with torch.compiler.disable."
+            f"anyattn's calls inside torch.compile need torch {_SINCE} or newer; this is torch {found}. Install a "
+            "newer torch, or exclude the call from compiled code with torch.compiler.disable."
         )
     return True
 
@@ -112,11 +112,11 @@ def _has_autocast(kind: str) -> bool:
 def traced_call(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None, options: Options, backend: Any
 ) -> Output:
-    """Make a call inside torch.compile: an opaque chooser sees constants alone, the kernel's call is traced."""
+    """Run a call inside torch.compile."""
     _needs_torch()
     kind = query.device.type
     if _has_autocast(kind) and torch.is_autocast_enabled(kind):
-        # As outside: cast once, and run with autocast off, so that a mask keeps its precision.
+        # As outside: cast, and run with autocast off, which would cast the mask too.
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
         mask = autocast_mask(as_mask(attn_mask), dtype)
@@ -138,7 +138,7 @@ def _traced(
         block = _block_plain(mask)
         fits = _mask_fits(mask, query, key, axis)
     large = _is_large(query, key, axis, mask is not None)
-    # Comparisons of sizes are turned into plain booleans, which makes guards of them.
+    # Plain booleans, so that Dynamo guards on the comparisons.
     same = _same_lengths(query, key, axis)
     agree = True if _batches_agree(query, key, value, axis) else False  # noqa: SIM210
     plan: Plan = _choose(
@@ -158,7 +158,7 @@ def _traced(
 
 
 def _same_lengths(query: Tensor, key: Tensor, axis: int) -> bool:
-    """Whether the lengths are one. What is exported isn't made again for others: there they must be known to be."""
+    """Whether the lengths are equal; for export, which isn't compiled again, whether they always are."""
     if query.dim() != 4 or key.dim() != 4:
         return False
     if torch.compiler.is_exporting():
@@ -169,7 +169,7 @@ def _same_lengths(query: Tensor, key: Tensor, axis: int) -> bool:
 
 
 def _block_plain(mask: Mask) -> tuple[Any, ...]:
-    """Write what is known of a mask function as constants; of a block mask, where it is (dynamo guards on that)."""
+    """Return a mask function's facts as constants; for a block mask its id, which Dynamo guards on."""
     block = mask.block
     if block is None or isinstance(block, MadeFor):
         return ()
@@ -189,10 +189,10 @@ def _block_facts(plain: tuple[Any, ...]) -> MaskFacts:
 
 
 def _is_large(query: Tensor, key: Tensor, axis: int, masked: bool = False) -> bool:
-    """Whether sizes are such that there are limits, so that they have to be known exactly."""
+    """Whether sizes are so large that kernels' limits may apply; then they must be static."""
     if not query.dim() == key.dim() == 4:
         return False
-    # A dense mask may have to be made, of up to 8 bytes a position and the boolean's one.
+    # A dense mask may be made, of up to 8 bytes per position and 1 for the boolean mask.
     if masked and query.shape[0] * query.shape[axis] * key.shape[axis] * 9 > MAX_LOWERED_MASK_BYTES:
         return True
     heads = query.shape[0] * query.shape[3 - axis]
@@ -201,7 +201,7 @@ def _is_large(query: Tensor, key: Tensor, axis: int, masked: bool = False) -> bo
 
 
 def _mask_fits(mask: Mask, query: Tensor, key: Tensor, axis: int) -> bool:
-    """Whether a mask's sizes are the call's; a size that is a symbol is compared by a guard."""
+    """Whether a mask's sizes match the call's; comparing symbols adds guards."""
     if query.dim() != 4 or key.dim() != 4:
         return True  # refused with its own message
     seqlen_kv = key.shape[axis]
@@ -257,7 +257,7 @@ def _choose(
         scope = scope_of_call(scope, backend)
     grad, same, agree, fits, deterministic = flags
     if not agree:
-        raise InvalidCallError("query, key and value need the same batch size, and key and value the same length.")
+        raise InvalidCallError("query, key and value must have the same batch size, and key and value the same length.")
     if not fits:
         raise InvalidCallError(
             "The mask's sizes don't fit the call: each must be the call's own, or 1 in a dense mask."

@@ -1,4 +1,4 @@
-"""Packed calls that torch.export traces: an opaque chooser sees constants alone, and the kernel's call is traced."""
+"""Packed calls that torch.export traces; see `traced`."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def traced_varlen_call(
     options: Options,
     backend: Any,
 ) -> Output:
-    """Make a packed call while torch.export traces; `run_packed` runs a plan on it."""
+    """Run a packed call while torch.export traces; `run_packed` runs a plan on it."""
     pattern = None
     if attn_mask is not None:
         holds = isinstance(attn_mask, Mask) and attn_mask.pattern is not None
         if not holds or attn_mask.key is not None or attn_mask.dense is not None or attn_mask.block is not None:
-            raise InvalidCallError("attention_varlen takes masks.Causal or masks.SlidingWindow as attn_mask.")
+            raise InvalidCallError("attn_mask of attention_varlen must be masks.Causal or masks.SlidingWindow.")
         pattern = _pattern(attn_mask)
     if not query.dim() == key.dim() == value.dim() == 3:
         raise InvalidCallError("query, key and value must be tensors (tokens, heads, head_dim).")

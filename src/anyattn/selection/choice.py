@@ -1,4 +1,4 @@
-"""What a decision carries: the backend that runs the call, lowered once, and the backends that were known then."""
+"""What a decision carries: the backend that runs the call, the lowered call, and the backends known at that time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from anyattn.types.decision import Candidate, Decision, carried
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The backend that was chosen for a call, and how the call reaches it; it holds no tensor.
+    """The backend chosen for a call, and how the call reaches it; it holds no tensor.
 
     Attributes:
         backend: The backend.
         caps: Its declaration for the call as it is run, if it has one.
         plan: The call as it is run, and its lowering.
-        refused: The backends that were wanted more, with what is against them.
+        refused: The backends that were tried before, with their reasons.
     """
 
     backend: Backend
@@ -32,23 +32,23 @@ def choice_of(decision: Decision) -> Choice:
     """Return what runs a decision.
 
     Raises:
-        TypeError: If nothing was chosen, or the decision is a copy, which can be looked at and not run.
+        TypeError: If nothing was chosen, or the decision is a copy, which can't be run.
     """
     choice = carried(decision)
     if not isinstance(choice, Choice):
-        raise TypeError(f"There is nothing to run: {decision}" if decision.chosen is None else "A copy can't be run.")
+        raise TypeError(f"Nothing to run: {decision}" if decision.chosen is None else "A decision's copy can't be run.")
     return choice
 
 
 class Known(Mapping[str, Backend]):
-    """The backends known at one moment, each looked up when it is asked for."""
+    """The backends known at one moment, each looked up when it is read."""
 
     def __init__(self, wanted: Sequence[str], *, third_parties: bool) -> None:
-        """Remember what stands in for a name now.
+        """Store the backends that are registered or substituted now.
 
         Args:
-            wanted: Names to know besides the library's own.
-            third_parties: Whether to know all backends of other packages; they are imported when looked up.
+            wanted: Names to include besides the library's own.
+            third_parties: Whether to include all backends of other packages; they are imported when looked up.
         """
         self._wanted = tuple(wanted)
         self._third_parties = registry.third_parties() if third_parties else ()

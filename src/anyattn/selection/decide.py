@@ -21,12 +21,12 @@ from anyattn.types.spec import AttentionSpec
 
 
 def decide(spec: AttentionSpec, scope: defaults.Scope, failed: Mapping[str, Reason] | None = None) -> Decision:
-    """Choose a backend for a described call under a scope; `failed` are backends that failed in this call alone.
+    """Choose a backend for a described call under a scope; `failed` holds those that failed in this call.
 
     Raises:
         UnknownBackendError: If a name in force is unknown.
-        BackendUnavailableError: If the one backend required can't be used here.
-        UnsupportedCallError: If nothing that was allowed admits the call.
+        BackendUnavailableError: If the required backend can't be used here.
+        UnsupportedCallError: If no requested backend admits the call.
     """
     env = detect()
     defaults.follow(env.overrides)
@@ -45,17 +45,16 @@ def decision_for(
     *,
     here: bool,
 ) -> Decision:
-    """Choose as `decide` does, on any machine, and give the decision even where nothing was chosen.
+    """Choose as `decide` does, on any machine, and return the decision even if nothing was chosen.
 
-    `here`: whether the machine is this one, so that what failed here counts.
+    `here`: whether `env` is this machine; only then do earlier failures count.
     """
     wish = registry.resolve_preference(scope.preference())
     overruled = scope.overruled()
     if overruled and not scope.settings.override:
-        _say_once(f"Overruled: {overruled}. Write override=True to have the block beat pins, or change the pin.")
-    # A third party's package is imported where it is asked for, by name or by auto, and nowhere else.
+        _say_once(f"Overruled: {overruled}. Pass override=True to have the block beat pins, or change the pin.")
+    # A third party's package is imported only if it is requested, by name or by `auto`.
     known = Known([name for name in wish.names if name != AUTO], third_parties=AUTO in wish.names)
-    # What failed here says nothing of a machine that is supposed.
     failures = faults.faults(spec_of_fault(spec)) if here else NO_FAULTS
     if failed:
         failures = {**failures, **failed}

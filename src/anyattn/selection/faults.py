@@ -1,4 +1,4 @@
-"""What is made of a kernel's error: whose it is, whether the next backend may try, and how that is said."""
+"""Kernels' errors: which errors are a kernel's, when to fall back to the next backend, and what to report."""
 
 from __future__ import annotations
 
@@ -32,76 +32,76 @@ _PLAIN_ERRORS = (
 )
 # Triton's compiler, CUTLASS's DSL (flash4), and the compilers that both start raise plain Exceptions of their own.
 _KERNEL_PACKAGES = frozenset(("triton", "cutlass", "subprocess", "torch_xla"))
-# After these nothing works on the device any more: the errors that the CUDA runtime calls sticky. A kernel that was
-# built for other GPUs leaves the context as it was, so that another may try.
+# After these errors, which the CUDA runtime calls sticky, nothing works on the device any more. A kernel that was built
+# for other GPUs doesn't harm the context, so another may be tried.
 _DEVICE_LOST = re.compile(
     r"\b(CUDA|HIP|NPU) error\b|CUDA_ERROR_|cudaError|illegal memory access|illegal instruction|misaligned address"
     r"|device-side assert|unspecified launch failure|AcceleratorError",
     re.IGNORECASE,
 )
-_DEVICE_KEPT = re.compile(r"no kernel image|invalid device function|NO_BINARY_FOR_GPU", re.IGNORECASE)
+_DEVICE_INTACT = re.compile(r"no kernel image|invalid device function|NO_BINARY_FOR_GPU", re.IGNORECASE)
 _NO_MEMORY = re.compile(r"out of memory|OUT_OF_MEMORY|RESOURCE_EXHAUSTED")
 
 
 def is_kernels(error: Exception) -> bool:
     """Whether an error is one that kernels raise.
 
-    Not every Exception is: gradient checkpointing stops a forward by raising one through it.
+    Not every Exception is: gradient checkpointing stops a forward by raising one.
     """
     return isinstance(error, _PLAIN_ERRORS) or type(error).__module__.partition(".")[0] in _KERNEL_PACKAGES
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the device had no memory left, which is no fault of the kernel's."""
+    """Whether the device had no memory left, which isn't the kernel's fault."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
     )
 
 
 def loses_device(error: BaseException) -> bool:
-    """Whether the device's context is lost, so that no other kernel can run in this process."""
-    said = f"{type(error).__name__}: {error}"
-    return _DEVICE_LOST.search(said) is not None and _DEVICE_KEPT.search(said) is None
+    """Whether the device's context is lost; then no other kernel can run in this process."""
+    text = f"{type(error).__name__}: {error}"
+    return _DEVICE_LOST.search(text) is not None and _DEVICE_INTACT.search(text) is None
 
 
-def told(error: BaseException) -> str:
-    """Say an error in one line: its type and the first line of its message."""
+def one_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
 def broken_import(name: str, error: BaseException | str, install: str | None = None) -> Reason:
-    """Say that a backend's kernel is installed but can't be imported, and what cures it.
+    """Return the reason that a backend's kernel is installed but can't be imported, and how to fix it.
 
     Args:
         name: The backend.
         error: What was raised, or how the process ended.
-        install: The command that installs it; None asks its class, which is imported for that.
+        install: The command that installs it; None reads it from the backend's class, which is imported.
     """
     install = registry.get(name).install if install is None else install
-    cure = "mend or uninstall the package that brings it"
+    fix = "reinstall or uninstall its package"
     if install:
-        cure = f"it was likely built for another torch or Python than these: uninstall it and get it anew ({install})"
-    got = error if isinstance(error, str) else told(error)
-    return Reason("broken_import", f"an importable kernel for {name}", got, cure)
+        fix = f"it was probably built for another torch or Python: uninstall it and install it again ({install})"
+    got = error if isinstance(error, str) else one_line(error)
+    return Reason("broken_import", f"an importable kernel for {name}", got, fix)
 
 
 def passes_over(error: Exception, decision: Decision) -> bool:
-    """Whether a call whose kernel failed is to be tried with the next backend; notes the fault if so."""
+    """Return whether to try the next backend after a kernel failed; if so, record the fault."""
     if not may_go_on(error, decision):
         return False
     assert decision.chosen is not None
-    hint = "`anyattn doctor` looks into it, and anyattn.reset() has it tried again"
-    reason = Reason("fault", "a kernel that runs the call", told(error), hint)
+    hint = "run `anyattn doctor` to find out why; anyattn.reset() lets it be tried again"
+    reason = Reason("fault", "a kernel that runs the call", one_line(error), hint)
     add_fault(decision.chosen, spec_of_fault(decision.spec), reason)
     return True
 
 
 def may_go_on(error: Exception, decision: Decision) -> bool:
-    """Whether a call whose kernel failed may be tried with the next backend.
+    """Whether the next backend may be tried after a kernel failed.
 
-    Only where a list or `auto` chose: an explicit name fails. Out-of-memory is no fault of the kernel's, and a lost
-    device leaves nothing to go on with.
+    Only if a list or `auto` chose: a backend required by name fails. Running out of memory isn't the kernel's fault,
+    and on a lost device no other kernel can run.
     """
     if decision.preference.mode == "require" or decision.chosen is None or decision.spec.is_empty:
         return False
@@ -110,12 +110,12 @@ def may_go_on(error: Exception, decision: Decision) -> bool:
 
 
 def spec_of_fault(spec: AttentionSpec) -> AttentionSpec:
-    """Give what a fault is noted for: a kernel that failed in eager code is gone past in compiled code too."""
+    """Return the spec that a fault is recorded for: what failed in eager code is passed over in compiled code too."""
     return replace(spec, compiled=False, captured=False) if spec.compiled or spec.captured else spec
 
 
 def say_passed_over(decision: Decision) -> None:
-    """Say once of each backend that a list or `auto` would have chosen, and that failed, that it isn't used."""
+    """Warn once of each backend that is passed over because it failed or can't be imported."""
     if decision.preference.mode == "require":
         return
     for candidate in choice_of(decision).refused:
@@ -136,7 +136,7 @@ def _say(name: str, spec: AttentionSpec | None, reason: Reason, decision: Decisi
 
 
 def outside() -> int:
-    """Give the stack level at which a warning of the caller's points out of anyattn."""
+    """Return the `stacklevel` with which a warning names the user's code."""
     level = 1
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "anyattn":
@@ -154,7 +154,7 @@ _said_faults: Bounded[tuple[str, Any], None] = Bounded(1024)
 
 
 def add_fault(backend: str, spec: Any, reason: Any, error: Exception | None = None) -> None:
-    """Note that a backend failed for a spec (None: that it can't be loaded, with why); decisions are forgotten."""
+    """Record that a backend failed for a spec (None: it can't be loaded), and forget decisions."""
     with _lock:
         if (backend, spec) in _faults:
             return
@@ -165,7 +165,7 @@ def add_fault(backend: str, spec: Any, reason: Any, error: Exception | None = No
 
 
 def faults(spec: Any) -> dict[str, Any]:
-    """Give the reason against each backend that failed for a spec, or couldn't be loaded at all."""
+    """Return the reason against each backend that failed for a spec or couldn't be loaded."""
     if not _faults:
         return {}
     with _lock:
@@ -173,23 +173,23 @@ def faults(spec: Any) -> dict[str, Any]:
 
 
 def broken_loads() -> dict[str, Any]:
-    """Give the reason against each backend that couldn't be loaded."""
+    """Return the reason against each backend that couldn't be loaded."""
     with _lock:
         return {name: reason for (name, at), reason in _faults.items() if at is None}
 
 
 def load_error(backend: str) -> Exception | None:
-    """Give what a backend's kernel raised when it was imported; importing it again may raise something else."""
+    """Return what a backend's kernel raised at its first import; a second import may raise something else."""
     return _load_errors.get(backend)
 
 
 def reported_first_now(backend: str, spec: Any) -> bool:
-    """Return whether the user hasn't been warned of a fault yet, and remember that they are now."""
+    """Return whether the user hasn't been warned of a fault yet, and store that they are now."""
     return _said_faults.once((backend, spec))
 
 
 def forget_faults() -> None:
-    """Let every backend that failed be tried again."""
+    """Forget every fault, so that backends that failed are tried again."""
     with _lock:
         _faults.clear()
         _load_errors.clear()

@@ -1,4 +1,4 @@
-"""The preference of a single call: `backend=` read once, and the scope that holds it."""
+"""The preference of a single call: what is passed as `backend=`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _preferences: Bounded[Any, Preference] = Bounded(1024)
 
 
 def scope_of_call(scope: defaults.Scope, backend: Any) -> defaults.Scope:
-    """Give the scope in which a call with `backend=` runs: the call's wish beats blocks and pins.
+    """Return the scope in which a call with `backend=` runs; it beats blocks and pins.
 
     Raises:
         UnknownBackendError: If a name is unknown.
@@ -32,14 +32,14 @@ def scope_of_call(scope: defaults.Scope, backend: Any) -> defaults.Scope:
     if found is None or scope.recorder is not None:
         wish = make_preference(backend, "backend=", scope.settings.precision)
         found = defaults.changed(scope, context=wish, override=True)
-        # Names of third parties can go again; anyattn's own stay.
+        # Third parties' names aren't cached: they can be unregistered.
         if scope.recorder is None and all(name in registry.BUILTIN or name == AUTO for name in wish.names):
             calls[backend] = found
     return found
 
 
 def make_preference(backend: Any, source: str, precision: Precision = "exact") -> Preference:
-    """Turn a name or a list of names into a preference with canonical names.
+    """Convert a name or a list of names to a preference with canonical names.
 
     Raises:
         UnknownBackendError: If a name is unknown.
@@ -53,14 +53,14 @@ def make_preference(backend: Any, source: str, precision: Precision = "exact") -
     if precision not in ("exact", "int8", "fp8", "fp4"):
         raise InvalidCallError(f"precision must be 'exact', 'int8', 'fp8' or 'fp4'; {precision!r} was given.")
     if not isinstance(backend, str | list | tuple):
-        raise TypeError(f"A backend is a name or a list of names, not {type(backend).__name__}.")
+        raise TypeError(f"backend must be a name or a list of names; {type(backend).__name__} was given.")
     key = (tuple(backend) if isinstance(backend, list) else backend, source, precision)
     found = _preferences.get(key)
     if found is None:
         is_list = isinstance(backend, list | tuple)
         names = tuple(backend) if is_list else (backend,)
         if not names:
-            raise InvalidCallError("A list of attention backends must name at least one.")
+            raise InvalidCallError("backend must name at least one backend; an empty list was given.")
         resolved = tuple(registry.resolve_name(name) for name in names)
         found = defaults.preference(resolved, is_list=is_list, source=source, precision=precision)
         if all(name in registry.BUILTIN or name == AUTO for name in resolved):

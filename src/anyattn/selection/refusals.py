@@ -1,4 +1,4 @@
-"""Errors of calls that nothing runs: each reason once, the backends that would run, and the list to write."""
+"""Errors of calls that no requested backend runs: the reasons, the backends that would, and the list to write."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _SPELLED = {
 
 
 def listed(head: str, reasons: Sequence[Reason]) -> str:
-    """Write reasons under a headline, one a line."""
+    """Write a headline and reasons, each on a line."""
     return "\n".join([head, *(f"  - {reason}" for reason in reasons)])
 
 
 def refusal(decision: Decision) -> AnyattnError:
-    """Make the error of a decision that chose nothing."""
+    """Return the error of a decision that chose nothing."""
     wish, after = decision.preference, _what_would_run(decision)
     if wish.mode == "require":
         reasons = distinct(decision.reasons(wish.names[0]))

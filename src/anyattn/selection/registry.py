@@ -1,7 +1,7 @@
-"""From a name to a backend, lazily; third parties join through the entry-point group `anyattn.backends`.
+"""The backends by name, imported when needed; third parties use the entry-point group `anyattn.backends`.
 
-A canonical name imports one adapter at most. What all classes say (aliases, distributions) imports every adapter, and
-is asked for only where a name is no canonical one, or a report is made.
+Looking up a canonical name imports one adapter at most. Aliases and distributions import every adapter; they are read
+only for names that aren't canonical, and for reports.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ BUILTIN: dict[str, str] = {
     "sage_blackwell_hub": "anyattn.adapters.sage_blackwell:SageBlackwellHub",
     "aiter_hub": "anyattn.adapters.aiter:AiterHub",
 }
-"""Each of anyattn's own backends and the class that says everything about it: one line adds one."""
+"""Each of anyattn's own backends and its class; one line adds a backend."""
 
 _added: dict[str, Backend] = {}
 _substitutes: dict[str, Backend] = {}
@@ -66,7 +66,7 @@ def names() -> tuple[str, ...]:
 
 
 def built_in_names() -> tuple[str, ...]:
-    """Return the canonical names of anyattn's own backends; looking at one imports no third party's package."""
+    """Return the canonical names of anyattn's own backends."""
     return tuple(BUILTIN)
 
 
@@ -79,7 +79,7 @@ def _entry_points() -> dict[str, EntryPoint]:
 
 
 def third_parties() -> tuple[str, ...]:
-    """Give the names that other packages or `register` brought."""
+    """Return the names added by other packages and by `register`."""
     return tuple(dict.fromkeys((*_entry_points(), *_added)))
 
 
@@ -87,16 +87,16 @@ def register(backend: Backend) -> None:
     """Add a backend at run time; for packages, an entry point in `anyattn.backends` is better.
 
     Raises:
-        ValueError: If a built-in backend has the name.
+        ValueError: If the name is empty or belongs to anyattn itself.
     """
     if not backend.name or backend.name in BUILTIN or backend.name == AUTO:
-        raise ValueError(f"The name {backend.name!r} is empty or taken by a backend of anyattn itself.")
+        raise ValueError(f"The name {backend.name!r} is empty or one of anyattn's own; give the backend another name.")
     _added[backend.name] = backend
     defaults.forget()
 
 
 def unregister(name: str) -> None:
-    """Take back what `register` added."""
+    """Remove a backend that `register` added."""
     _added.pop(name, None)
     defaults.forget()
 
@@ -130,16 +130,16 @@ def _from_entry_point(name: str) -> Backend:
         found = _entry_points()[name].load()
         backend: Backend = found() if isinstance(found, type) else found
         if not isinstance(backend, Backend):
-            raise TypeError(f"{type(backend).__name__} is no anyattn.backend.Backend")
+            raise TypeError(f"{type(backend).__name__} isn't an anyattn.backend.Backend")
         if backend.name != name:
-            raise TypeError(f"the backend calls itself {backend.name!r}, its entry point {name!r}")
-    except Exception as error:  # noqa: BLE001 - a third party's package fails in whatever way it likes
+            raise TypeError(f"the backend's name is {backend.name!r}, its entry point's {name!r}")
+    except Exception as error:  # noqa: BLE001 - a third party's package may raise anything
         return _Broken(name, error)
     return backend
 
 
 class _Broken(Backend):
-    """Stands for a third party's backend that can't be imported: every call is refused with the reason."""
+    """A third party's backend that can't be imported; it refuses every call with the reason."""
 
     def __init__(self, name: str, error: Exception) -> None:
         self.name = name  # type: ignore[misc]
@@ -148,8 +148,8 @@ class _Broken(Backend):
     def availability(self, env: Environment) -> Iterator[Reason]:
         point = _entry_points()[self.name]
         got = f"{type(self.error).__name__}: {self.error}"
-        package = point.dist.name if point.dist is not None else "the package that announces it"
-        yield Reason("broken_import", f"an importable {point.value}", got, f"mend or uninstall {package}")
+        package = point.dist.name if point.dist is not None else "the package with this entry point"
+        yield Reason("broken_import", f"an importable {point.value}", got, f"reinstall or uninstall {package}")
 
     def reasons(self, spec: AttentionSpec, env: Environment) -> tuple[Reason, ...]:
         return tuple(self.availability(env))
@@ -159,7 +159,7 @@ def get(name: str) -> Backend:
     """Return a backend by its canonical name.
 
     Raises:
-        UnknownBackendError: If nothing has the name; aliases aren't looked up.
+        UnknownBackendError: If no backend has the name; aliases aren't looked up.
     """
     if name in _substitutes:
         return _substitutes[name]
@@ -173,12 +173,12 @@ def get(name: str) -> Backend:
 
 
 def known(wanted: Iterable[str]) -> list[tuple[str, Backend]]:
-    """Return the backends with some canonical names, each with its name."""
+    """Return backends by canonical name, each with its name."""
     return [(name, get(name)) for name in wanted]
 
 
 def aliases(wanted: Iterable[str]) -> dict[str, str]:
-    """Return the canonical name by alias, of some backends: all are imported, and the first to claim one has it."""
+    """Return the canonical name by alias, of some backends; if two share an alias, the first has it."""
     found: dict[str, str] = {}
     for name, backend in known(wanted):
         for alias in backend.aliases:
@@ -187,7 +187,7 @@ def aliases(wanted: Iterable[str]) -> dict[str, str]:
 
 
 def packages() -> tuple[Package, ...]:
-    """Return the packages that anyattn's own backends name."""
+    """Return the packages of anyattn's own backends."""
     return tuple(dict.fromkeys(package for _, backend in known(BUILTIN) for package in backend.packages))
 
 
@@ -198,14 +198,14 @@ def distributions() -> tuple[str, ...]:
 
 
 def modules() -> tuple[str, ...]:
-    """Return the modules whose presence such a choice depends on."""
+    """Return the modules whose presence a choice among anyattn's own backends depends on."""
     return tuple(sorted({package.found_by for package in packages() if package.found_by}))
 
 
 def canonical(name: str) -> str | None:
-    """Turn a name or alias into the canonical name; None if nothing has it.
+    """Return the canonical name of a name or alias; None if it is unknown.
 
-    A third party's package is imported only if no name and none of anyattn's own aliases fit.
+    Third parties' packages are imported only if no name and no alias of anyattn's own matches.
     """
     others = third_parties()
     for spelled in spellings(name):
@@ -218,7 +218,7 @@ def canonical(name: str) -> str | None:
 
 
 def like(name: str) -> list[str]:
-    """Return the names and aliases that look most like a misspelt one, the likeliest first."""
+    """Return the names and aliases most similar to a misspelt one, the likeliest first."""
     return nearest(name, (AUTO, *names(), *aliases(names())))
 
 
@@ -231,14 +231,14 @@ def _unknown(name: str) -> UnknownBackendError:
 
 
 def resolve_name(name: object) -> str:
-    """Turn a name or alias into the canonical name.
+    """Return the canonical name of a name or alias.
 
     Raises:
-        UnknownBackendError: If nothing has the name; the message gives the nearest that exist.
+        UnknownBackendError: If it is unknown; the message lists similar names.
         TypeError: If it isn't a string.
     """
     if not isinstance(name, str):
-        raise TypeError(f"A backend is named by a string, not {type(name).__name__}.")
+        raise TypeError(f"A backend's name must be a string; {type(name).__name__} was given.")
     found = canonical(name)
     if found is None:
         raise _unknown(name)
@@ -249,18 +249,18 @@ def resolve_preference(wish: Preference) -> Preference:
     """Make every name of a preference canonical.
 
     Raises:
-        UnknownBackendError: If one is unknown; where it came from an environment variable, that is said.
+        UnknownBackendError: If one is unknown; the message says so if it came from an environment variable.
     """
     try:
         found = tuple(dict.fromkeys(resolve_name(name) for name in wish.names))
     except UnknownBackendError as error:
         if wish.source.isupper():
-            raise UnknownBackendError(f"The environment variable {wish.source} can't be followed. {error}") from None
+            raise UnknownBackendError(f"The environment variable {wish.source} is invalid. {error}") from None
         raise
     mode = "prefer" if found == (AUTO,) else wish.mode
     return Preference(found, mode, wish.source, wish.precision)
 
 
 def given() -> dict[str, Backend]:
-    """Return the backends that `register` added or `substituted` put in place of others, as they are now."""
+    """Return the backends that `register` added or `substituted` replaced, as they are now."""
     return {**_added, **_substitutes}

@@ -1,4 +1,4 @@
-"""From a call, a machine and a wish to a decision: pure, so that every machine can be tried on a laptop."""
+"""From a call, a machine and a preference to a decision; pure, so any machine's choices can be computed on a laptop."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from anyattn.types.spec import AttentionSpec
 _LONG = 1 << 35
 _VERY_LONG = 1 << 40
 _MANY_KEYS = 1024
-"""From these on flash kernels come before torch's own pick, by the times of 20 calls of real models on one H100 (torch
-2.11, fa3-fwd 0.0.3, flash-attn-4 4.0.0b36): batch * heads * S_q * S_kv * head_dim of 3.4e10 without a mask, from 1e12
-on quantised kernels too where they are allowed, and 1024 keys under a mask that SDPA would be given as a dense one."""
+"""From these sizes `auto` tries flash kernels before torch's own pick, by the times of 20 calls of real models on one
+H100 (torch 2.11, fa3-fwd 0.0.3, flash-attn-4 4.0.0b36). No mask: batch * heads * S_q * S_kv * head_dim of 3.4e10,
+and from 1e12 also quantised kernels if they are allowed. With a mask that SDPA takes as a dense one: 1024 keys."""
 
 
 def rule(spec: AttentionSpec) -> tuple[str, ...]:
-    """Give what `auto` tries before its fixed order for a call on CUDA, by the call's size and mask."""
+    """Return the backends that `auto` tries before its fixed order on CUDA, by the call's size and mask."""
     if spec.device_type != "cuda":
         return ()
     mask = spec.mask
@@ -46,10 +46,10 @@ NO_FAULTS: Mapping[str, Reason] = {}
 def order(
     device_type: str, available: Sequence[Backend], spec: AttentionSpec | None = None
 ) -> tuple[tuple[str, ...], str]:
-    """Return the names that `auto` tries, in order, and what the order rests on.
+    """Return the names that `auto` tries, in order, and the basis of that order.
 
-    Where no rule applies that is the order of their `auto_rank`. torch's own pick is first: on an H100 it is the
-    fastest for short calls, which are bound by the Python in front of a kernel.
+    If no rule applies it is the order of `auto_rank`. torch's own pick is first: on an H100 it is the fastest for short
+    calls, whose time is mostly Python's.
     """
     serving = [backend for backend in available if device_type in backend.declarations] or available
     ranked = [backend.name for backend in sorted(serving, key=lambda backend: backend.auto_rank)]
@@ -69,21 +69,21 @@ def resolve(
 ) -> Decision:
     """Choose a backend for a call.
 
-    Backends are judged in the order in which they are wanted, up to the one that admits the call. All others are judged
-    when the decision's candidates are looked at, with the same arguments.
+    Backends are judged in order of preference, up to the first that admits the call. The others are judged when the
+    decision's candidates are read.
 
     Args:
         spec: The call.
         env: The machine.
-        preference: What was asked for, with canonical names.
+        preference: What was requested, with canonical names.
         known: Every known backend by name.
         overruled: What to report as overruled.
-        faults: Backends that failed before, with the reason: for this call, which lists and `auto` go past and a name
-            that is required doesn't, or when they were loaded, which nothing gets past.
+        faults: Backends that failed before, with the reason. A failed load always counts; a failed call counts for
+            lists and `auto`, not for a required backend.
 
     Returns:
-        A decision that carries what runs the call, and that lists every candidate that was considered, with all the
-        reasons against it. Where nothing admits the call, `chosen` is None.
+        A decision that carries what runs the call and every candidate's reasons; `chosen` is None if no requested
+        backend admits the call.
     """
     wanted, basis = _wanted(spec, preference, known)
     limits = preference if preference.mode == "prefer" else None
@@ -114,7 +114,7 @@ def resolve(
     if choice is not None:
         chosen, kernel = choice.plan.backend, choice.plan.lowering.entry
         if spec.is_empty:
-            kernel = "none: there is nothing to attend to"
+            kernel = "none: the call is empty"
         else:
             conversions, origin = _conversions(choice, spec), choice.backend.origin(env)
     decision = Decision(spec, chosen or None, kernel, conversions, preference, basis, (), overruled, origin)
@@ -124,7 +124,7 @@ def resolve(
 def _choice(
     name: str, backend: Backend | None, spec: AttentionSpec, env: Environment, refused: tuple[Candidate, ...]
 ) -> Choice:
-    """Lower the call for the backend that admits it: what is shown, and what runs."""
+    """Lower the call for the backend that admits it."""
     assert backend is not None
     caps = backend.capabilities(spec, env)
     if spec.is_empty:
@@ -137,13 +137,12 @@ def _choice(
 
 
 def _conversions(choice: Choice, spec: AttentionSpec) -> tuple[Conversion, ...]:
-    """List what is done to the call, what is done outside of its backend included."""
     plan = choice.plan
     conversions = plan.lowering.conversions
     if choice.caps is not None and is_copied_for(choice.caps, plan.spec, plan.lowering):
         conversions = (*conversions, ALIGNED)
     if plan.spec is not spec:
-        text = "packed sequences padded to the longest, with key lengths for a mask, and packed again"
+        text = "packed sequences padded to the longest, masked by key lengths, and packed again"
         conversions = (Conversion("unpacked", text), *conversions)
     return conversions
 
@@ -155,7 +154,7 @@ def _wanted(spec: AttentionSpec, preference: Preference, known: Mapping[str, Bac
     basis = "preferred"
     for name in preference.names:
         if name == AUTO:
-            # What would be downloaded is taken where its own name was given, and never by `auto`.
+            # `auto` never takes a backend that would be downloaded; such a one is requested by name.
             at_hand = [backend for backend in known.values() if not backend.downloads]
             automatic, basis = order(spec.device_type, at_hand, spec)
             names.extend(automatic)

@@ -1,4 +1,4 @@
-"""What was chosen for a call, and every other backend with its reasons."""
+"""The backend chosen for a call, and every other backend with its reasons."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Preference:
 
     Attributes:
         names: Backend names in order; `"auto"` stands for the library's own order.
-        mode: `"require"` (one name: it runs or the call fails) or `"prefer"` (the first that admits it).
-        source: Where the wish was made: `"backend="`, `"model"`, `"context"`, `"default"`, an environment
-            variable's name, or `"built-in"`.
-        precision: The loosest precision that lists and `auto` may use.
+        mode: `"require"` (one name: it runs or the call fails) or `"prefer"` (the first that admits the call).
+        source: Where it was requested: `"backend="`, `"model"`, `"context"`, `"default"`, an environment variable's
+            name, or `"built-in"`.
+        precision: The lowest precision that lists and `auto` may use.
     """
 
     names: tuple[str, ...]
@@ -37,19 +37,19 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One backend that was considered, and why it was refused (no reasons: it admits the call)."""
+    """One backend, and its reasons for refusing the call; without reasons it admits the call."""
 
     name: str
     reasons: tuple[Reason, ...] = ()
 
     @property
     def admits(self) -> bool:
-        """Whether the backend can take the call."""
+        """Whether the backend can run the call."""
         return not self.reasons
 
 
 class Carrier:
-    """What a decision holds besides its fields: copies and pickles don't have it."""
+    """What a decision holds besides its fields; copies and pickles don't have it."""
 
     __slots__ = ("_choice", "_judge")
     _choice: object
@@ -68,18 +68,17 @@ class Carrier:
 class Decision(Carrier):
     """The choice for one call.
 
-    The backends that weren't needed for the choice are judged when `candidates` is first read, for the machine and the
-    faults that the choice was made with.
+    Backends that the choice didn't need are judged when `candidates` is first read, with the choice's own arguments.
 
     Attributes:
         spec: The call.
         chosen: The backend that runs it, or None.
-        kernel: Which entry of the backend's kernel.
-        conversions: What is done to the call so that the kernel can take it, all of it exact.
+        kernel: The function of the backend's kernel.
+        conversions: What is done to the call so that the kernel can take it; all of it is exact.
         preference: What was requested, and by which setting.
-        basis: What the choice rests on: `"required"`, `"preferred"`, `"fixed order"`, `"rule by size and mask"`.
-        candidates: Every backend that was considered, in order, with every reason against it.
-        overruled: A wish that a more specific one overruled, in words.
+        basis: What decided: `"required"`, `"preferred"`, `"fixed order"`, `"rule by size and mask"`.
+        candidates: Every known backend, in order, with every reason against it.
+        overruled: A preference that a more specific one overruled, in words.
         origin: Where the chosen kernel's code comes from; empty if it is part of torch.
     """
 
@@ -97,7 +96,7 @@ class Decision(Carrier):
         """Return the reasons against one candidate.
 
         Raises:
-            KeyError: If it was not considered.
+            KeyError: If there is no candidate of this name.
         """
         for candidate in self.candidates:
             if candidate.name == name:
@@ -149,7 +148,7 @@ class Decision(Carrier):
 
 
 def carry(decision: Decision, choice: object, judge: Callable[[], tuple[Candidate, ...]]) -> Decision:
-    """Have a decision hold what runs it, and judge its candidates when they are first looked at."""
+    """Store what runs a decision, and what judges its candidates when they are first read."""
     object.__setattr__(decision, "_choice", choice)
     object.__setattr__(decision, "_judge", judge)
     object.__delattr__(decision, "candidates")

@@ -1,4 +1,4 @@
-"""Fold the reasons of many backends, so that a reason that several share is written once."""
+"""Group backends by shared reasons, to write each reason once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def distinct(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
 def folded(refusals: Iterable[tuple[str, Iterable[Reason]]]) -> tuple[Shared, ...]:
     """Group backends by the reasons that they share, in the order in which each reason is first met.
 
-    Every distinct reason is in one group only; a backend is in as many groups as its reasons need.
+    Each reason is in one group only; a backend may be in several.
 
     Args:
         refusals: Each backend with its reasons; one without reasons is left out.

@@ -1,4 +1,4 @@
-"""How names of backends are compared; which there are is `anyattn.selection.registry`'s to say."""
+"""How names of backends are compared; the names themselves are in `anyattn.selection.registry`."""
 
 from __future__ import annotations
 

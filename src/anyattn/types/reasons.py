@@ -1,4 +1,4 @@
-"""Why a backend refuses a call, as data: fields first, prose made from them."""
+"""Why a backend refuses a call, as data from which the text is made."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ ReasonCode = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """One ground for refusing a call.
+    """One reason for refusing a call.
 
     Attributes:
-        code: What kind of ground it is; stable, for programs.
+        code: The kind of reason; stable, for programs.
         need: What the backend needs; for `known_bad`, the condition under which the kernel is wrong.
         got: What the call or the machine has; for `known_bad`, what the kernel does.
-        hint: What to do about it; empty when nothing helps.
-        link: Where the fact is documented, if anywhere.
+        hint: What to do about it, if anything.
+        link: Where it is documented, if anywhere.
     """
 
     code: ReasonCode
@@ -69,7 +69,7 @@ class Reason:
         return f"{text}; {self.hint}" if self.hint else text
 
     def to_dict(self) -> dict[str, str]:
-        """Give the fields as a dictionary of strings, for JSON."""
+        """Return the fields as a dictionary of strings, for JSON."""
         return {
             "code": self.code,
             "need": self.need,
@@ -81,7 +81,7 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """Something exact that is done to a call so that a kernel can take it.
+    """An exact change to a call that lets a kernel take it.
 
     Attributes:
         code: What is done; stable, for programs.

@@ -1,4 +1,4 @@
-"""A call without its data: everything that choosing a kernel may depend on, as frozen values."""
+"""A call without its data: everything that choosing a backend may depend on, as frozen values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DenseKind = Literal["boolean", "bias"]
 KeyKind = Literal["padding", "lengths"]
 
 UNKNOWN = -1
-"""A size that isn't known yet: a dynamic dimension while torch.compile traces."""
+"""An unknown size: a dynamic dimension while torch.compile traces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class PatternSpec:
 
     @property
     def is_causal(self) -> bool:
-        """Whether it is plain causal attention: everything before, nothing after."""
+        """Whether it is plain causal attention, without a window."""
         return self.left == -1 and self.right == 0
 
 
@@ -54,15 +54,15 @@ class DenseSpec:
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec:
-    """A FlexAttention block mask's shape, and what its function looks at.
+    """A FlexAttention block mask's shape, and what its function depends on.
 
     Attributes:
         batch: How many batch entries it has blocks for: 1 or B.
         heads: How many heads it has blocks for: 1 or H.
-        per_batch: Whether its function looks at the batch index.
-        per_head: Whether its function looks at the head index.
-        is_partial: Whether its blocks are those of one entry alone though its function tells entries apart.
-        is_function: Whether it is a function alone, without blocks; `batch` is then B where its tensors fix it.
+        per_batch: Whether its function depends on the batch index.
+        per_head: Whether its function depends on the head index.
+        is_partial: Whether it has blocks of one entry only, though its function depends on the entry.
+        is_function: Whether it is a function without blocks; `batch` is then B if its tensors fix it.
     """
 
     batch: int
@@ -82,8 +82,8 @@ class MaskSpec:
         key: Whether keys are masked per batch entry, and how it is given.
         dense: A dense mask.
         block: A FlexAttention block mask, or a mask function.
-        dead_rows: Whether a row may have no allowed key at all, as far as is known without reading values.
-        prefix: Whether the keys that a key mask allows are known to be the first ones of each batch entry.
+        dead_rows: Whether a row may have no allowed key, as far as is known without reading values.
+        prefix: Whether the allowed keys are known to come first in each batch entry.
     """
 
     pattern: PatternSpec | None = None
@@ -101,14 +101,14 @@ class MaskSpec:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """How the three tensors lie in memory, as far as kernels care.
+    """How query, key and value lie in memory, as far as it matters to kernels.
 
     Attributes:
-        aligned: Whether every storage starts, and every row lies, at a multiple of 16 bytes.
+        aligned: Whether every tensor and every row starts at a multiple of 16 bytes.
         unit_stride: Whether head_dim is contiguous in all three.
         expanded_kv: Whether key or value has a stride of 0 in a dimension longer than 1.
         bhsd_contiguous: Whether all three are contiguous when seen as (B, H, S, D).
-        mask_aligned: Whether an additive mask's rows lie at multiples of 16 bytes, contiguous along keys.
+        mask_aligned: Whether an additive mask's rows start at multiples of 16 bytes, contiguous along keys.
     """
 
     aligned: bool = True
@@ -120,7 +120,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """A call of attention without its data: frozen, hashable, comparable.
+    """An attention call without its data: frozen, hashable, comparable.
 
     Sizes are ints, or UNKNOWN (-1) for dimensions that torch.compile keeps dynamic.
 
@@ -134,25 +134,25 @@ class AttentionSpec:
         head_dim_v: D_v, of value and output.
         dtype: The dtype of query, key and value.
         device_type: `"cuda"`, `"cpu"`, ...
-        device_index: Which device of that type; None is the only one, or the current one.
+        device_index: Which device of that type; None is the current one.
         layout: `"BSHD"` or `"BHSD"`.
         mask: What is masked.
         dropout_p: Probability with which a weight is dropped, in [0, 1].
-        scale: What the scores are multiplied by; already resolved, never None.
+        scale: What the scores are multiplied by; never None.
         softcap: `softcap * tanh(score / softcap)`, or None.
         sinks: Whether there are extra logits in the denominator.
-        return_lse: Whether the log-sum-exp is wanted.
+        return_lse: Whether to return the log-sum-exp.
         requires_grad: Which of `"query"`, `"key"`, `"value"`, `"mask"`, `"sinks"` need a gradient.
-        same_lengths: Whether S_q == S_kv (known even where the lengths themselves are not).
+        same_lengths: Whether S_q == S_kv; it may be known though the lengths aren't.
         storage: How the tensors lie in memory.
-        deterministic: Whether deterministic algorithms are asked for.
+        deterministic: Whether torch.use_deterministic_algorithms is on.
         captured: Whether the call goes into a CUDA graph that is being captured.
         compiled: Whether the call is being traced by torch.compile or torch.export.
         forward_ad: Whether a tensor carries a tangent: forward-mode AD, as in torch.func.jvp and jacfwd.
         vmap: Whether torch.vmap hides a dimension of a tensor.
-        packed: Whether sequences of several lengths stand one after the other, `(T, H, D)`; batch is how many there
-            are, and the lengths are those of the longest.
-        packed_pattern: Of packed sequences that were padded, a pattern that became a dense mask.
+        packed: Whether sequences of several lengths are packed, `(T, H, D)`; batch is their number, and the lengths
+            are those of the longest.
+        packed_pattern: A pattern that became a dense mask when packed sequences were padded.
         is_gqa: Whether several query heads share one key/value head.
         needs_grad: Whether any input needs a gradient.
         is_empty: Whether there is no batch entry, no query, or no key.
@@ -185,7 +185,7 @@ class AttentionSpec:
     packed_pattern: PatternSpec | None = None
     forward_ad: bool = False
     vmap: bool = False
-    # Fields and not properties: torch.compile reads the fields of a frozen dataclass, and nothing else of it.
+    # Fields, since torch.compile reads no properties of a frozen dataclass.
     is_gqa: bool = field(init=False, compare=False, repr=False)
     needs_grad: bool = field(init=False, compare=False, repr=False)
     is_empty: bool = field(init=False, compare=False, repr=False)
@@ -196,11 +196,11 @@ class AttentionSpec:
         object.__setattr__(self, "is_empty", 0 in (self.batch, self.seqlen_q, self.seqlen_kv))
 
     def replace(self, **changes: Any) -> AttentionSpec:
-        """Give a copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         data = dataclasses.asdict(self)
         data["dtype"] = _dtype_name(self.dtype)
         data["requires_grad"] = sorted(self.requires_grad)
@@ -238,7 +238,7 @@ class AttentionSpec:
 
 
 def describe_mask(mask: MaskSpec) -> str:
-    """Say in words what a mask is made of."""
+    """Describe in words what a mask is made of."""
     parts = []
     if mask.pattern is not None:
         if mask.pattern.is_causal:

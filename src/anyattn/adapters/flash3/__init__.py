@@ -2,11 +2,11 @@
 
 Sources: `hopper/flash_attn_interface.py` and `hopper/flash_api.cpp` of flash-attention; fa3-fwd 0.0.3 on an H100.
 Causal and windows are aligned to the lower right. What a function returns changed twice under one version number, so it
-is told from its signature and from what comes back.
+is found from its signature and its result.
 
-Builds leave features out, and say so in a module of plain Python (`Environment.builds`). What one leaves out is
-refused; so is what one may have left out that doesn't say: without backward a call with gradients is accepted, and
-raises when they are wanted. Only flash-attention's own distribution counts as whole without that module.
+Builds leave features out, and most list them in a module of plain Python (`Environment.builds`). A call that needs such
+a feature is refused; without that module every feature counts as left out, except in flash-attention's own
+distribution. A build without backward accepts a call with gradients, and raises in the backward.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _CUDA = _flash.DECLARED.replace(
 
 
 class Flash3(Backend):
-    """FlashAttention-3 in the inputs' precision; what it takes follows from what its build left out."""
+    """FlashAttention-3 in the inputs' precision, without the features that its build left out."""
 
     name = "flash3"
     family = "flash3"
@@ -70,7 +70,7 @@ class Flash3(Backend):
         absent = [] if flags is None else sorted(name for name, is_out in flags.items() if is_out)
         without = f", built without {', '.join(absent)}" if absent else ""
         unknown = flags is None and package is not FORWARD_ONLY and not is_own(package, env)
-        return f"{super().origin(env)}{without}{', which may be built without anything' if unknown else ''}"
+        return f"{super().origin(env)}{without}{', with unknown build options' if unknown else ''}"
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = super().capabilities(spec, env)
@@ -84,13 +84,13 @@ class Flash3(Backend):
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         caps = self.capabilities(spec, env)
         assert caps is not None
-        # Lengths beside unpacked keys are shown for the forward alone; the backward takes packed keys.
+        # Lengths beside unpacked keys were shown to work in the forward only; the backward takes packed keys.
         packs = spec.needs_grad
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
         return _flash.lower(entry, caps, spec, packs=packs)
 
     def prepare(self, functions: Any) -> Any:
-        # A build is asked for lse, or it comes unasked or not at all.
+        # Builds without this parameter return lse always or never.
         functions.asks_for_lse = "return_attn_probs" in inspect.signature(functions.flash_attn_func).parameters
         return functions
 
@@ -131,8 +131,8 @@ def _call(plan: Plan, call: KernelCall, **descale: Tensor) -> tuple[Tensor, Tens
     if not isinstance(result, tuple):
         if with_lse:
             raise RuntimeError(
-                "this build of FlashAttention-3 has no way to give the log-sum-exp (builds of July and August 2025 "
-                "have none); install a newer one"
+                "this build of FlashAttention-3 can't return the log-sum-exp (builds of July and August 2025 can't); "
+                "install a newer one"
             )
         return result, None
     return result[0], result[1] if with_lse else None
@@ -165,14 +165,14 @@ class Flash3Fp8(Flash3):
         yield from super().availability(env)
         package = self.package(env)
         if package is not None and not Build(package, env).has("FP8"):
-            yield Reason("not_installed", "FlashAttention-3 with FP8", self.origin(env), f"{BUILD} whole")
+            yield Reason("not_installed", "FlashAttention-3 with FP8", self.origin(env), f"{BUILD} with every feature")
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = self.declarations.get(spec.device_type)
         package = self.package(env)
         if caps is None or package is None:
             return caps
-        # What is quantised reaches the kernel in fp8, whatever dtype it was.
+        # Inputs reach the kernel in fp8, so a build without fp16 takes float16 too.
         return of_build(caps, Build(package, env)).replace(dtypes=caps.dtypes)
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
@@ -197,9 +197,9 @@ def _call_fp8(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
 
 
 def _quantised(tensor: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Give a tensor as e4m3, and what it is to be multiplied by: float32 `(B, H_kv)`."""
+    """Return a tensor as e4m3, and the factor that restores it: float32 `(B, H_kv)`."""
     grouped = tensor.unflatten(2, (kv_heads, -1))  # type: ignore[no-untyped-call]
-    # Not smaller: the kernel multiplies its scale by those of query and key, and gives NaN for a scale of 0.
+    # The kernel multiplies the scale by those of query and key, and gives NaN if the product is 0.
     largest = grouped.abs().amax((1, 3, 4)).float().clamp_min(2.0**-40)
     descale = largest / _LARGEST_E4M3
     scaled = grouped * (1.0 / descale)[:, None, :, None, None].to(torch.float32)
@@ -211,8 +211,8 @@ class Flash3Hub(FromHub, Flash3):
 
     name = "flash3_hub"
     aliases = ("_flash_3_hub", "_flash_3_varlen_hub")
-    # Signatures and conventions are those of flash_attn_interface since 2025-08-29: `return_attn_probs=True` gives
-    # `(out, lse)`, and without it there is a tensor alone. CUDA 12.6 to 13.0, sm90.
+    # Signatures and conventions are those of flash_attn_interface since 2025-08-29: `return_attn_probs=True` returns
+    # `(out, lse)`, and without it only out. CUDA 12.6 to 13.0, sm90.
     hub = HubKernel(
         "kernels-community/flash-attn3",
         _flash.FUNCTIONS,
@@ -223,7 +223,7 @@ class Flash3Hub(FromHub, Flash3):
     )
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
-        return self.declarations.get(spec.device_type)  # whatever package is installed beside it
+        return self.declarations.get(spec.device_type)  # the installed package isn't what is called
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         yield from rejected(spec, None)

@@ -1,7 +1,7 @@
-"""Which builds of FlashAttention-3 there are, and what each takes.
+"""The builds of FlashAttention-3, and what each takes.
 
 Source: `hopper/flash_api.cpp` (static switches) and `hopper/setup.py` of flash-attention, tokenspeed-fa3 3.0.0 (by
-reading); fa3-fwd 0.0.3 on an H100. `Environment.builds` says what a build left out: a True flag.
+reading); fa3-fwd 0.0.3 on an H100. In `Environment.builds` True is a feature that a build left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from anyattn.types.spec import AttentionSpec
 
 BUILD = "build hopper/ of github.com/Dao-AILab/flash-attention"
 
-# Distributions that bring flash_attn_interface: one of them at a time, since the modules' names are the same.
+# Distributions with flash_attn_interface; only one can be installed, since their modules have the same names.
 OWN, TOKENSPEED = "flash-attn-3", "tokenspeed-fa3"
 
 FORWARD_ONLY = Package(
@@ -36,19 +36,19 @@ PACKAGES = (
         found_by="flash_attn_interface",
         others=(TOKENSPEED, OWN),
     ),
-    # The package itself holds the functions since July 2026, and the extension alone before.
+    # This package holds the functions since July 2026; before, it held only the extension.
     Package(OWN, "flash_attn_3", _flash.FUNCTIONS, install=BUILD, found_by="flash_attn_3"),
     FORWARD_ONLY,
 )
 
 
 def config_of(package: Package) -> str:
-    """Name the module in which a package's build says what it left out."""
+    """Return the name of the module in which a package's build lists what it left out."""
     return "fa3_fwd_config" if package is FORWARD_ONLY else "flash_attn_config"
 
 
 def is_own(package: Package, env: Environment) -> bool:
-    """Whether a package is flash-attention's own distribution, as far as that can be told."""
+    """Whether a package is flash-attention's own distribution, by its name."""
     return package.origin(env).split()[0] == OWN
 
 
@@ -60,7 +60,7 @@ class Build:
     env: Environment
 
     def has(self, feature: str) -> bool:
-        """Whether the build has a feature: as it says; where it doesn't, as is known of its distribution."""
+        """Whether the build has a feature, by its own list or, without one, by what is known of its distribution."""
         left_out = self.env.left_out(config_of(self.package), feature)
         if left_out is not None:
             return not left_out
@@ -69,17 +69,17 @@ class Build:
         return is_own(self.package, self.env)
 
     def tells(self, feature: str) -> bool:
-        """Whether the build itself says that it has a feature."""
+        """Whether the build's own list says that it has a feature."""
         return self.env.left_out(config_of(self.package), feature) is False
 
     @property
     def widest(self) -> int:
-        """The largest head_dim: a smaller one without a kernel of its own takes the next that there is."""
+        """The largest head_dim; one without a kernel of its own uses the next larger kernel."""
         return max((size for size in (64, 96, 128, 192, 256) if self.has(f"HDIM{size}")), default=0)
 
 
 def of_build(caps: Capabilities, build: Build) -> Capabilities:
-    """Take from a declaration what a build leaves out."""
+    """Return a declaration without what a build leaves out."""
     backward, varlen = build.has("BACKWARD"), build.has("VARLEN")
     return caps.replace(
         dtypes=caps.dtypes if build.has("FP16") else caps.dtypes - {torch.float16},
@@ -93,7 +93,7 @@ def of_build(caps: Capabilities, build: Build) -> Capabilities:
 
 
 def rejected(spec: AttentionSpec, build: Build | None) -> Iterator[Reason]:
-    """Yield what no field of a declaration says; None is a build that says nothing of itself."""
+    """Yield the reasons that no field of a declaration can express; None is an unknown build."""
     yield from _head_dims(spec, build)
     if spec.deterministic and spec.needs_grad and spec.head_dim > 192:
         yield Reason("deterministic", "head_dim <= 192 for deterministic gradients", str(spec.head_dim))
@@ -112,6 +112,7 @@ def _head_dims(spec: AttentionSpec, build: Build | None) -> Iterator[Reason]:
     elif dim != dim_v and spec.needs_grad:
         yield Reason("head_dim_v", "head_dim_v == head_dim with gradients", f"{dim} and {dim_v}")
     elif dim <= 64 < dim_v and (build is None or not build.tells("HDIMDIFF64")):
-        # Without that kernel the one for 64 and 64 runs, and the rest of the output is never written, without an error.
-        need = "head_dim_v <= 64, or a build that says it has HDIMDIFF64 (flash_attn_config)"
-        yield Reason("head_dim_v", need, f"{dim} and {dim_v}", f"pad query and key to {dim_v}, or {BUILD} whole")
+        # Without that kernel the one for 64 and 64 runs, and silently leaves the rest of the output unwritten.
+        need = "head_dim_v <= 64, or a build whose flash_attn_config lists HDIMDIFF64 as built"
+        hint = f"pad query and key to {dim_v}, or {BUILD} with every feature"
+        yield Reason("head_dim_v", need, f"{dim} and {dim_v}", hint)

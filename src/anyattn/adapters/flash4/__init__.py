@@ -4,10 +4,10 @@ Sources: `flash_attn/cute/interface.py` of flash-attention, betas 0 to 36; 4.0.0
 statements, which `python -O` drops, so none is relied on. A window's unbounded side is None: -1 would be an offset.
 The first call of each kind (dtype, head_dim, pattern, with or without lengths, lse, gradients) compiles for seconds.
 
-Its backward for sm90 rounds head_dim up to a multiple of 16 (`flash_bwd_sm90.py`), and what collects the gradients to
-one of 32 (`flash_bwd_postprocess.py`): where these differ, over several tiles, gradients are wrong without an error
-(head_dim 40, 72 and 80 on an H100). Where head_dim_v is another size than head_dim, it doesn't compile or can't be
-launched for some pairs ((64, 128), (64, 96), (128, 32)). So both are padded to the same multiple of 32 for gradients.
+Its backward for sm90 rounds head_dim up to a multiple of 16 (`flash_bwd_sm90.py`), and its postprocessing to one of 32
+(`flash_bwd_postprocess.py`). If these differ, and there are several tiles, gradients are silently wrong (head_dim 40,
+72 and 80 on an H100). If head_dim_v != head_dim, some pairs don't compile or can't be launched ((64, 128), (64, 96),
+(128, 32)). So both are padded to the same multiple of 32 for gradients.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from anyattn.types.spec import AttentionSpec
 
 _CUDA = _flash.DECLARED.replace(
     arch_min=(9, 0),
-    # sm120 and sm121 take another kernel, which betas up to b29 had wrong, or with illegal accesses (flash-attention
-    # issues 2386, 2453 and pull request 2860); nobody ran a later one there, nor anything on sm110.
+    # sm120 and sm121 use another kernel, which was wrong or made illegal accesses up to b29 (flash-attention issues
+    # 2386, 2453 and pull request 2860). Later betas were never run there, and nothing on sm110.
     arch_max=(10, 3),
     # `_validate_head_dims`.
     head_dims=(
@@ -45,7 +45,7 @@ _CUDA = _flash.DECLARED.replace(
     window_any_right=True,
     softcap=True,
     sinks=True,
-    # Through operators of ours: the package's own call is a function that torch.compile skips.
+    # Through anyattn's own operators, since torch.compile skips the package's function.
     compile=True,
     cuda_graph=True,
 )
@@ -78,7 +78,7 @@ class Flash4(Backend):
         entry = "flash_attn_func" if spec.mask.key is None and not spec.packed else "flash_attn_varlen_func"
         caps, arch = self.declarations[spec.device_type], _arch(spec, env)
         if spec.needs_grad and arch[0] == 9:
-            # See the module's words on the backward, and `flash4-backward-head-dims` among the known bad.
+            # See the module's docstring, and `flash4-backward-head-dims` in the known-bad table.
             lowering = _flash.lower(entry, caps, spec, head_dim_multiple=32, same_head_dims=True)
         else:
             lowering = _flash.lower(entry, caps, spec)
@@ -94,20 +94,19 @@ class Flash4(Backend):
 
 
 def _arch(spec: AttentionSpec, env: Environment) -> Arch:
-    """Give a call's compute capability; where it isn't known, the one whose backward takes the least."""
+    """Return a call's compute capability; if unknown, the one whose backward takes the least."""
     device = env.device(spec.device_type, spec.device_index)
     return (9, 0) if device is None or device.arch is None else device.arch
 
 
 class Flash4Hub(FromHub, Flash4):
-    """The same from the Hub, an earlier beta; everything goes by keyword, so that its other order doesn't matter."""
+    """The same from the Hub, an earlier beta; arguments are passed by keyword, since their order differs."""
 
     name = "flash4_hub"
     aliases = ("flash_4_hub",)
     # A beta of FlashAttention-4 before beta9 (`torch-ext/flash_attn4/__init__.py` says which): the fourth positional
-    # argument is softmax_scale, and there are no qv, gather_kv_indices, min_seqlen_k and aux_scalars, so that
-    # everything goes by keyword and those aren't passed. It always gives a tuple. Importing it replaces
-    # `cutlass.cute.compile` for the whole process. It needs the Python package nvidia-cutlass-dsl.
+    # argument is softmax_scale, and qv, gather_kv_indices, min_seqlen_k and aux_scalars don't exist. It always returns
+    # a tuple. Importing it replaces `cutlass.cute.compile` for the whole process. It needs nvidia-cutlass-dsl.
     hub = HubKernel(
         "kernels-community/flash-attn4",
         _flash.FUNCTIONS,

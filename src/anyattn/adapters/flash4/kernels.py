@@ -14,7 +14,7 @@ from anyattn.sources.packages import FUNCTIONS
 
 
 def attend(plan: Plan, call: KernelCall, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Call the kernel for a plan: directly, or in code that torch.compile traces through an operator."""
+    """Call the kernel for a plan; while torch.compile traces, through an operator."""
     spec = plan.spec
     with_lse = spec.return_lse or plan.rescale
     causal = call.left == -1 and call.right == 0
@@ -68,7 +68,7 @@ def _kernel(
     *,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Call the package's function, by keywords alone: the order of its arguments changed between betas."""
+    """Call the package's function by keyword, since the order of its arguments changed between betas."""
     functions = FUNCTIONS[backend]
     options: dict[str, Any] = {
         "softmax_scale": scale,
@@ -80,7 +80,7 @@ def _kernel(
         "return_lse": with_lse,
     }
     if key is value:
-        value = value.view_as(value)  # one object for both is read as another formula where D_v is 512
+        value = value.view_as(value)  # one object for both selects another formula if D_v is 512
     if lengths is None and cu_seqlens_k is None:
         result = functions.flash_attn_func(query, key, value, **options)
     else:
@@ -150,7 +150,7 @@ def _backward_op(
     softcap: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the gradients in compiled code: the forward is run again, since only the public function is relied on."""
+    """Compute the gradients in compiled code, with a second forward, so that only the public function is used."""
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
         tensors: tuple[Any, ...] = (*inputs, cu_seqlens_q, cu_seqlens_k, lengths, sinks)

@@ -1,7 +1,7 @@
-"""torch's FlexAttention: compiled where that pays, eager otherwise, and the decision says which.
+"""torch's FlexAttention: compiled if that is worth it, else eager; the decision says which.
 
 Sources: torch 2.13 `torch/nn/attention/flex_attention.py` and `torch/_higher_order_ops/flex_attention.py`, run on a
-CPU; an H100 with torch 2.11. Compiled code accepts mismatched lengths and heads, so the call is checked before.
+CPU; an H100 with torch 2.11. Compiled code doesn't check lengths and heads, so calls are checked before.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CPU = Capabilities(
     lse=True,
     exact=True,
     unit_stride=False,
-    # Inductor's kernels ask for no alignment, or copy inputs themselves.
+    # Inductor's kernels need no alignment, or copy inputs themselves.
     aligned=False,
     compile=True,
 )
@@ -52,15 +52,15 @@ _CUDA = _CPU.replace(
     head_dim_min=16,
     backward=True,
     deterministic=False,
-    # A dimension of the launch is batch * heads: in every kernel before torch 2.9, in the one for short queries since.
+    # A launch dimension is batch * heads: in every kernel before torch 2.9, since then in the one for short queries.
     batch_heads_max=65535,
     cuda_graph=True,
 )
 
 _PAYS_ON_CPU = 1 << 22
-"""Scores (batch * heads * seqlen_q * seqlen_kv) from which compiling for the CPU is worth its seconds."""
+"""From this many scores (batch * heads * seqlen_q * seqlen_kv) compiling for the CPU is worth its seconds."""
 
-_HELD = "all scores are held in memory"
+_HELD = "all scores are in memory"
 
 
 class Flex(Backend):
@@ -79,12 +79,12 @@ class Flex(Backend):
         dense = spec.mask.dense
         joined = spec.mask.pattern is not None or spec.mask.key is not None
         if joined and dense is not None and dense.kind == "bias" and (spec.return_lse or spec.sinks):
-            # The lse of rows whose every bias is huge is mended from the whole mask.
+            # The lse of rows with only huge biases is corrected from the whole mask.
             yield from lowered_mask_reasons(spec)
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         if _mixes_names_up(spec):
-            text = "computed without flex_attention: inductor's C++ for tensors of masks at dynamic lengths is no C++"
+            text = "computed without flex_attention: inductor's C++ for dynamic lengths and mask tensors is invalid"
             return Lowering(kernels.WRITTEN_OUT, compiled=True, conversions=(Conversion("written_out", text),))
         compiled, why = _compiles(spec, env)
         entry = "flex_attention (compiled)" if compiled else "flex_attention (eager)"
@@ -94,13 +94,13 @@ class Flex(Backend):
         tail = found.get("flex-cpu-tail")
         strides = found.get("flex-cpu-strides") or found.get("flex-cuda-strides")
         if tail is not None:
-            text = f"keys padded to a multiple of 16 and masked: {tail.what} otherwise ({tail.link})"
+            text = f"keys padded to a multiple of 16 and masked, to avoid {tail.what} ({tail.link})"
             notes.append(Conversion("pad_keys", text))
         if strides is not None:
-            text = f"query, key and value made contiguous: {strides.what} otherwise ({strides.link})"
+            text = f"query, key and value made contiguous, to avoid {strides.what} ({strides.link})"
             notes.append(Conversion("copy", text))
         if spec.mask.block is not None and spec.mask.block.is_partial:
-            text = "block mask made again with every head and batch entry: its blocks were those of the first alone"
+            text = "block mask made again for every head and batch entry: it had blocks of the first only"
             notes.append(Conversion("rebuild_block_mask", text))
         return Lowering(
             entry,
@@ -115,10 +115,10 @@ class Flex(Backend):
 
 
 def _mixes_names_up(spec: AttentionSpec) -> bool:
-    """Whether inductor's C++ of a traced call may not compile: it has names of sizes, and replaces some in others.
+    """Whether inductor's C++ for a traced call may not compile, because it confuses names of sizes.
 
-    In torch 2.13 the names of block sizes, such as ks1, are replaced by text, also inside ks14. Masks that are tensors
-    are indexed with sizes of their own, which dynamic lengths make names of.
+    In torch 2.13 names of block sizes, such as ks1, are replaced textually, also inside ks14. With dynamic lengths,
+    mask tensors add such names.
     """
     block = spec.mask.block
     if block is not None and not block.is_function:
@@ -129,17 +129,16 @@ def _mixes_names_up(spec: AttentionSpec) -> bool:
 
 
 def _compiles(spec: AttentionSpec, env: Environment) -> tuple[bool, str]:
-    """Decide whether the call is compiled, and say why."""
     if spec.compiled:
         return True, "traced into the caller's torch.compile"
     if spec.device_type == "cuda":
         return True, "compiled by torch.compile at the first call of this kind"
     if spec.batch * spec.num_heads * spec.seqlen_q * spec.seqlen_kv < _PAYS_ON_CPU:
-        return False, f"eager: too small for compiling to pay ({_HELD})"
+        return False, f"eager: too small to be worth compiling ({_HELD})"
     if not env.cxx:
         return False, f"eager: there is no C++ compiler for torch.compile ({_HELD})"
     if spec.return_lse or spec.sinks:
-        return False, f"eager: compiled code gives no lse on a CPU ({_HELD})"
+        return False, f"eager: compiled code returns no lse on a CPU ({_HELD})"
     if spec.dtype == torch.float64:
         return False, f"eager: float64 isn't compiled ({_HELD})"
     return True, "compiled by torch.compile at the first call of this kind"

@@ -1,4 +1,4 @@
-"""The call of FlexAttention, and the functions that say the call's mask in its terms."""
+"""The call of FlexAttention, compiled or eager."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from anyattn.process.tracing import is_fake, is_plain
 from anyattn.types.spec import UNKNOWN, AttentionSpec, Storage
 
 _BASE_2 = torch.finfo(torch.float32).max * math.log(2)
-"""What is below minus this in natural units is -inf in base 2."""
+"""Scores below minus this overflow to -inf in base 2."""
 
 
 WRITTEN_OUT = "written out"
-"""The entry of calls that inductor can't compile flex_attention for."""
+"""The entry of calls for which inductor can't compile flex_attention."""
 
 
 def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-    """Call FlexAttention as the plan says; tensors come and go in the spec's layout."""
+    """Call FlexAttention as the plan says; inputs and outputs are in the spec's layout."""
     from torch.nn.attention.flex_attention import flex_attention
 
     spec = plan.spec
@@ -97,7 +97,7 @@ def _written_out(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor,
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(dtype)
-    # The softmax of a row of -inf is NaN; what is subtracted is 0 there.
+    # For a row of -inf 0 is subtracted, or its weights would be NaN.
     top = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - torch.where(top == float("-inf"), 0.0, top))
     total = weights.sum(-1, keepdim=True)
@@ -105,10 +105,10 @@ def _written_out(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor,
 
 
 def _kernel_options(spec: AttentionSpec, *, blocks: bool) -> dict[str, Any]:
-    """Give what inductor must be told for CUDA: tiles that fit, and where its kernel for short queries can't be had.
+    """Return inductor's options for CUDA: tiles that fit, and no kernel for short queries if it can't be used.
 
-    That kernel, for fewer than 128 queries, takes the queries of all heads that share keys as one tile: rounded up to a
-    power of 2 it must divide a block of the block mask, and older torch expects it whole.
+    That kernel, for fewer than 128 queries, makes one tile of the queries of all heads that share keys. Its size,
+    rounded up to a power of 2, must divide a block of the block mask.
     """
     if spec.device_type != "cuda":
         return {}
@@ -120,11 +120,11 @@ def _kernel_options(spec: AttentionSpec, *, blocks: bool) -> dict[str, Any]:
 
 
 def _tiles(spec: AttentionSpec) -> dict[str, int]:
-    """Give the tiles of a kernel for CUDA beside a dense mask, whose tiles are kept in shared memory too.
+    """Return the tile sizes of a kernel for CUDA with a dense mask, whose tiles are in shared memory too.
 
-    With inductor's choice they need more of it than an H100's 227 KiB (torch 2.11): float32 biases of half-precision
-    tensors from head_dim 64 on, as their tiles are twice as wide, and any dense mask beyond head_dim 128, which is
-    rounded up to 256. BLOCK_M and BLOCK_N are the forward's, the others the backward's.
+    Inductor's choice needs more of it than an H100's 227 KiB (torch 2.11) for float32 biases of half-precision tensors
+    from head_dim 64 on, and for any dense mask if head_dim > 128, which is rounded up to 256. BLOCK_M and BLOCK_N are
+    the forward's, the others the backward's.
     """
     dense = spec.mask.dense
     if dense is None:
@@ -142,9 +142,9 @@ def _tiles(spec: AttentionSpec) -> dict[str, int]:
 
 
 def _with_huge_biases(lse: Tensor, plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Tensor:
-    """Mend the lse of rows whose every bias is near finfo.min, which overflows to -inf in base 2.
+    """Correct the lse of rows whose every bias is near finfo.min, which overflows to -inf in base 2.
 
-    Beside such a bias a score, and the logarithm of a count, are below the last place: the lse is the largest bias.
+    Such a bias is so large that scores and the logarithm of a count don't change it: the lse is the largest bias.
     """
     mask = joined_mask(plan.spec, parts, seqlen_q, seqlen_kv, lse.device, pattern=True)
     assert mask is not None
@@ -154,7 +154,7 @@ def _with_huge_biases(lse: Tensor, plan: Plan, parts: Parts, seqlen_q: int, seql
 
 
 def _lse_request() -> dict[str, Any]:
-    """Ask for lse in the way that this torch knows: `return_aux` since 2.9, `return_lse` before."""
+    """Return the argument that requests lse: `return_aux` since torch 2.9, `return_lse` before."""
     from torch.nn.attention import flex_attention as module
 
     if hasattr(module, "AuxRequest"):
@@ -166,7 +166,7 @@ _warned: list[bool] = []
 
 
 def _first_eager(call: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> Any:
-    """Run the process's first eager call without torch's one warning that it is eager: the decision says so."""
+    """Run the process's first eager call without torch's warning that it is eager; the decision says so."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         result = call(query, key, value, **arguments)
@@ -181,10 +181,10 @@ _not_dynamic: set[tuple[Plan, int | None]] = set()
 
 
 def _in_turn(kind: Plan, block_mask: int | None, lengths: tuple[int, int, int]) -> Callable[..., Any]:
-    """Give compiled code that runs in one thread at a time: while torch traces in one, others may not run such code.
+    """Return compiled code that runs in one thread at a time, since torch can't trace while other threads run it.
 
-    Where inductor's C++ for dynamic lengths doesn't compile (in torch 2.13 it replaces names by text, also inside
-    longer ones: ks3 in ks30), the call is compiled for its lengths alone, and so are the next of its kind.
+    If inductor's C++ for dynamic lengths doesn't compile (torch 2.13 confuses names: ks3 in ks30), the call is compiled
+    for its own lengths, and so are later calls of its kind.
     """
 
     def run(*tensors: Tensor, **arguments: Any) -> Any:
@@ -202,17 +202,17 @@ def _in_turn(kind: Plan, block_mask: int | None, lengths: tuple[int, int, int]) 
 
 
 def _kind(plan: Plan) -> Plan:
-    """Give what calls that share compiled code have in common: everything but lengths, which become dynamic."""
+    """Return what calls that share compiled code have in common: everything but lengths, which are dynamic."""
     spec = plan.spec.replace(batch=UNKNOWN, seqlen_q=UNKNOWN, seqlen_kv=UNKNOWN, storage=Storage())
     return dataclasses.replace(plan, spec=spec)
 
 
 @functools.lru_cache(maxsize=128)
 def _compiled(kind: Plan, block_mask: int | None, lengths: tuple[int, int, int] | None) -> Callable[..., Any]:
-    """Compile a copy of flex_attention for one kind of call, one block mask of the caller's, and any lengths or some.
+    """Compile a copy of flex_attention for one kind of call, one of the user's block masks, and `lengths` (None: any).
 
-    torch.compile counts recompilations per code object and beyond its limit silently runs the slow eager
-    path, so every kind of call gets a code object of its own.
+    torch.compile limits recompilations per code object, and beyond the limit silently runs the slow eager path. So
+    every kind of call gets its own code object.
     """
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -1,4 +1,4 @@
-"""A call's mask, said in FlexAttention's terms: functions of indices, and block masks made of them."""
+"""A call's mask for FlexAttention: functions of indices, and block masks made of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Mod = Callable[..., Tensor]
 
 
 def score_mod_of(spec: AttentionSpec, parts: Parts, padded_from: int | None) -> Mod | None:
-    """Make the function that changes scores: softcap, then a dense mask."""
+    """Make the score_mod: softcap, then a dense mask."""
     cap, dense = spec.softcap, parts.dense
     if dense is None:
         if cap is None:
@@ -49,12 +49,12 @@ def score_mod_of(spec: AttentionSpec, parts: Parts, padded_from: int | None) -> 
 
 
 def _within(kv: Tensor, padded_from: int | None) -> Tensor:
-    """Keep an index of a padded key inside what the caller gave; the key is masked, whatever is read for it."""
+    """Clamp a padded key's index to the user's keys; the key is masked, so any value will do."""
     return kv if padded_from is None else torch.where(kv >= padded_from, padded_from - 1, kv)
 
 
 def block_mask_of(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_kv: int) -> Any:
-    """Make the block mask of a pattern, a key mask and padding, joined with the caller's."""
+    """Make the block mask of a pattern, a key mask and padding, joined with the user's."""
     spec, given = plan.spec, parts.block
     block = spec.mask.block
     if parts.key is not None and torch.compiler.is_compiling():
@@ -85,14 +85,14 @@ def block_mask_of(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_k
     make_block_mask = traced.function_block_mask if torch.compiler.is_compiling() else block_masks.make_block_mask
     made = make_block_mask(mask_mod, batch, heads, query.shape[2], key.shape[2], query.device)
     if name is not None and not torch.is_inference_mode_enabled():
-        _keep(name, made, query.device)
+        _cache(name, made, query.device)
     return made
 
 
 def _function_block_mask(
     plan: Plan, parts: Parts, function: MaskFunction, query: Tensor, key: Tensor, seqlen_kv: int
 ) -> Any:
-    """Make the block mask of a mask function and what is joined with it; kept with the function, key masks aside."""
+    """Make the block mask of a mask function joined with other masks; cached with the function unless a key mask is."""
     batch = query.shape[0] if parts.key is not None or function.per_batch else None
     heads = query.shape[1] if function.per_head else None
     seqlen_q, padded = query.shape[2], plan.lowering.pad_keys
@@ -113,22 +113,22 @@ _patterns: Bounded[Any, Any] = Bounded(64)
 
 
 def _pattern_block_mask(plan: Plan, parts: Parts, query: Tensor, key: Tensor, seqlen_kv: int) -> Any:
-    """Make the block mask of a pattern alone, once per shape and device."""
+    """Make the block mask of a pattern without other masks, once per shape and device."""
     name = (plan.spec.mask.pattern, query.shape[2], seqlen_kv, query.device)
     found = _patterns.get(name) if _is_real(query) else None
     if found is not None:
         return found
     mask_mod = _mask_mod(plan, parts, query.shape[2], seqlen_kv)
     assert mask_mod is not None
-    # Tensors born in inference mode or inside a CUDA graph must not be met outside again.
+    # Tensors made in inference mode can't be used outside it.
     with torch.inference_mode(False), torch.no_grad():
         made = _band_block_mask(plan, parts, mask_mod, query, key, seqlen_kv)
-    _keep(name, made, query.device)
+    _cache(name, made, query.device)
     return made
 
 
 def _band_block_mask(plan: Plan, parts: Parts, mask_mod: Mod, query: Tensor, key: Tensor, seqlen_kv: int) -> Any:
-    """Make the block mask of a pattern, a key mask and padded keys, whose blocks follow from their bounds."""
+    """Make the block mask of a pattern, a key mask and padded keys, from the bounds of their blocks."""
     pattern, seqlen_q, padded = plan.spec.mask.pattern, query.shape[2], key.shape[2]
     low, high = (None, None) if pattern is None else _bounds(pattern, seqlen_q, seqlen_kv)
     if parts.key is not None and torch.compiler.is_compiling():
@@ -142,12 +142,12 @@ def _band_block_mask(plan: Plan, parts: Parts, mask_mod: Mod, query: Tensor, key
 
 
 def _is_real(query: Tensor) -> bool:
-    """Whether a block mask made of real tensors goes with a query; captured in a CUDA graph it does."""
+    """Whether a block mask made of real tensors may be used with a query; in a CUDA graph it may."""
     return is_plain() and not is_fake(query)
 
 
-def _keep(key: Any, made: Any, device: torch.device) -> None:
-    """Remember a block mask, unless it belongs to a trace or to a CUDA graph being captured."""
+def _cache(key: Any, made: Any, device: torch.device) -> None:
+    """Cache a block mask, unless it belongs to a trace or to a CUDA graph being captured."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if capturing or not has_values(made.kv_num_blocks):
         return
@@ -170,7 +170,6 @@ def _with_blocks(block_mask: Any) -> Mod:
 
 
 def _mask_mod(plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Mod | None:
-    """Make the function of a pattern, a key mask and padded keys."""
     pattern = plan.spec.mask.pattern
     inside = None if pattern is None else _pattern_mod(pattern, seqlen_q, seqlen_kv)
     allowed_key = None if parts.key is None else _key_mod(parts.key, seqlen_kv, padded=plan.lowering.pad_keys)
@@ -190,7 +189,7 @@ def _mask_mod(plan: Plan, parts: Parts, seqlen_q: int, seqlen_kv: int) -> Mod | 
 
 
 def _key_mod(key: Tensor, seqlen_kv: int, *, padded: bool) -> Mod:
-    """Make the function of a key mask; lengths are compared with, so that no tensor is made of them."""
+    """Make the function of a key mask; lengths are compared in it, without a mask tensor."""
     if key.dtype != torch.bool:
         return lambda b, h, q, kv: kv < key[b]
     keys = key.squeeze(1).squeeze(1) if key.dim() == 4 else key
@@ -201,7 +200,7 @@ def _key_mod(key: Tensor, seqlen_kv: int, *, padded: bool) -> Mod:
 
 
 def _bounds(pattern: PatternSpec, seqlen_q: int, seqlen_kv: int) -> tuple[int | None, int | None]:
-    """Give the least and the largest `column - row` that a pattern allows; None is any."""
+    """Return the least and the largest `column - row` that a pattern allows; None is unbounded."""
     offset = seqlen_kv - seqlen_q if pattern.align == "lower_right" else 0
     low = None if pattern.left == -1 else offset - pattern.left
     return low, None if pattern.right == -1 else offset + pattern.right

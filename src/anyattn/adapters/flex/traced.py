@@ -1,9 +1,8 @@
-"""Operators for masks in code that torch.compile traces: what makes block masks of them is kept out of the graph.
+"""Operators that make block masks in code that torch.compile traces, outside the graph.
 
-Inductor's CPU code (torch 2.13) takes no tensor made in the graph inside a mask function, and none of lengths; and it
-can't split what orders the blocks of a function's mask for gradients, at dynamic lengths (torch 2.11 on an H100:
-CantSplit). Through these operators the kernel gets what it gets outside compiled code: a boolean mask and block
-indices, in memory.
+Inductor's CPU code (torch 2.13) takes no tensor made in the graph inside a mask function, and none of lengths. With
+dynamic lengths it can't compile the ordering of a function mask's blocks for gradients (torch 2.11 on an H100:
+CantSplit). With these operators the kernel gets a boolean mask and block indices in memory, as outside compiled code.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from anyattn.masks.block_masks import BLOCK, band_blocks, block_counts, ordered
 
 @torch.library.custom_op("anyattn::flex_keys", mutates_args=())
 def flex_keys(key: Tensor, seqlen_kv: int, padded: int) -> Tensor:
-    """Write a key mask out as boolean `(B or 1, padded)`."""
+    """Return a key mask as boolean `(B or 1, padded)`."""
     keys = key_mask(key, seqlen_kv)[:, 0, 0]
     return F.pad(keys, (0, padded - seqlen_kv)).clone(memory_format=torch.contiguous_format)
 
@@ -34,7 +33,7 @@ def _(key: Tensor, seqlen_kv: int, padded: int) -> Tensor:
 def flex_blocks(
     keys: Tensor, low: int | None, high: int | None, seqlen_q: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Give what a BlockMask of a band and of keys holds, in the order in which it takes them."""
+    """Return the block tensors of a BlockMask for a band and keys, in the order of its arguments."""
     return _blocks(*band_blocks(seqlen_q, keys.shape[1], keys.device, low=low, high=high, keys=keys))
 
 
@@ -57,7 +56,7 @@ def _blank(like: Tensor, batch: int, heads: int, rows: int, columns: int) -> tup
 
 @torch.library.custom_op("anyattn::flex_counted_blocks", mutates_args=())
 def flex_counted_blocks(counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Give the same of how many positions each block `(B or 1, H or 1, rows, columns)` allows."""
+    """Return the same from the number of allowed positions per block, `(B or 1, H or 1, rows, columns)`."""
     return _blocks(counts > 0, counts == BLOCK[0] * BLOCK[1])
 
 
@@ -69,7 +68,7 @@ def _(counts: Tensor) -> tuple[Tensor, ...]:
 def function_block_mask(
     mask_mod: Any, batch: int | None, heads: int | None, seqlen_q: int, seqlen_kv: int, device: torch.device
 ) -> Any:
-    """Make the block mask of a function, in traced code; inductor counts without writing the whole mask out."""
+    """Make the block mask of a function in traced code; inductor counts without the whole mask in memory."""
     from torch.nn.attention.flex_attention import BlockMask
 
     counts = block_counts(mask_mod, batch, heads, seqlen_q, seqlen_kv, device, BLOCK)
@@ -79,7 +78,7 @@ def function_block_mask(
 
 
 def band_block_mask(mask_mod: Any, keys: Tensor, low: int | None, high: int | None, seqlen_q: int) -> Any:
-    """Make the block mask of a band and of keys from `flex_keys`, in traced code."""
+    """Make the block mask of a band and of keys from `flex_keys` in traced code."""
     from torch.nn.attention.flex_attention import BlockMask
 
     blocks = torch.ops.anyattn.flex_blocks(keys, low, high, seqlen_q)

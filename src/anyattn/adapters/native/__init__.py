@@ -1,7 +1,7 @@
 """torch's scaled_dot_product_attention: torch's own pick, or one of its kernels.
 
-A single kernel is reached through its aten op, never through `torch.nn.attention.sdpa_kernel`: that sets
-flags of the whole process, so that one thread's choice would leak into another's.
+A single kernel is called through its aten op, never through `torch.nn.attention.sdpa_kernel`, which sets flags of the
+whole process: one thread's choice would change another's.
 Source: torch 2.13 `torch/nn/attention/__init__.py` (sdpa_kernel), `torch/nn/attention/bias.py` (raw op).
 """
 
@@ -25,11 +25,11 @@ from anyattn.types.spec import AttentionSpec
 
 
 class _Kernel(Backend):
-    """One SDPA kernel, reached through its aten op."""
+    """One SDPA kernel, called through its aten op."""
 
     family = "native"
     entries: ClassVar[Mapping[str, str]]
-    # Rows that aren't reasons of their own: the lowering avoids them, or the declaration refuses them already.
+    # Known-bad rows that aren't reasons: the lowering avoids them, or the declaration refuses them already.
     avoids: ClassVar[frozenset[str]] = frozenset()
     run = staticmethod(kernels.run)
 
@@ -45,7 +45,7 @@ class _Kernel(Backend):
 
 
 class NativeFlash(_Kernel):
-    """SDPA's flash kernel alone."""
+    """SDPA's flash kernel."""
 
     name = "native_flash"
     aliases = ("_native_flash",)
@@ -67,14 +67,14 @@ class NativeFlash(_Kernel):
         if not spec.packed:
             yield from super().rejects(spec, env)
         elif packed.may_be_cudnn(spec, env):
-            yield Reason("setting", "a packed call that torch hands to its flash kernel", packed.CUDNN, "choose native")
+            yield Reason("setting", "a packed call that torch runs on its flash kernel", packed.CUDNN, "choose native")
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         return packed.lower(spec, packed.kernel_of(spec, env)) if spec.packed else super().lower(spec, env)
 
 
 class NativeEfficient(_Kernel):
-    """SDPA's memory-efficient kernel alone."""
+    """SDPA's memory-efficient kernel."""
 
     name = "native_efficient"
     aliases = ("_native_efficient",)
@@ -85,13 +85,13 @@ class NativeEfficient(_Kernel):
 
 
 class NativeCudnn(_Kernel):
-    """SDPA's cuDNN kernel alone."""
+    """SDPA's cuDNN kernel."""
 
     name = "native_cudnn"
     aliases = ("_native_cudnn",)
     entries = {"cuda": "cudnn"}
     declarations = CUDNN
-    # What is wrong there is SDPA's way of making the mask additive, which the op isn't reached through.
+    # What is wrong there is how SDPA makes the mask additive; the op is called without SDPA.
     avoids = frozenset(("cudnn-dead-rows", "dropout-of-everything"))
 
     @property
@@ -118,7 +118,7 @@ class NativeCudnn(_Kernel):
 
 
 class NativeMath(_Kernel):
-    """SDPA's plain computation: every feature, memory for all the scores."""
+    """SDPA's plain computation: it has every feature, and holds all scores in memory."""
 
     name = "native_math"
     aliases = ("_native_math",)
@@ -132,7 +132,7 @@ _MATH = NativeMath()
 
 
 class Native(Backend):
-    """torch's own pick among the SDPA kernels, kept away from those that are wrong for the call."""
+    """torch's own pick among the SDPA kernels, steered around those that are wrong for the call."""
 
     name = "native"
     auto_rank = 10
@@ -157,18 +157,17 @@ class Native(Backend):
                 for sub in options:
                     yield from sub.reasons(spec, env)
                 if not options:
-                    yield Reason("lse", "a device whose SDPA kernels give lse (cpu, cuda)", spec.device_type)
+                    yield Reason("lse", "a device whose SDPA kernels return lse (cpu, cuda)", spec.device_type)
 
     def known_bad(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-        # Every other row is avoided by `lower`, which sends the call to a kernel that is right.
+        # `lower` avoids every other row by a kernel that is right.
         return mps.known_bad(spec, env) if spec.device_type == "mps" else iter(())
 
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         if spec.packed:
             return packed.lower(spec, packed.kernel_of(spec, env))
         if spec.forward_ad:
-            said = "sent to native_math: torch's other kernels have no derivatives of forward mode"
-            sent = Conversion("steered", said)
+            sent = Conversion("steered", "sent to native_math: torch's other kernels have no forward-mode AD")
             lowering = lower_to("math", self.declarations[spec.device_type], spec, env)
             return dataclasses.replace(lowering, conversions=(sent, *lowering.conversions))
         if spec.return_lse or spec.sinks:
@@ -191,10 +190,10 @@ def _with_lse(spec: AttentionSpec, env: Environment) -> tuple[_Kernel, ...]:
 
 
 def _by_priority(spec: AttentionSpec, env: Environment) -> tuple[_Kernel, ...]:
-    """Give the kernels in the order in which torch tries them.
+    """Return the kernels in the order in which torch tries them.
 
-    Source: `sdp_utils.cpp` of torch, `priority_order`: cuDNN comes first on sm90 and sm100 where it is newer
-    than 9.15, and last elsewhere.
+    Source: `sdp_utils.cpp` of torch, `priority_order`: cuDNN comes first on sm90 and sm100 if it is newer than 9.15,
+    and last otherwise.
     """
     cudnn, flash, efficient = _FUSED
     device = env.device(spec.device_type, spec.device_index)
@@ -205,21 +204,21 @@ def _by_priority(spec: AttentionSpec, env: Environment) -> tuple[_Kernel, ...]:
 
 
 def _steer(plain: Lowering, spec: AttentionSpec, env: Environment) -> Lowering:
-    """Keep a CUDA call from the kernels that are wrong for it: torch picks only where every pick is right."""
+    """Steer a CUDA call around the kernels that are wrong for it; torch picks only if every pick is right."""
     rows = hits([Native.name, *(sub.name for sub in _FUSED)], spec, env)
     misaligned = not (spec.storage.aligned and spec.storage.unit_stride and spec.storage.mask_aligned)
-    # What stands in the flash kernel's place raises, where torch's own would have been passed over or right.
+    # A replacement of the flash kernel raises on calls that torch's own would run or leave to another kernel.
     lost = tuple(replaced.flash_reasons(spec, env))
     if not rows and not misaligned and not lost:
         return plain
     first = _by_priority(spec, env)[0]
-    mendable = not misaligned and not lost and {row.name for row in rows} == {"cudnn-dead-rows"} <= first.avoids
-    if mendable and not first.reasons(spec, env):
+    fixable = not misaligned and not lost and {row.name for row in rows} == {"cudnn-dead-rows"} <= first.avoids
+    if fixable and not first.reasons(spec, env):
         note = Conversion("additive_mask", f"the mask made additive, with -inf: {rows[0].what} ({rows[0].link})")
         return dataclasses.replace(plain, entry="sdpa_additive", conversions=(note, *plain.conversions))
-    said = [f"{row.what} with {row.backends[0]} for {row.when}" for row in rows]
-    said += [f"native_flash needs {reason.need}, got {reason.got}" for reason in lost]
-    why = "; ".join(said)
+    causes = [f"{row.what} with {row.backends[0]} for {row.when}" for row in rows]
+    causes += [f"native_flash needs {reason.need}, got {reason.got}" for reason in lost]
+    why = "; ".join(causes)
     dense = spec.mask.dense
     if dense is not None and dense.kind == "bias" and dense.dtype == torch.float32 and spec.dtype.itemsize == 2:
         wide = spec.replace(dtype=dense.dtype)

@@ -56,7 +56,7 @@ _FUSED_CUDA = Capabilities(
     head_dim_max=256,
     head_dim_multiple=8,
     gqa=True,
-    # Not of everything: an error, and native_efficient leaves something (torch 2.11 on an H100).
+    # dropout_p == 1 raises, except in native_efficient, which keeps some weights (torch 2.11 on an H100).
     dropout=True,
     lse=True,
     backward=True,
@@ -99,7 +99,7 @@ EFFICIENT: Mapping[str, Capabilities] = {
 
 CUDNN: Mapping[str, Capabilities] = {
     "cuda": _FUSED_CUDA.replace(
-        # Forward to 256 was seen on an H100; torch's own rule for other chips, and for training, is 128.
+        # Forward up to 256 was seen on an H100; torch's own limit on other GPUs, and for training, is 128.
         head_dims=(
             HeadDims(8, 128),
             HeadDims(9, 256, largest_grad=128),
@@ -122,7 +122,7 @@ NATIVE: Mapping[str, Capabilities] = {
     "cuda": _MATH,
     "mps": _MATH,
     "xpu": _MATH,
-    # Shapes alone: nothing is computed.
+    # Shapes only: nothing is computed.
     "meta": _MATH.replace(lse=False),
 }
 
@@ -130,7 +130,7 @@ _CPU_SHARED_HEADS_SINCE = Version("2.9")
 
 
 def why_repeated(entry: str, spec: AttentionSpec, env: Environment) -> str:
-    """Say why key and value heads are repeated for an entry; empty where they aren't.
+    """Return why key and value heads are repeated for an entry; empty if they aren't.
 
     Source: torch's CPU flash op takes shared heads since pytorch pull request 157893, of torch 2.9.
     """

@@ -1,7 +1,7 @@
-"""The calls of torch's SDPA and its aten ops, each with what it needs done to its arguments.
+"""The calls of torch's SDPA and its aten ops, each with the conversions that its arguments need.
 
-The aten ops don't have SDPA's contract: the math and the cuDNN op read a boolean mask as numbers, the CPU flash op
-ignores strides along head_dim, and none pads. So every entry here gets an additive mask of the right dtype.
+The aten ops lack SDPA's conversions: the math and the cuDNN op read a boolean mask as numbers, the CPU flash op ignores
+strides along head_dim, and none pads. So every entry that calls one makes the mask additive, in query's dtype.
 Source: torch 2.13, run on a CPU; `aten/src/ATen/native/transformers/attention.cpp`.
 """
 
@@ -58,7 +58,7 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 def _flash_cpu(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    # The op reads head_dim as contiguous whatever its stride: wrong without an error otherwise.
+    # The op ignores head_dim's stride, and silently returns wrong results if it isn't 1.
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     bias = None if mask is None else additive(mask, query.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -78,7 +78,7 @@ def _math(
 
 
 def _lse_of_scores(spec: AttentionSpec, query: Tensor, key: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
-    """Compute the log-sum-exp of the scores, in float32 at least: the op gives its weights alone."""
+    """Compute the log-sum-exp of the scores, in float32 at least; the op returns no lse."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.no_grad():
         keys = repeat_heads(key.detach().to(dtype), spec.num_heads // spec.num_kv_heads)
@@ -163,7 +163,7 @@ def _cudnn(
     )
     lse = result[1]
     if lse is None or not (spec.return_lse or spec.sinks):
-        return result[0], None  # torch 2.11 gives None where no lse is computed
+        return result[0], None  # torch 2.11 returns None if no lse is computed
     # (B, H, S_q, 1) from torch 2.9 on, (B, H, S_q) before.
     return result[0], lse.squeeze(-1) if lse.dim() == 4 else lse
 
@@ -181,7 +181,7 @@ _ENTRIES: Mapping[str, _Entry] = {
 
 
 def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-    """Call the entry that the plan names; tensors come and go in the spec's layout."""
+    """Call the entry that the plan names; inputs and outputs are in the spec's layout."""
     spec, lowering = plan.spec, plan.lowering
     if spec.packed:
         return packed.run(plan, query, key, value, parts)
@@ -209,8 +209,8 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if mask is not None and lowering.copy and spec.device_type == "mps" and lengths[0] <= 8:
         shape = (query.shape[0], query.shape[1], *lengths)
         mask = mask.expand(shape).contiguous()
-    told = _told(mask, given, plan, query.dtype)
-    out, lse = _ENTRIES[entry](spec, query, key, value, told, is_causal)
+    passed = _mask_argument(mask, given, plan, query.dtype)
+    out, lse = _ENTRIES[entry](spec, query, key, value, passed, is_causal)
     if lowering.upcast:
         out = out.to(dtype)
     if spec.layout == "BSHD":
@@ -218,7 +218,7 @@ def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> 
     if not (spec.return_lse or spec.sinks):
         return out
     if lse is None:
-        raise AssertionError(f"the entry {lowering.entry} gives no lse")
+        raise AssertionError(f"the entry {lowering.entry} returns no lse")
     lse = normalise_lse(lse, mask, keep=spec.sinks)
     if mask is not None and spec.device_type == "cuda" and mask.dtype in (torch.bfloat16, torch.float32):
         lse = with_huge_biases(lse, mask)
@@ -229,8 +229,8 @@ _BASE_2 = frozenset(("sdpa", "sdpa_additive", "efficient", "cudnn"))
 _ADDITIVE = frozenset(("sdpa_additive", "efficient", "cudnn"))
 
 
-def _told(mask: Tensor | None, given: Parts, plan: Plan, dtype: torch.dtype) -> Tensor | None:
-    """Give the mask that an entry for CUDA is told: what can be worked out of the caller's tensor once, is."""
+def _mask_argument(mask: Tensor | None, given: Parts, plan: Plan, dtype: torch.dtype) -> Tensor | None:
+    """Return the mask that is passed to an entry; for CUDA, what is computed from the user's tensor is cached."""
     spec, entry = plan.spec, plan.lowering.entry
     if mask is None or spec.device_type != "cuda" or entry not in _BASE_2:
         return mask
@@ -243,6 +243,6 @@ def _told(mask: Tensor | None, given: Parts, plan: Plan, dtype: torch.dtype) -> 
 
 
 def misread(spec: AttentionSpec) -> bool:
-    """Say whether the CPU flash kernel loses -inf: a float32 bias, a float64 query, 16 keys or more (torch 2.13)."""
+    """Whether the CPU flash kernel loses -inf: a float32 bias, a float64 query, 16 keys or more (torch 2.13)."""
     dense = spec.mask.dense
     return dense is not None and dense.kind == "bias" and spec.dtype == torch.float64 and dense.dtype != spec.dtype

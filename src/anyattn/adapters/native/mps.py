@@ -1,7 +1,7 @@
-"""SDPA on Apple GPUs: the rule that keeps calls from what is wrong there.
+"""SDPA on Apple GPUs: how `native` avoids the known-bad rows there.
 
-Source: the rows of `anyattn.backend.known_bad.mps`. One rule covers most: contiguous query, key and value, a full-size
-contiguous mask, and never the causal flag. What is left is written out in float32, or refused. Nothing of this ran on
+Source: the rows of `anyattn.backend.known_bad.mps`. Most are avoided by contiguous query, key and value, a full-size
+contiguous mask, and never the causal flag. The others are written out in float32, or refused. None of this was run on
 an Apple GPU.
 """
 
@@ -22,12 +22,12 @@ _REFUSED = frozenset(("mps-4g",))
 
 
 def known_bad(spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-    """Yield the rows that nothing here avoids. Law: pure."""
+    """Yield the rows that `lower` doesn't avoid. Law: pure."""
     return (row.reason() for row in hits(("native",), spec, env) if row.name in _REFUSED)
 
 
 def lower(plain: Lowering, spec: AttentionSpec, env: Environment) -> Lowering:
-    """Change how a call reaches SDPA where it would be wrong there. Law: pure, and exact."""
+    """Change how a call reaches SDPA if it would be wrong. Law: pure, and exact."""
     rows = hits(("native",), spec, env)
     if not rows:
         return plain

@@ -1,10 +1,10 @@
 """Packed sequences on torch's own flash kernel: `torch.nn.attention.varlen.varlen_attn`, since torch 2.11.
 
-Source: torch 2.13, `torch/nn/attention/varlen.py`; an H100 with torch 2.11, the oldest that was seen to take these
-parameters. For CUDA, in half precision. It aligns causal attention, said as the window (-1, 0), to the lower right, and
-gives lse as `(H, T_q)`, with +inf in rows without a key. There is no dropout; shared heads take a parameter that isn't
-used here, and so are repeated. Nothing is read on the host. What it writes for sequences without keys, and whether
-anything, depends on the kernel behind it (cuDNN from torch 2.14 on): `packed_rows` fills those rows.
+Source: torch 2.13, `torch/nn/attention/varlen.py`; an H100 with torch 2.11, the oldest seen to take these parameters.
+For CUDA, in half precision. Causal attention is the window (-1, 0), aligned to the lower right; lse is `(H, T_q)`, with
++inf in rows without a key. There is no dropout. Shared heads are repeated, since the parameter for them isn't used.
+Nothing is read on the host. What it writes for sequences without keys depends on the kernel (cuDNN from torch 2.14 on),
+so `packed_rows` fills those rows.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ENTRY = "varlen_attn"
 
 _SINCE = Version("2.11")
 _MAY_BE_CUDNN = Version("2.14")
-CUDNN = "torch >= 2.14 hands it to cuDNN"
+CUDNN = "torch >= 2.14 runs it on cuDNN"
 
 
 def takes(spec: AttentionSpec, env: Environment) -> bool:
-    """Whether torch's own entry takes a packed call as it is; otherwise the call is padded. Law: pure."""
+    """Whether torch's own entry takes a packed call; otherwise the call is padded. Law: pure."""
     pattern = spec.mask.pattern
     if pattern is not None and not (pattern.is_causal and (spec.same_lengths or pattern.align == "lower_right")):
         return False
@@ -43,20 +43,20 @@ def takes(spec: AttentionSpec, env: Environment) -> bool:
         return False
     if not (8, 0) <= device.arch <= (12, 1):
         return False
-    # Chips with less shared memory than an A100 have no gradients for wide heads (torch's sdp_utils.cpp).
+    # GPUs with less shared memory than an A100 have no gradients for wide heads (torch's sdp_utils.cpp).
     most = 192 if spec.needs_grad and device.arch not in ((8, 0), (9, 0), (10, 0)) else 256
     wide = spec.head_dim != spec.head_dim_v or spec.head_dim > most
     plain = spec.scale > 0 and not spec.dropout_p and spec.softcap is None and not (spec.deterministic or wide)
     if not (plain and spec.dtype.itemsize == 2 and env.torch >= _SINCE):
         return False
-    # cuDNN's own limits (torch asks for none but a multiple of 8) are those of native_cudnn.
+    # torch checks only for a multiple of 8; cuDNN's own limits are those of native_cudnn.
     return replaced.takes_packed(spec, env) and not (may_be_cudnn(spec, env) and spec.head_dim > 128)
 
 
 def may_be_cudnn(spec: AttentionSpec, env: Environment) -> bool:
-    """Whether torch hands a packed call to cuDNN in place of flash (torch 2.14.1, `varlen.py`, by reading). Law: pure.
+    """Whether torch may run a packed call on cuDNN and not on flash (torch 2.14.1, `varlen.py`, by reading). Law: pure.
 
-    The lengths on the host decide, so that a length which isn't known yet may be either.
+    The lengths on the host decide; with an unknown length it may be either.
     """
     device = env.device(spec.device_type, spec.device_index)
     if not spec.packed or device is None or device.arch is None or device.rocm or device.arch[0] not in (9, 10):
@@ -66,12 +66,12 @@ def may_be_cudnn(spec: AttentionSpec, env: Environment) -> bool:
 
 
 def declared(caps: Capabilities) -> Capabilities:
-    """Give a kernel's declaration for the calls that `takes` takes."""
+    """Return a kernel's declaration for the calls that `takes` accepts."""
     return caps.replace(varlen=True, causal=frozenset(("lower_right",)), causal_square=False, dead_rows=True)
 
 
 def kernel_of(spec: AttentionSpec, env: Environment) -> str:
-    """Say which kernel torch's entry hands a packed call to. Law: pure."""
+    """Return which kernel torch's entry runs a packed call on, in words. Law: pure."""
     if may_be_cudnn(spec, env):
         return "on cuDNN, or on flash for 128 queries at most" if spec.seqlen_q == UNKNOWN else "on cuDNN"
     by = replaced.origin(env, ("native_flash", "varlen_attn"))
@@ -79,7 +79,7 @@ def kernel_of(spec: AttentionSpec, env: Environment) -> str:
 
 
 def lower(spec: AttentionSpec, kernel: str = "on its flash kernel") -> Lowering:
-    """Describe how a packed call reaches the entry."""
+    """Return how a packed call reaches the entry."""
     notes = [Conversion("packed", f"torch's own entry for packed sequences, {kernel}")]
     copy = not (spec.storage.aligned and spec.storage.unit_stride)
     if copy:
@@ -88,7 +88,7 @@ def lower(spec: AttentionSpec, kernel: str = "on its flash kernel") -> Lowering:
     if spec.head_dim % 8:
         notes.append(Conversion("pad_head_dim", f"head_dim {spec.head_dim} padded to a multiple of 8"))
     if spec.is_gqa:
-        text = "key and value heads repeated in memory: the entry is called without shared ones"
+        text = "key and value heads repeated in memory: the entry is called without shared heads"
         notes.append(Conversion("repeat_heads", text))
     return Lowering(ENTRY, copy=copy, conversions=tuple(notes))
 
@@ -101,7 +101,7 @@ def _functions() -> tuple[Any, Any]:
 
 
 def _still_torchs_own() -> None:
-    """Refuse where torch's entry was replaced after the call was decided: causal would be aligned to the other corner.
+    """Check that torch's entry wasn't replaced since the decision: causal would be aligned to the upper left.
 
     Raises:
         RuntimeError: If it was.
@@ -111,7 +111,7 @@ def _still_torchs_own() -> None:
 
 
 def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-    """Call it, on `(T, H, D)`."""
+    """Call the entry, on `(T, H, D)`."""
     spec = plan.spec
     if spec.mask.pattern is not None and not spec.same_lengths and not torch.compiler.is_compiling():
         _still_torchs_own()

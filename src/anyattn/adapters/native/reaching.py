@@ -1,4 +1,4 @@
-"""How a call reaches one SDPA kernel, with what is converted on the way."""
+"""How a call reaches one SDPA kernel, with its conversions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anyattn.types.spec import AttentionSpec
 
 
 def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec, env: Environment) -> Lowering:
-    """Describe how a call reaches one entry, with what is converted on the way."""
+    """Return how a call reaches one entry, with its conversions."""
     dense = needs_dense(caps, spec)
     conversions = list(mask_conversions(caps, spec))
     copy = entry in kernels.FUSED_CUDA and not (spec.storage.aligned and spec.storage.unit_stride)
@@ -32,17 +32,17 @@ def lower_to(entry: str, caps: Capabilities, spec: AttentionSpec, env: Environme
     is_causal = pattern is not None and not dense and pattern.is_causal and pattern_is_native(caps, spec)
     if is_causal and _loses_causal(entry, spec):
         is_causal, dense = False, True
-        conversions.append(Conversion("dense_mask", "causal given as a dense mask: NaN otherwise where scale <= 0"))
+        conversions.append(Conversion("dense_mask", "causal passed as a dense mask: the flag gives NaN if scale <= 0"))
     return Lowering(entry, is_causal, dense, copy, repeat_heads=bool(why), conversions=tuple(conversions))
 
 
 def _loses_causal(entry: str, spec: AttentionSpec) -> bool:
-    """Whether the kernel may fill with -inf before it scales, which gives NaN: the CPU flash kernel (torch 2.13)."""
+    """Whether the kernel may mask with -inf before it scales, which gives NaN: the CPU flash kernel (torch 2.13)."""
     return spec.scale <= 0 and spec.device_type == "cpu" and entry in ("sdpa", "flash_cpu")
 
 
 def dense_causal_reasons(entry: str, spec: AttentionSpec) -> Iterator[Reason]:
-    """Refuse to write causal out, where that is called for and would take too much."""
+    """Refuse a causal call whose dense mask would be too large, if it needs one."""
     pattern = spec.mask.pattern
     if pattern is not None and pattern.is_causal and _loses_causal(entry, spec):
         yield from lowered_mask_reasons(spec)

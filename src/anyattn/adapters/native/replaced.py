@@ -1,7 +1,7 @@
-"""torch's flash kernel where another one stands in its place for the whole process.
+"""torch's flash kernel if another one replaces it in the whole process.
 
-Sources: torch 2.13 `torch/nn/attention/_fa3.py`, `_fa4.py`; cudnn-frontend 1.32 `cudnn/torch` (by reading). What the
-kernel in its place refuses is an error: SDPA doesn't go on to the next one.
+Sources: torch 2.13 `torch/nn/attention/_fa3.py`, `_fa4.py`; cudnn-frontend 1.32 `cudnn/torch` (by reading). A call that
+the replacement refuses is an error: SDPA doesn't fall back to another kernel.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _ALL = ("native_flash", "native_cudnn", "varlen_attn")
 
 
 def origin(env: Environment, kernels: tuple[str, ...] = _ALL) -> str:
-    """Say which of torch's kernels are replaced, and by what; empty where they are torch's own. Law: pure."""
+    """Return which of torch's kernels are replaced, and by what; empty if none is. Law: pure."""
     found = (f"{by} in place of torch's own {kernel}" for kernel in kernels if (by := env.overrides.get(kernel)))
     return "; ".join(found)
 
 
 def flash_reasons(spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
-    """Yield why what stands in the flash kernel's place would refuse a call, or get it wrong. Law: pure."""
+    """Yield why a replacement of the flash kernel would refuse a call, or compute it wrong. Law: pure."""
     by = env.overrides.get("native_flash")
     if by is None or spec.device_type != "cuda":
         return
@@ -54,15 +54,15 @@ def _fa4_head_dims(spec: AttentionSpec, arch: tuple[int, int] | None) -> Iterato
     if arch is not None and arch[0] == 10 and spec.head_dim > 128:
         yield Reason("head_dim", "head_dim <= 128 with FA4 on sm100", str(spec.head_dim), _RESTORE)
     if (arch is None or arch[0] == 9) and spec.needs_grad and spec.head_dim % 32:
-        # See `flash4-backward-head-dims` among the known bad.
+        # See `flash4-backward-head-dims` in the known-bad table.
         need = "head_dim a multiple of 32 for gradients with FA4 on sm90"
         yield Reason("head_dim", need, str(spec.head_dim), _RESTORE)
 
 
 def takes_packed(spec: AttentionSpec, env: Environment) -> bool:
-    """Whether what stands in place of torch's packed entry is right for a packed call. Law: pure.
+    """Whether torch's packed entry, or its replacement, is right for a packed call. Law: pure.
 
-    cudnn-frontend's aligns causal to the upper left, against torch's own contract: right where lengths are equal alone.
+    cudnn-frontend's aligns causal to the upper left, unlike torch's own: it is right only if S_q == S_kv.
     """
     if "varlen_attn" in env.overrides and spec.mask.pattern is not None and not spec.same_lengths:
         return False

@@ -1,4 +1,4 @@
-"""Shorter ways to run calls that reach torch's SDPA itself, with nothing done to query, key and value."""
+"""Shorter ways to run calls of torch's SDPA that convert nothing in query, key and value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from anyattn.types.spec import AttentionSpec
 
 
 def bind_sdpa(plan: Plan) -> Runner | None:
-    """Give the shortest way to a plain SDPA call, where the plan is one."""
+    """Return the shortest function for a plain SDPA call, or None if the plan isn't one."""
     spec, lowering = plan.spec, plan.lowering
     if lowering.entry != "sdpa" or lowering.copy or lowering.dense or spec.mask.key or spec.mask.dense:
         return None
@@ -40,7 +40,7 @@ def bind_sdpa(plan: Plan) -> Runner | None:
 
 
 def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
-    """Give the shortest way to an SDPA call with one mask tensor, or with a pattern that is SDPA's own."""
+    """Return the shortest function for an SDPA call with one mask tensor or SDPA's causal flag, or None."""
     spec, lowering = plan.spec, plan.lowering
     if lowering.entry not in ("sdpa", "sdpa_additive") or lowering.copy:
         return None
@@ -75,7 +75,7 @@ def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
 
 
 def _made_mask(plan: Plan) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
-    """Give what makes SDPA's tensor out of a mask, a query and a key; None where SDPA takes the mask as it is."""
+    """Return the function that makes SDPA's mask from a mask, query and key; None if SDPA takes it unchanged."""
     if plan.spec.mask.key is not None and plan.lowering.entry == "sdpa_additive":
 
         def of_keys(attn_mask: Any, query: Tensor, key: Tensor) -> Tensor:

@@ -1,23 +1,23 @@
 """SageAttention 2: its own pick, and four of its kernels by name; the package sageattention, from its sources.
 
 Sources: `sageattention/core.py`, `sageattention/triton/` and `csrc/` of SageAttention 2.1.1 to 2.2.0; a build of 2.2.0
-on an H100. Query and key are quantised to int8, and weights and value to fp16 or fp8, so that a result is off by some
-3e-2 of its size (the 2-norm; 2e-3 is what a bf16 kernel is off by). Forward alone: the output carries no gradient,
-without a word. Causal is aligned to the upper left; lse is natural, float32 and `(B, H, S_q)`.
+on an H100. Query and key are quantised to int8, and weights and value to fp16 or fp8. A result's relative error is
+about 3e-2 (in the 2-norm; a bf16 kernel's is 2e-3). Forward only: the output silently has no gradient. Causal is
+aligned to the upper left; lse is natural, float32 and `(B, H, S_q)`.
 
-Every function swallows the keywords that it doesn't know: `load` looks for those that are used here. No dense masks:
-the Triton kernel's `attn_mask` adds biases to scores to base 2, and gives rows without a key what their tile gives.
-Under torch.compile calls are refused: whether a build can be traced can't be told from its version.
+Every function ignores unknown keywords, so `load` checks that it has those used here. Dense masks aren't declared: the
+Triton kernel's `attn_mask` adds biases to base-2 scores, and is wrong for rows without a key. Calls under torch.compile
+are refused, since a build's version doesn't show whether it can be traced.
 
-`sage` and `sage_int8_fp16_triton` take packed sequences and key masks to `sageattn_varlen`, which is a Triton kernel
-whatever `sageattn` picks on the GPU: scores in int8, value in fp16, no lse, causal aligned to the upper left of each
-sequence, and it waits for the device (see `packed`). A call's declaration is that of the function it goes to. A packed
-call counts as large as all its sequences would be at the longest one's length.
+`sage` and `sage_int8_fp16_triton` use `sageattn_varlen` for packed sequences and key masks. It is a Triton kernel on
+every GPU: scores in int8, value in fp16, no lse, causal aligned to the upper left of each sequence. It waits for the
+device (see `packed`). A call's declaration is that of the function it uses. A packed call counts as if all its
+sequences had the longest one's length.
 
-At some lengths the two fp16 kernels take in memory that nobody wrote: there they are given whole tiles (see `tiles`).
+At some lengths the two fp16 kernels read uninitialised memory; there they get whole tiles (see `tiles`).
 
-The fp16 kernels cast value, and bf16 values above 65504 (from 1024 on in the Triton kernel, whose tiles sum up in fp16)
-become infinite. That can't be told from a call's shapes: `ANYATTN_CHECKS=1` looks for it (`value_max`).
+The fp16 kernels cast value, and bf16 values above 65504 (from 1024 on in the Triton kernel, which sums tiles in fp16)
+become infinite. `ANYATTN_CHECKS=1` checks for them (`value_max`).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class _Sage(Backend):
 
     Attributes:
         function: Its name.
-        flag: The name in `sageattention.core` that says whether its extension could be imported; empty asks for none.
-        packs: Whether packed sequences and key masks go to `sageattn_varlen`; otherwise they are refused.
+        flag: The name in `sageattention.core` of whether its extension could be imported; empty if it needs none.
+        packs: Whether `sageattn_varlen` runs packed sequences and key masks; otherwise they are refused.
     """
 
     family = "sage"
@@ -62,7 +62,7 @@ class _Sage(Backend):
     packs: ClassVar[bool] = False
 
     def goes_packed(self, spec: AttentionSpec) -> bool:
-        """Whether a call goes to `sageattn_varlen`. Law: pure."""
+        """Whether a call uses `sageattn_varlen`. Law: pure."""
         return self.packs and (spec.packed or spec.mask.key is not None)
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
@@ -85,14 +85,14 @@ class _Sage(Backend):
         return dataclasses.replace(lowering, conversions=(*lowering.conversions, _WAITS))
 
     def entry(self, spec: AttentionSpec, env: Environment) -> str:
-        """Say which kernel it will be where the call isn't packed. Law: pure."""
+        """Return the kernel of a call that isn't packed. Law: pure."""
         return self.function
 
     def prepare(self, functions: Any) -> Any:
         found = functions_of(functions.module, (self.function,), SAGEATTENTION.module)
         function = that_knows_its_parameters(getattr(found, self.function), self.function)
         if self.flag and not getattr(importlib.import_module("sageattention.core"), self.flag):
-            # The package hides what the extension's import raised, and asserts at the call.
+            # The package hides the error of the extension's import, and asserts at the call.
             arch = self.flag.removesuffix("_ENABLED").lower()
             raise ImportError(f"This sageattention was built without its kernels for {arch}, or they can't be loaded")
         made = types.SimpleNamespace(attend=function)
@@ -107,7 +107,7 @@ class _Sage(Backend):
 
 
 def _in_whole_tiles(lowering: Lowering, spec: AttentionSpec) -> Lowering:
-    """Say in the lowering what is done about lengths at which a kernel takes in what nobody wrote."""
+    """Add to the lowering what is done for lengths at which a kernel reads uninitialised memory."""
     pattern = lowering.pattern
     rows, keys = spec.seqlen_q, spec.seqlen_kv
     if pattern is not None and pattern.rows is not None:
@@ -123,7 +123,7 @@ _PICK = FP8.replace(arch_min=(8, 0), arch_max=(12, 1))
 
 
 class Sage(_Sage):
-    """What SageAttention itself picks for the GPU, by its compute capability alone; else `sageattn_varlen`."""
+    """SageAttention's own pick by the GPU's compute capability; for packed calls and key masks, `sageattn_varlen`."""
 
     name = "sage"
     aliases = ("sage_attn", "sage_varlen")
@@ -138,10 +138,10 @@ class Sage(_Sage):
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         yield from super().rejects(spec, env)
         if self.goes_packed(spec):
-            return  # it picks nothing there
+            return  # sageattn_varlen is one kernel on every GPU
         device = env.device(spec.device_type, spec.device_index)
         if device is None or device.arch is None or not (8, 0) <= device.arch <= (12, 1):
-            return  # the declaration says what there is to say
+            return  # refused by the declaration
         version = env.version("sageattention")
         name = f"sm{device.arch[0]}{device.arch[1]}"
         if device.arch not in PICKS:
@@ -171,7 +171,7 @@ class SageInt8Fp16(_Sage):
 
 
 class SageInt8Fp16Triton(_Sage):
-    """Scores in int8, values in fp16, in Triton; causal needs as many queries as keys, once idle ones are left out."""
+    """Scores in int8, values in fp16, in Triton; causal needs as many queries as keys, without fully masked ones."""
 
     name = "sage_int8_fp16_triton"
     aliases = ("_sage_qk_int8_pv_fp16_triton",)
@@ -201,19 +201,19 @@ class SageInt8Fp8Sm90(_Sage):
 
 
 class SageHub(FromHub, Sage):
-    """SageAttention's own pick from the Hub, where there is nothing for packed sequences."""
+    """SageAttention's own pick from the Hub, without packed sequences."""
 
     name = "sage_hub"
-    # `sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs)`: what isn't
-    # named is swallowed, attn_mask, scale and dropout_p with it. It has no kernel for sm100, no varlen entry and no
-    # backward: its output is detached. It raises RuntimeError where the build lacks the GPU's kernel. Causal is upper
+    # `sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs)`: other
+    # keywords are ignored, including attn_mask, scale and dropout_p. It has no kernel for sm100, no varlen entry and no
+    # backward: its output is detached. It raises RuntimeError if the build lacks the GPU's kernel. Causal is upper
     # left.
     hub = HubKernel(
         "SageAttention/sage-attention",
         ("sageattn",),
         version=3,
         source=DIFFUSERS,
-        note="sageattn alone: the single kernels of SageAttention aren't exported",
+        note="only sageattn: the single kernels of SageAttention aren't exported",
     )
     packs = False
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cuda": _PICK}

@@ -1,4 +1,4 @@
-"""What each kernel of SageAttention accepts; its package's docstring names the sources."""
+"""What each kernel of SageAttention accepts; the sources are in the package's docstring."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ FP8 = Capabilities(
     head_dim_max=128,
     causal=frozenset(("upper_left",)),
     realigns=True,
-    # Rows without a key come of patterns alone, and are left out before the call.
+    # Only patterns leave rows without a key, which are left out before the call.
     dead_rows=True,
     gqa=True,
     lse=True,
     quantised="fp8",
-    # What isn't contiguous along head_dim, or aligned, is copied.
+    # Tensors that aren't aligned, or contiguous along head_dim, are copied.
     unit_stride=False,
     # Launch grids hold heads and batch in their y and z (qk_int_sv_f8_cuda_sm90.cu).
     batch_max=65535,
-    # The functions call torch.cuda.set_device themselves, and leave it at that.
+    # The functions call torch.cuda.set_device, and don't restore the device.
     device_guard=True,
     # No launch in csrc/ names a stream.
     default_stream=True,
 )
-# Value is cast to fp16, whose largest number this is: greater bf16 values become infinite.
+# Value is cast to fp16, whose largest number is 65504: larger bf16 values become infinite.
 FP16 = FP8.replace(arch_min=(8, 0), quantised="int8", value_max=65504.0)
 TRITON = FP16.replace(
     # `core.py`: the Triton kernel isn't usable on sm120.
     arch_max=(10, 3),
-    # An assertion, which python -O leaves out (attn_qk_int8_per_block_causal.py).
+    # An assertion checks it, which python -O drops (attn_qk_int8_per_block_causal.py).
     causal=frozenset(("upper_left", "lower_right")),
     causal_square=True,
     # Sums over a tile of 64 keys are in fp16.
     value_max=65504.0 / 64,
 )
 PACKED = TRITON.replace(
-    # `sageattn_varlen` compares no lengths; what its tiles get wrong is kept from it (see `packed`).
+    # `sageattn_varlen` doesn't compare lengths; `packed` avoids those at which it is wrong.
     causal=frozenset(("upper_left",)),
     causal_square=False,
     key_mask=True,
     varlen=True,
     lse=False,
-    # One more sequence may be added to a call.
+    # `packed` may add one sequence to a call.
     batch_max=65534,
 )
 """What `sageattn_varlen` accepts: packed sequences, and key masks, whose keys are packed for it."""
@@ -60,4 +60,4 @@ PICKS: Mapping[Arch, tuple[str, Capabilities]] = {
     (12, 0): ("sageattn_qk_int8_pv_fp8_cuda", FP8),
     (12, 1): ("sageattn_qk_int8_pv_fp8_cuda", FP8),
 }
-"""Which kernel `sageattn` takes, and what that one accepts."""
+"""The kernel that `sageattn` uses, and what it accepts."""

@@ -1,4 +1,4 @@
-"""The calls of SageAttention's functions that take `(B, S, H, D)`, and what is looked for before the first."""
+"""The calls of SageAttention's functions that take `(B, S, H, D)`, and the check of their parameters."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ SAGEATTENTION = Package(
     "sageattention",
     (),
     ">=2.1.1,<3",
-    # PyPI's 1.0.6 gives no lse, and writes to the caller's key.
-    "build SageAttention {versions} from its sources (github.com/thu-ml/SageAttention); PyPI has 1.0.6 alone",
+    # PyPI's 1.0.6 returns no lse, and writes to the user's key.
+    "build SageAttention {versions} from its sources (github.com/thu-ml/SageAttention); PyPI only has 1.0.6",
     found_by="sageattention",
 )
 
 REACH = 1 << 31
-"""The elements that 32-bit offsets reach (`triton/quant_per_thread.py`: a block's index times a stride)."""
+"""How many elements 32-bit offsets reach (`triton/quant_per_thread.py`: a block's index times a stride)."""
 
 
 def what_lacks(function: Any, name: str, parameters: Sequence[str]) -> str:
-    """Say which parameters a function would swallow; empty where it knows them all."""
+    """Return an error text with the parameters that a function lacks; empty if it has them all."""
     known = inspect.signature(function).parameters
     missing = [parameter for parameter in parameters if parameter not in known]
     if not missing:
         return ""
-    return f"{name} has no parameter {' and '.join(missing)}, and would swallow it. {SAGEATTENTION.command}"
+    return f"{name} has no parameter {' and '.join(missing)}, and would ignore it. {SAGEATTENTION.command}"
 
 
 def that_knows_its_parameters(function: Any, name: str) -> Any:
-    """Give a function back.
+    """Return a function unchanged.
 
     Raises:
-        ImportError: If it would swallow a keyword that is passed to it.
+        ImportError: If it would ignore a keyword that is passed to it.
     """
     text = what_lacks(function, name, PARAMETERS)
     if text:
@@ -53,7 +53,7 @@ def that_knows_its_parameters(function: Any, name: str) -> Any:
 
 
 def call_dense(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
-    """Call the function of a backend, at lengths where it reads nothing that nobody wrote."""
+    """Call a backend's function, at lengths at which it reads no uninitialised memory."""
     return tiles.attend(plan.lowering.entry, call, functools.partial(_call, plan))
 
 
@@ -69,17 +69,17 @@ def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
         return_lse=with_lse,
     )
     if isinstance(result, tuple) != with_lse:
-        raise TypeError(f"{plan.lowering.entry} gave a {type(result).__name__} for return_lse={with_lse}")
+        raise TypeError(f"{plan.lowering.entry} returned a {type(result).__name__} for return_lse={with_lse}")
     if not with_lse:
         return result, None
     out, lse = result
     batch, seqlen_q, heads = call.query.shape[:3]
     if lse.shape != (batch, heads, seqlen_q):
-        raise RuntimeError(f"{plan.lowering.entry} gave an lse of {tuple(lse.shape)}, not (B, H, S_q)")
+        raise RuntimeError(f"{plan.lowering.entry} returned an lse of {tuple(lse.shape)}, not (B, H, S_q)")
     return out, lse
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """Copy what the kernels' offsets don't reach, and on a CPU (where copies aren't planned) what has strides."""
+    """Copy a tensor whose end the kernels' offsets don't reach, or whose head_dim isn't contiguous (on a CPU)."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor if last < REACH and tensor.stride(-1) == 1 else tensor.contiguous()

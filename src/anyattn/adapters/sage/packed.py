@@ -1,15 +1,16 @@
-"""The call of `sageattn_varlen`: packed sequences, of which it is given none that it may get wrong.
+"""The call of `sageattn_varlen`, without the packed sequences that it may compute wrong.
 
 Source: `sageattention/triton/quant_per_block_varlen.py`, `attn_qk_int8_block_varlen.py` and
 `attn_qk_int8_per_block_causal_varlen.py` of SageAttention 2.1.1 to 2.2.0. It waits for the device to size an
-allocation, so that reading the lengths first costs little. What they are read for:
+allocation, so reading the lengths before costs little. They are needed for this:
 
-- Sequences without queries or keys are left out: what it does with them is said nowhere. Their rows are zeros.
-- The mean of all keys that it is given is subtracted from each: keys that belong to no sequence aren't given to it.
-- Its causal loop goes by queries alone, in tiles of 128, and reads the scales of as many keys (one for 64 of them):
-  those of other sequences, and beyond the last one's end whatever lies there, which may be NaN and is multiplied by the
-  scores before they are masked. So rows after a sequence's last key, which see all of it, go in a second call that
-  isn't causal; then the last sequence may miss one scale, and where it does it is followed by one of a single token.
+- Sequences without queries or keys are left out, since its result for them is undocumented. Their rows are zeros.
+- It subtracts the mean of all its keys from each, so keys that belong to no sequence are left out.
+- Its causal loop goes by queries, in tiles of 128, and reads the scales of as many keys (one for 64 of them). These may
+  be other sequences' scales, or memory beyond the last one's end. That may be NaN, and is multiplied by the scores
+  before they are masked. So rows after a sequence's last key, which see all its keys, are computed by a second call
+  that isn't causal. Then the last sequence may lack one scale, and if it does a sequence of a single token is added
+  after it.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ _ROWS, _KEYS = 128, 64
 
 _Span = tuple[int, int]
 _Pair = tuple[_Span, _Span]
-"""A sequence: where its rows begin and end, and its keys."""
+"""A sequence: its first row and the end of its rows, and the same for its keys."""
 
 
 def entry_of(module: Any) -> Callable[..., Any]:
-    """Give a package's function for packed sequences; where it has none, one that says so when it is called."""
+    """Return a package's function for packed sequences; if it has none, a function that raises."""
     found = getattr(module, ENTRY, None)
     text = f"This sageattention has no function {ENTRY}. {SAGEATTENTION.command}"
     if callable(found):
@@ -77,18 +78,17 @@ def call_packed(plan: Plan, call: KernelCall) -> tuple[Tensor, None]:
 
 
 def _causal_part(pairs: Sequence[_Pair]) -> list[_Pair]:
-    """Give each sequence without the rows after its last key."""
+    """Return each sequence without the rows after its last key."""
     return [((rows[0], min(rows[1], rows[0] + keys[1] - keys[0])), keys) for rows, keys in pairs]
 
 
 def _part_beyond(pairs: Sequence[_Pair]) -> list[_Pair]:
-    """Give the rows after each sequence's last key, which see all of its keys."""
+    """Return the rows after each sequence's last key, which see all of its keys."""
     lengths = [(rows, keys, keys[1] - keys[0]) for rows, keys in pairs]
     return [((rows[0] + count, rows[1]), keys) for rows, keys, count in lengths if rows[1] - rows[0] > count]
 
 
 def _attend(plan: Plan, call: KernelCall, pairs: list[_Pair], *, causal: bool) -> Tensor:
-    """Call the kernel with some sequences alone, and give their rows one after the other."""
     (start, stop), (first, last) = pairs[-1]
     guarded = causal and -(-(stop - start) // _ROWS) * _ROWS // _KEYS > -(-(last - first) // _KEYS)
     if guarded:
@@ -111,18 +111,17 @@ def _attend(plan: Plan, call: KernelCall, pairs: list[_Pair], *, causal: bool) -
     )
     if not isinstance(result, Tensor) or result.shape != query.shape:
         got = f"{tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
-        raise RuntimeError(f"{ENTRY} gave {got} for a query of {tuple(query.shape)}")
+        raise RuntimeError(f"{ENTRY} returned {got} for a query of {tuple(query.shape)}")
     return result[:-1] if guarded else result
 
 
 def _place(spans: Sequence[_Span], device: torch.device) -> slice | Tensor:
-    """Say where spans lie: a slice where each begins at the end of the one before, else an index."""
+    """Return a slice if each span begins at the end of the one before, else an index."""
     if all(one[1] == other[0] for one, other in itertools.pairwise(spans)):
         return slice(spans[0][0], spans[-1][1])
     return torch.cat([torch.arange(*span) for span in spans]).to(device)
 
 
 def _starts(spans: Sequence[_Span], device: torch.device) -> Tensor:
-    """Give the cumulative lengths of spans."""
     ends = itertools.accumulate((stop - start for start, stop in spans), initial=0)
     return torch.tensor(list(ends), dtype=torch.int32, device=device)

@@ -1,11 +1,11 @@
-"""xFormers' memory-efficient attention: FlashAttention where it takes the call, CUTLASS where it doesn't.
+"""xFormers' memory-efficient attention: FlashAttention if it takes the call, else CUTLASS.
 
 Sources: `xformers/ops/fmha` of xformers 0.0.29 to 0.0.35 (`dispatch.py`, `flash.py`, `cutlass.py`, `common.py`);
 0.0.35 on an H100. Flash takes half precision, equal head_dims and masks of lower-right alignment. CUTLASS, the kernel
 of SDPA's efficient attention, takes the rest up to sm90: float32, other value dims, tensor biases, causal of upper-left
 alignment; no windows.
 
-Packed sequences (`BlockDiagonalMask` and its kin) are given to flash alone, whose lse is packed too; CUTLASS pads it.
+Packed sequences (`BlockDiagonalMask` and similar) use flash only, whose lse is packed too; CUTLASS pads it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _BIASES = (
 
 PACKAGE = Package("xformers", "xformers.ops.fmha", _CALLS, ">=0.0.29", found_by="xformers.ops")
 MSLK = Package("", "mslk.attention.fmha", _CALLS)
-"""Where xformers 0.0.36 keeps attention."""
+"""The package that holds attention since xformers 0.0.36."""
 
 _CUTLASS_LAST: Arch = (9, 0)
 _LOWER_RIGHT = frozenset(("lower_right",))
@@ -62,7 +62,7 @@ _CUDA = Capabilities(
     bias=True,
     dead_rows=True,
     gqa=True,
-    # Not of everything: flash raises an error, CUTLASS leaves something (0.0.35 on an H100).
+    # dropout_p == 1 isn't right: flash raises, CUTLASS keeps some weights (0.0.35 on an H100).
     dropout=True,
     lse=True,
     backward=True,
@@ -75,7 +75,7 @@ _CUDA = Capabilities(
 
 
 class XFormers(Backend):
-    """xFormers, which itself sends a call to FlashAttention or to CUTLASS."""
+    """xFormers, which itself chooses FlashAttention or CUTLASS."""
 
     name = "xformers"
     family = "xformers"
@@ -92,8 +92,8 @@ class XFormers(Backend):
             yield Reason("not_installed", f"mslk, to which xformers {version} moved its attention", "no module mslk")
         only_flash4 = "flash-attn-4" in env.packages and "flash_attn.flash_attn_interface" not in env.modules
         if only_flash4 and Version("0.0.31.dev0") <= version < Version("0.0.36.dev0"):
-            got = f"flash-attn-4 {env.packages['flash-attn-4']} alone, whose namespace flash_attn xformers trips over"
-            yield Reason("broken_import", "flash-attn-4 beside flash-attn", got, "install flash-attn >= 2.7.1 too")
+            got = f"only flash-attn-4 {env.packages['flash-attn-4']}, on whose namespace flash_attn xformers fails"
+            yield Reason("broken_import", "flash-attn besides flash-attn-4", got, "install flash-attn >= 2.7.1 too")
 
     def capabilities(self, spec: AttentionSpec, env: Environment) -> Capabilities | None:
         caps = self.declarations.get(spec.device_type)
@@ -104,9 +104,9 @@ class XFormers(Backend):
             return caps
         known = UNKNOWN not in (spec.seqlen_q, spec.seqlen_kv)
         if asked.is_causal and asked.align == "upper_left" and known and spec.seqlen_q < spec.seqlen_kv:
-            # Without the keys that no row sees it is a square, which flash takes.
+            # Without the keys that no row sees it is square, which flash takes.
             return caps.replace(causal=_LOWER_RIGHT)
-        # Windows are flash's alone; one that it doesn't take is given to CUTLASS as a dense mask.
+        # Only flash takes windows; if it doesn't take the call, CUTLASS gets the window as a dense mask.
         return caps if _flash_takes(spec) else caps.replace(window=frozenset())
 
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
@@ -138,15 +138,15 @@ class XFormers(Backend):
             if "flash_attn" not in str(error) and "Flash-Attention" not in str(error):
                 raise
             raise ImportError(
-                f"{error} -- xformers imports any flash_attn that it finds, and takes versions of its own choice only: "
-                "install another flash-attn, or none"
+                f"{error} -- xformers imports any flash_attn that it finds, but supports some versions only: install "
+                "another flash-attn, or uninstall it"
             ) from error
         package = PACKAGE if hasattr(ops, _CALLS[0]) else MSLK
         try:
             functions = package.load()
         except ModuleNotFoundError as error:
             where = f"{package.module}, which can't be imported ({error})"
-            raise ImportError(f"xformers.ops has no {_CALLS[0]}; newer xformers take it from {where}") from error
+            raise ImportError(f"xformers.ops has no {_CALLS[0]}; newer xformers import it from {where}") from error
         if not importlib.import_module(f"{package.module}.flash").FwOp.is_available():
             raise ImportError(f"{package.module} was built without its flash operator; see python -m xformers.info")
         masks = importlib.import_module(f"{package.module}.attn_bias")
@@ -165,9 +165,9 @@ def _flash_takes(spec: AttentionSpec) -> bool:
 
 
 def _packs(spec: AttentionSpec) -> bool:
-    """Whether flash takes packed sequences as they are.
+    """Whether flash takes packed sequences; otherwise they are padded.
 
-    Its biases for them are of one alignment, so that causal needs the same lengths, and windows have no right side.
+    Its biases for them have one alignment, so causal needs equal lengths; their windows have no right side.
     """
     pattern = spec.mask.pattern
     full = pattern is None or pattern.left == pattern.right == -1
@@ -176,7 +176,7 @@ def _packs(spec: AttentionSpec) -> bool:
 
 
 def _why_cutlass(spec: AttentionSpec, lowering: Lowering) -> str:
-    """Say why flash doesn't take a call; empty where it does."""
+    """Return why flash doesn't take a call; empty if it does."""
     if lowering.dense:
         return "a mask given as a tensor"
     if spec.dtype.itemsize != 2:
@@ -190,7 +190,7 @@ def _why_cutlass(spec: AttentionSpec, lowering: Lowering) -> str:
 
 
 def _without_dead_rows(pattern: KernelPattern | None, spec: AttentionSpec) -> KernelPattern | None:
-    """Leave out the first rows, where they see no key: the kernels don't agree on their lse."""
+    """Leave out the first rows if they see no key, since the kernels differ in their lse."""
     if pattern is None or pattern.align != "lower_right" or pattern.right == -1 or pattern.rows is not None:
         return pattern
     if UNKNOWN in (spec.seqlen_q, spec.seqlen_kv):
@@ -213,4 +213,4 @@ def _conversions(caps: Capabilities, spec: AttentionSpec, lowering: Lowering) ->
     elif cutlass and spec.storage.expanded_kv:
         yield Conversion("copy", "key and value copied: its CUTLASS operator misreads expanded heads")
     if spec.return_lse and spec.needs_grad:
-        yield Conversion("second_forward", "lse by a second forward: xformers gives none together with gradients")
+        yield Conversion("second_forward", "lse from a second forward: xformers returns none together with gradients")

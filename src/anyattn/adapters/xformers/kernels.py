@@ -53,7 +53,7 @@ def _attend_packed(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]
 
 
 def _block_diagonal(plan: Plan, starts_q: Tensor, starts_k: Tensor, sequences: Sequences) -> Any:
-    """Make the bias object of packed sequences; what it holds on the device is copied there once per tensor."""
+    """Make the bias object of packed sequences; its tensors are copied to the device once per tensor of lengths."""
     kind, device = FUNCTIONS[plan.backend].BlockDiagonalMask, starts_q.device
 
     def of_one(starts: Tensor, lengths: tuple[int, ...]) -> Any:
@@ -75,9 +75,9 @@ def _block_diagonal(plan: Plan, starts_q: Tensor, starts_k: Tensor, sequences: S
 
 
 def _packed_lse(lse: Tensor, sequences: Sequences) -> Tensor:
-    """Bring lse `(1, H, T_q)` to `(H, T_q)`.
+    """Convert lse `(1, H, T_q)` to `(H, T_q)`.
 
-    Up to 0.0.32 the flash of an old torch has it as `(sequences, H, longest)` (`VARLEN_LSE_PACKED` of `flash.py`).
+    Up to 0.0.32 flash of an old torch returns `(sequences, H, longest)` (`VARLEN_LSE_PACKED` of `flash.py`).
     """
     if lse.shape[0] == 1:
         return lse[0, :, : sum(sequences.lengths_q)]
@@ -85,7 +85,7 @@ def _packed_lse(lse: Tensor, sequences: Sequences) -> Tensor:
 
 
 def _call(plan: Plan, query: Tensor, key: Tensor, value: Tensor, bias: Any) -> tuple[Tensor, Tensor | None]:
-    """Give the output `(B, S_q, H, D_v)` and, where asked for, lse with heads in one dimension."""
+    """Return the output `(B, S_q, H, D_v)`, and lse with heads in one dimension, or None."""
     spec, functions = plan.spec, FUNCTIONS[plan.backend]
     query, key, value = _heads(plan, query, key, value)
     lse: Tensor | None = None
@@ -108,7 +108,7 @@ def _call(plan: Plan, query: Tensor, key: Tensor, value: Tensor, bias: Any) -> t
 
 
 def _bias(functions: Any, pattern: KernelPattern | None, seqlen_q: int, seqlen_kv: int) -> Any:
-    """Make the bias object of a pattern; sides that cut nothing off are as long as they can be."""
+    """Make the bias object of a pattern; unbounded sides get their largest size."""
     if pattern is None or (pattern.left == -1 and pattern.right == -1):
         return None
     if pattern.left == -1 and pattern.right == 0:
@@ -119,16 +119,16 @@ def _bias(functions: Any, pattern: KernelPattern | None, seqlen_q: int, seqlen_k
 
 
 def _heads(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bring heads to xformers' terms: grouped `(B, S, H_kv, H / H_kv, D)` where it takes that, else repeated."""
+    """Group heads as `(B, S, H_kv, H / H_kv, D)` if the kernel takes that, else repeat them."""
     group = query.shape[2] // key.shape[2]
     if group == 1:
         if plan.lowering.entry == "cutlass":
-            # A stride of 0 along heads is misread by CUTLASS where the last tile has one query (torch's #191937).
+            # CUTLASS misreads a stride of 0 along heads if the last tile has one query (torch's #191937).
             key, value = (tensor if tensor.stride(2) else tensor.contiguous() for tensor in (key, value))
         return query, key, value
     if plan.lowering.entry == "cutlass" or plan.spec.needs_grad:
         return query, key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
-    # A stride of 0 along query's heads would be taken for one head.
+    # A stride of 0 along query's heads would be read as one head.
     query = query if query.stride(2) else query.contiguous()
     query = query.view(*query.shape[:2], key.shape[2], group, query.shape[3])
     key, value = (tensor.unsqueeze(3).expand(-1, -1, -1, group, -1) for tensor in (key, value))

@@ -1,6 +1,6 @@
-"""The known-bad rows of Apple GPUs, by public reports: nothing of this was run on one.
+"""The known-bad rows of Apple GPUs, from public reports; none was reproduced on one.
 
-Which releases some of them concern is told by the dates of the reports and of their fixes.
+Some version ranges are inferred from the dates of the reports and of their fixes.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ MPS: tuple[KnownBad, ...] = (
         "mps-vector",
         _MPS,
         "garbage",
-        "at most 8 queries, head_dim 64, 96 or 128, not causal, and seqlen_kv no multiple of 32 or 1024 and more",
+        "at most 8 queries, head_dim 64, 96 or 128, not causal, and seqlen_kv >= 1024 or not a multiple of 32",
         _mps_vector,
         "float32 written out (done by anyattn for native)",
         f"{_PYTORCH}/issues/174861",
@@ -133,4 +133,4 @@ MPS: tuple[KnownBad, ...] = (
         device_type="mps",
     ),
 )
-"""Rows for `native` and `native_math`; how `native` goes round them is in its adapter."""
+"""Rows for `native` and `native_math`; `native`'s adapter avoids most of them."""

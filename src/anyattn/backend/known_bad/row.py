@@ -34,7 +34,7 @@ class KnownBad:
         cudnn: The versions of cuDNN it concerns.
         device_type: The type of device.
         archs: The major compute capabilities it concerns; empty is all.
-        unless_cpu: The instruction set of CPUs that it does not concern.
+        unless_cpu: CPUs with this instruction set are right.
     """
 
     name: str
@@ -51,7 +51,7 @@ class KnownBad:
     unless_cpu: str = ""
 
     def concerns(self, backend: str, env: Environment, spec: AttentionSpec) -> bool:
-        """Whether the row is about this backend on this machine for this call."""
+        """Whether the row concerns this backend on this machine for this call."""
         if backend not in self.backends or spec.device_type != self.device_type:
             return False
         if self.torch and not _in_range(self.torch, env.torch.base_version):
@@ -70,5 +70,5 @@ class KnownBad:
         return arch is not None and arch[0] in self.archs
 
     def reason(self) -> Reason:
-        """Turn the row into a reason for refusing."""
+        """Return the row as a reason for refusing."""
         return Reason("known_bad", self.when, self.what, f"use {self.instead}", self.link)

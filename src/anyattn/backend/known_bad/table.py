@@ -1,8 +1,7 @@
-"""Kernels known to lie or to crash: one table, consulted by selection and shown by `anyattn doctor`.
+"""Kernels known to be wrong or to crash; selection avoids them, and `anyattn doctor` lists them.
 
-Each row names the kernel, the versions and devices, the condition on the call, where it is documented, and
-what to use instead. Conditions are pure; a size that isn't known yet (UNKNOWN, while torch.compile traces
-with dynamic shapes) counts as if the condition held.
+Each row names the kernel, the versions and devices, the condition on the call, where it is documented, and what to use
+instead. Conditions are pure; for an unknown size (while torch.compile traces with dynamic shapes) the condition holds.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def _masked(spec: AttentionSpec) -> bool:
 
 
 def _given_as_boolean(spec: AttentionSpec) -> bool:
-    """Whether what forbids keys reaches SDPA as a boolean mask: also a pattern that its causal flag can't say."""
+    """Whether the mask reaches SDPA as a boolean one, as do patterns that its causal flag can't express."""
     mask = spec.mask
     if mask.dense is not None:
         return mask.dense.kind == "boolean"
@@ -76,7 +75,7 @@ TABLE: tuple[KnownBad, ...] = (
     KnownBad(
         "sdpa-bias-gradient",
         ("native",),
-        "an error in the backward: SDPA's pick keeps no log-sum-exp for a mask's gradient, or cuDNN gives none",
+        "an error in the backward: SDPA's pick stores no log-sum-exp for a mask's gradient, or cuDNN has none",
         "an additive mask that needs a gradient",
         lambda s: "mask" in s.requires_grad,
         "native_efficient or native_math through its own op (done by anyattn)",
@@ -85,8 +84,8 @@ TABLE: tuple[KnownBad, ...] = (
     KnownBad(
         "cudnn-dead-rows",
         ("native_cudnn",),
-        "a row without a key is answered as if nothing were masked: SDPA forbids with -65504",
-        "a mask that may leave a row without a key, given as a boolean one",
+        "a row without a key attends to every key: SDPA masks with -65504, not -inf",
+        "a boolean mask that may leave a row without a key",
         lambda s: s.mask.dead_rows and _given_as_boolean(s),
         "an additive mask of -inf (made by anyattn)",
         f"{_PYTORCH}/pull/177868; seen on an H100 with torch 2.11",
@@ -95,7 +94,7 @@ TABLE: tuple[KnownBad, ...] = (
     KnownBad(
         "cudnn-minus-infinity",
         ("native_cudnn",),
-        "NaN where rows of the mask are -inf throughout, the reason for SDPA's -65504",
+        "NaN for rows of the mask that are all -inf",
         "a mask that may leave a row without a key, with cuDNN before 9.10",
         lambda s: s.mask.dead_rows,
         "native_efficient, or a newer cuDNN",
@@ -105,7 +104,7 @@ TABLE: tuple[KnownBad, ...] = (
     KnownBad(
         "dropout-of-everything",
         ("native_flash", "native_efficient", "native_cudnn"),
-        "an error; native_efficient leaves something, without one",
+        "an error; native_efficient silently keeps some weights",
         "dropout_p == 1",
         lambda s: s.dropout_p == 1,
         "native_math",
@@ -180,7 +179,7 @@ TABLE: tuple[KnownBad, ...] = (
     KnownBad(
         "efficient-expanded-kv",
         ("native_efficient",),
-        "wrong results where the last tile has one query",
+        "wrong results if the last tile has one query",
         "key or value expanded (stride 0) along the heads",
         lambda s: s.storage.expanded_kv,
         "a contiguous copy (made by anyattn)",
@@ -199,7 +198,7 @@ TABLE: tuple[KnownBad, ...] = (
     KnownBad(
         "cpu-flash-float32-bias",
         ("native_flash", "native"),
-        "-inf in the bias is lost, so that rows without a key aren't zero",
+        "-inf in the bias is lost, so rows without a key aren't zero",
         "an additive float32 mask with a float64 query, and 16 keys or more",
         lambda s: _float32_bias(s) and s.dtype == torch.float64,
         "the bias cast to float64 (done by anyattn)",
@@ -232,7 +231,7 @@ TABLE: tuple[KnownBad, ...] = (
         "flash4-backward-head-dims",
         ("flash4 (backward)",),
         "gradients that are wrong without an error, or an error",
-        "gradients, and head_dim and head_dim_v that aren't the same multiple of 32, on sm90",
+        "gradients on sm90, unless head_dim and head_dim_v are the same multiple of 32",
         lambda s: s.needs_grad and (s.head_dim % 32 > 0 or s.head_dim != s.head_dim_v),
         "both padded with zeros (done by anyattn)",
         "flash_bwd_sm90.py and flash_bwd_postprocess.py round head_dim differently; seen on an H100 with 4.0.0b36",
@@ -275,7 +274,7 @@ TABLE: tuple[KnownBad, ...] = (
         ("flex (compiled)",),
         "head 0's blocks are used for every head",
         "a BlockMask made with H=None (or B=None) whose function depends on the head (or batch entry)",
-        lambda s: False,  # not visible in a spec: `anyattn.masks.Block` says it, and the value checks find it
+        lambda s: False,  # not visible in a spec: `anyattn.masks.Block` documents it, and the value checks find it
         "create_block_mask with the full B and H",
         "seen on an H100 with torch 2.11",
     ),
@@ -283,6 +282,6 @@ TABLE: tuple[KnownBad, ...] = (
 
 
 def hits(backends: Iterable[str], spec: AttentionSpec, env: Environment) -> tuple[KnownBad, ...]:
-    """Give the rows that concern any of these backends for this call on this machine."""
+    """Return the rows that concern any of these backends for this call on this machine."""
     names = tuple(backends)
     return tuple(row for row in TABLE if any(row.concerns(name, env, spec) for name in names))

@@ -29,7 +29,7 @@ from anyattn.reference import tolerance
 from anyattn.run.plan import load
 from anyattn.run.table import make_entry
 from anyattn.selection import registry
-from anyattn.selection.faults import told as _said
+from anyattn.selection.faults import one_line
 from anyattn.selection.resolve import resolve
 from anyattn.types.decision import Preference
 from anyattn.types.reasons import Reason
@@ -125,7 +125,7 @@ def _try_backend(name: str, run: bool, tell: Tell, named: bool = False) -> None:
     try:
         found = registry.get(name)
     except Exception as error:  # noqa: BLE001 - whatever a third party's import raises is the finding
-        broken = Reason("broken_import", "a backend that can be imported", _said(error))
+        broken = Reason("broken_import", "a backend that can be imported", one_line(error))
         tell({"event": "described", "family": "", "exact": True, "reasons": [broken.to_dict()]})
         return
     assert found is not None
@@ -167,7 +167,7 @@ def _try_default(tell: Tell) -> None:
             refusal = refusal or str(error)
             continue
         except Exception as error:  # noqa: BLE001 - whatever is raised is the finding
-            trial = Trial("", kind, "forward", "raised", dtype=call.dtype, detail=_said(error))
+            trial = Trial("", kind, "forward", "raised", dtype=call.dtype, detail=one_line(error))
         else:
             chosen = made[0].chosen or ""
             ran = Trial(chosen, kind, "forward", "passed", made[0].kernel, call.dtype)
@@ -194,7 +194,7 @@ def _try_compiled(ran: Trial, call: _Call) -> Trial:
         run = torch.compile(anyattn.attention, fullgraph=True, backend="aot_eager")
         result = run(call.query, call.key, call.value)
     except Exception as error:  # noqa: BLE001 - whatever is raised is the finding
-        return dataclasses.replace(trial, outcome="raised", detail=_said(error))
+        return dataclasses.replace(trial, outcome="raised", detail=one_line(error))
     exact = found is None or all(caps.exact for caps in found.declarations.values())
     return _judged(trial, call, (result,), exact, time.perf_counter() - start)
 
@@ -267,7 +267,7 @@ def _try(backend: Backend, exact: bool, kind: str, step: str, env: Environment, 
             results = call.compute(lambda q, k, v, mask: entry.call_masked(q, k, v, mask, None))  # noqa: B023
             results = tuple(result.detach().cpu() for result in results)
         except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the finding
-            return Trial(backend.name, kind, step, "raised", dtype=call.dtype, detail=_said(error))
+            return Trial(backend.name, kind, step, "raised", dtype=call.dtype, detail=one_line(error))
         ran = Trial(backend.name, kind, step, "passed", decision.kernel, call.dtype)
         return _judged(ran, call, results, exact, time.perf_counter() - start)
     return Trial(backend.name, kind, step, "refused", detail="; ".join(map(str, refused)))
