@@ -10,7 +10,6 @@ from anyattn.testing.cases.drawing import always, draw, space
 from anyattn.testing.laws import LAWS, LawBroken
 from anyattn.testing.sabotage import SABOTAGED, registered
 
-
 SOONER = {"takes a mask function's first entry for all": "document"}
 """What the mask of a case has in it that the sabotage spoils.
 
