@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 import anyattn
-import law_counts
 from anyattn.scopes import defaults
+from law_counts import pytest_sessionfinish, pytest_terminal_summary
+
+# The same two processors run every test: a pool of inductor's, in which each process imports torch, makes none faster.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+__all__ = ["pytest_sessionfinish", "pytest_terminal_summary"]
+"""The hooks that pytest looks for here; fixtures it finds anyway."""
 
 VARIABLES = (
     defaults.ENV_BACKEND,
@@ -19,6 +28,28 @@ VARIABLES = (
     "LOCAL_KERNELS",
     "KERNELS_CACHE",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick(monkeypatch_module: pytest.MonkeyPatch) -> None:
+    """Leave out, for one file, two costs of torch that no test is about.
+
+    A full collection of garbage walks all of torch, sympy and Diffusers, which takes up to two seconds. What is alive
+    when a file starts is kept out of later ones; what its tests make is collected as ever.
+
+    Dynamo times its guards after each compilation, for a line in its log, and empties the processor's caches first.
+    """
+    gc.collect()
+    gc.freeze()
+    guards = sys.modules.get("torch._dynamo.guards")
+    if hasattr(guards, "profile_guard_manager"):
+        monkeypatch_module.setattr(guards, "profile_guard_manager", lambda *arguments: 0.0)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 @pytest.fixture(autouse=True)
@@ -31,23 +62,3 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     anyattn.set_default_backend(None)
     anyattn.reset()
-
-
-def _law_counts(config: pytest.Config) -> list[law_counts.Row]:
-    # The tests may have run in other processes (pytest-xdist): their reports come here, what they print doesn't.
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    return [] if reporter is None else law_counts.of_reports(reporter.stats)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = _law_counts(config)
-    if rows:
-        terminalreporter.section("laws executed")
-        for line in law_counts.lines(rows):
-            terminalreporter.line(line)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if exitstatus == pytest.ExitCode.OK and law_counts.without_any(_law_counts(session.config)):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pytest
+
 PROPERTY = "laws"
 
 Row = Mapping[str, Any]
@@ -45,3 +47,23 @@ def lines(rows: Iterable[Row]) -> list[str]:
 def without_any(rows: Iterable[Row]) -> list[str]:
     """Name the backends for which no law was executed."""
     return [row["backend"] for row in rows if not sum(row["executed"].values())]
+
+
+def _of_session(config: pytest.Config) -> list[Row]:
+    # The tests may have run in other processes (pytest-xdist): their reports come here, what they print doesn't.
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    return [] if reporter is None else of_reports(reporter.stats)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = _of_session(config)
+    if rows:
+        terminalreporter.section("laws executed")
+        for line in lines(rows):
+            terminalreporter.line(line)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.OK and without_any(_of_session(session.config)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

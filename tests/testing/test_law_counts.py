@@ -22,14 +22,28 @@ def test_laws(name, ran, run, record_property):
 """
 
 
+HOOKS = ("pytest_sessionfinish", "pytest_terminal_summary")
+CONFTEST = f"from law_counts import {', '.join(HOOKS)}\n"
+"""The hooks without what else the tests' own conftest.py does: it imports torch, in every process."""
+
+
+def test_hooks_are_those_of_this_session(pytestconfig: pytest.Config) -> None:
+    path = str(Path(law_counts.__file__).parent / "conftest.py")
+    conftest = pytestconfig.pluginmanager.get_plugin(path)
+    for name in HOOKS:
+        called = [found for found in getattr(pytestconfig.hook, name).get_hookimpls() if found.plugin is conftest]
+        assert [found.function for found in called] == [getattr(law_counts, name)]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("run", [5, 0])
 def test_counts_are_told_and_none_fails_the_run(tmp_path: Path, run: int, workers: int) -> None:
-    tests = Path(law_counts.__file__).parent
-    for name in ("conftest.py", "law_counts.py"):
-        (tmp_path / name).write_text((tests / name).read_text())
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "law_counts.py").write_text(Path(law_counts.__file__).read_text())
     (tmp_path / "test_them.py").write_text(TEST.format(run=run))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(workers), "test_them.py"]
+    # Importing hypothesis takes a second in each process, and it has no part in this.
+    without = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    command = [sys.executable, "-m", "pytest", "-q", *without, "-n", str(workers), "test_them.py"]
     if workers:
         pytest.importorskip("xdist", reason="the development tools bring pytest-xdist")
     else:

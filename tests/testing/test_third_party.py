@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,66 +58,92 @@ class Wrong(NativeMath):
 TEST = """
 import pytest
 
+import anyattn
 from anyattn import testing
+from anyattn.adapters.native import NativeMath
+from anyattn.testing import LAWS
+
+# Enough that every law is executed. `test_conformance` runs all of them, and more, on the same computation.
+SOME = testing.always(NativeMath.declarations["cpu"])[::3]
+
+
+def executed(report):
+    return {law.law for law in report.backends[0].laws if law.run}
 
 
 def test_mine():
-    testing.run("mine", cases=10)
+    assert executed(testing.run("mine", cases=SOME)) == set(LAWS)
 
 
 def test_wrong():
     with pytest.raises(AssertionError, match="check..right., .wrong., Case"):
         testing.run("wrong", cases=0, laws=["right"])
+
+
+def test_alias():
+    report = anyattn.verify("their_flash", cases=SOME)
+    assert report.passed, report.to_dict()
+    assert report.backends[0].backend == "theirs"
+    assert executed(report) == set(LAWS)
 """
 
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
+    return _package(tmp_path)
+
+
+NAMES = {
+    "mine": "Mine",
+    "wrong": "Wrong",
+    "theirs": "Theirs",
+    "packaged": "Packaged",
+    "missing": "Missing",
+    "old": "Old",
+}
+
+
+def _package(folder: Path, *names: str) -> Path:
     """Lay a package out as an installer does: a module, and a dist-info with entry points."""
-    site = tmp_path / "site"
+    site = folder / "site"
     info = site / "their_attention-1.0.dist-info"
     info.mkdir(parents=True)
     (site / "their_attention.py").write_text(MODULE)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-attention\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[anyattn.backends]\nmine = their_attention:Mine\nwrong = their_attention:Wrong\n"
-        "theirs = their_attention:Theirs\n"
-        "packaged = their_attention:Packaged\nmissing = their_attention:Missing\nold = their_attention:Old\n"
-    )
+    lines = "".join(f"{name} = their_attention:{NAMES[name]}\n" for name in names or NAMES)
+    (info / "entry_points.txt").write_text(f"[anyattn.backends]\n{lines}")
     return site
 
 
-def _python(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _python(site: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **settings}
     return subprocess.run(
         [sys.executable, *arguments], env=environment, cwd=site, capture_output=True, text=True, check=False
     )
 
 
-def test_installed_backend_is_listed_and_called(package: Path) -> None:
-    code = (
-        "import torch, anyattn; q = torch.randn(1, 5, 2, 8);"
-        "print({row.name: row.usable for row in anyattn.backends()}['mine']);"
-        "print(anyattn.explain(q, q, q, backend='mine').chosen, anyattn.attention(q, q, q, backend='mine').shape)"
-    )
-    done = _python(package, "-c", code)
-    assert done.stdout.split("\n")[:2] == ["True", "mine torch.Size([1, 5, 2, 8])"], done.stderr
+LISTED = """
+import json, torch, anyattn
+
+q = torch.randn(1, 5, 2, 8)
+rows = {row.name: (row.usable, [reason.code for reason in row.reasons]) for row in anyattn.backends()}
+ran = {
+    name: (anyattn.explain(q, q, q, backend=name).chosen, anyattn.attention(q, q, q, backend=name).shape)
+    for name in ("mine", "packaged")
+}
+print(json.dumps([rows, ran]))
+"""
 
 
-def test_package_that_only_a_third_party_names_is_looked_for(package: Path) -> None:
-    code = (
-        "import torch, anyattn; q = torch.randn(1, 5, 2, 8);"
-        "rows = {row.name: [reason.code for reason in row.reasons] for row in anyattn.backends()};"
-        "print(rows['packaged'], rows['missing'], rows['old']);"
-        "chosen = anyattn.explain(q, q, q, backend='packaged').chosen;"
-        "print(chosen, anyattn.attention(q, q, q, backend='packaged').shape)"
-    )
-    done = _python(package, "-c", code)
-    assert done.stdout.split("\n")[:2] == [
-        "[] ['not_installed'] ['wrong_version']",
-        "packaged torch.Size([1, 5, 2, 8])",
-    ], done.stderr
+def test_installed_backends_and_the_packages_that_only_they_name_are_listed_and_called(package: Path) -> None:
+    done = _python(package, "-c", LISTED)
+    assert done.returncode == 0, done.stderr
+    rows, ran = json.loads(done.stdout)
+    assert rows["mine"] == rows["packaged"] == [True, []]
+    assert rows["missing"] == [False, ["not_installed"]]
+    assert rows["old"] == [False, ["wrong_version"]]
+    assert ran == {"mine": ["mine", [1, 5, 2, 8]], "packaged": ["packaged", [1, 5, 2, 8]]}
 
 
 def _with_kernel(site: Path, version: str) -> None:
@@ -164,19 +191,14 @@ def test_their_kernels_floor_and_command_are_in_the_error(package: Path, version
     assert got in done.stdout
 
 
-def test_doctor_tries_their_kernel(package: Path) -> None:
+def test_doctor_tries_their_kernel(tmp_path: Path) -> None:
     pytest.importorskip("typer", reason="the command line is an extra of anyattn")
+    # The doctor starts a process for each backend of a package.
+    package = _package(tmp_path, "theirs")
     _with_kernel(package, "2.5")
     done = _python(package, "-c", "from anyattn.cli import main; main()", "doctor", "theirs", "--json")
     (row,) = (row for row in json.loads(done.stdout)["backends"] if row["name"] == "theirs")
     assert (row["state"], row["package"]) == ("works", "their-attention"), done.stderr
-
-
-def test_laws_run_on_their_kernel_by_its_alias(package: Path) -> None:
-    _with_kernel(package, "2.5")
-    code = "import anyattn; report = anyattn.verify('their_flash', cases=6); print(report.passed, report.to_dict())"
-    done = _python(package, "-c", code)
-    assert done.stdout.startswith("True"), done.stdout + done.stderr
 
 
 def test_made_up_machine_holds_what_it_was_given_alone() -> None:
@@ -192,19 +214,27 @@ def test_made_up_machine_holds_what_it_was_given_alone() -> None:
     assert "pytest" not in dict(detect().packages), "what is looked up changes neither the value nor its hash"
 
 
-def test_suite_runs_on_third_party(package: Path) -> None:
-    (package / "test_theirs.py").write_text(TEST)
-    done = _python(package, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_theirs.py")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """Run the package's own tests and the shipped ones in one session: importing torch takes as long as a test."""
+    site = _package(tmp_path_factory.mktemp("suite"))
+    _with_kernel(site, "2.5")
+    (site / "test_theirs.py").write_text(TEST)
+    settings = {"ANYATTN_TEST_BACKENDS": "mine", "ANYATTN_TEST_CASES": "10"}
+    arguments = ("-q", "-rA", "-p", "no:cacheprovider", "test_theirs.py", "--pyargs", "anyattn.testing")
+    return _python(site, "-m", "pytest", *arguments, **settings)
 
 
-def test_pyargs_runs_the_laws(package: Path) -> None:
-    os.environ["ANYATTN_TEST_BACKENDS"] = "mine"
-    os.environ["ANYATTN_TEST_CASES"] = "5"
-    try:
-        done = _python(package, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "anyattn.testing")
-    finally:
-        del os.environ["ANYATTN_TEST_BACKENDS"], os.environ["ANYATTN_TEST_CASES"]
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+@pytest.mark.parametrize("test", ["test_mine", "test_wrong"])
+def test_suite_runs_on_third_party(session: subprocess.CompletedProcess[str], test: str) -> None:
+    assert f"PASSED test_theirs.py::{test}\n" in session.stdout, session.stdout + session.stderr
+
+
+def test_laws_run_on_their_kernel_by_its_alias(session: subprocess.CompletedProcess[str]) -> None:
+    assert "PASSED test_theirs.py::test_alias\n" in session.stdout, session.stdout + session.stderr
+
+
+def test_pyargs_runs_the_laws(session: subprocess.CompletedProcess[str]) -> None:
+    assert re.search(r"^PASSED .*test_conformance.py::test_laws\[mine\]$", session.stdout, re.MULTILINE), session.stdout
+    assert session.returncode == 0, session.stdout + session.stderr
+    assert "4 passed" in session.stdout
