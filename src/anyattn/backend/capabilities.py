@@ -19,8 +19,8 @@ BOTH: frozenset[Align] = frozenset(("upper_left", "lower_right"))
 class Capabilities:
     """What a backend accepts on one type of device; every default is the pessimistic one.
 
-    A backend that takes a dense boolean mask also takes every pattern, key mask and mask function: its `run` converts them
-    to one (`anyattn.lowering.dense.joined_mask`) for the calls of which `needs_dense` is true.
+    A backend that takes a dense boolean mask also takes every pattern, key mask and mask function: its `run` converts
+    them to one (`anyattn.lowering.dense.joined_mask`) for the calls of which `needs_dense` is true.
 
     Attributes:
         dtypes: The dtypes of query, key and value.
