@@ -36,6 +36,7 @@ ORDER = (
     "adapters",
     "api",
     "varlen",
+    "sdpa",
     "settings",
     "introspection",
     "testing",

@@ -20,6 +20,7 @@ from anyattn.masks.values import prepare_mask
 from anyattn.scopes.recording import record
 from anyattn.settings import (
     attention_backend,
+    replace_sdpa,
     reset,
     reset_attention_backend,
     set_attention_backend,
@@ -62,6 +63,7 @@ __all__ = [
     "plan",
     "prepare_mask",
     "record",
+    "replace_sdpa",
     "reset",
     "reset_attention_backend",
     "scaled_dot_product_attention",

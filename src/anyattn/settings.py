@@ -15,7 +15,8 @@ from anyattn.errors import InvalidCallError
 from anyattn.pins import pins
 from anyattn.scopes import _in_force, defaults, lifetime
 from anyattn.scopes.decorating import Function, Steps, decorated
-from anyattn.scopes.scopes import Life, Owner
+from anyattn.scopes.scopes import REPLACE_SDPA, Life, Owner
+from anyattn.sdpa import host, replacing
 from anyattn.selection import faults
 from anyattn.selection.preferences import Backends, make_preference
 from anyattn.types.decision import Precision, Preference
@@ -94,6 +95,91 @@ class attention_backend(Owner):
         return decorated(function, lambda: _Again(wish, override), lambda: Steps(wish, override))
 
 
+class replace_sdpa(attention_backend):
+    """Run torch's `scaled_dot_product_attention` through anyattn inside a `with` block or a decorated function.
+
+    For models that call `torch.nn.functional.scaled_dot_product_attention` themselves, `torch.nn.MultiheadAttention`
+    and torch's transformer layers among them, whose fast path for inference is left out inside. The block's lifetime
+    and scope are those of `anyattn.attention_backend`: other threads and tasks keep torch's function. Pins and blocks
+    inside it choose the backend as they do for anyattn's own calls.
+
+    The function is replaced under its name in `torch.nn.functional`, and in modules that imported it by a name of their
+    own before the block was entered. A reference that an object, a default argument or a closure holds isn't reached,
+    and neither is `torch._C._nn.scaled_dot_product_attention`; `anyattn.record` shows what was. Afterwards torch's own
+    function is back, unless another library put one of its own on top meanwhile, which then stays.
+
+    A call may have any number of dimensions, and leading dimensions of 1, as torch's may. A mask beside
+    `is_causal=True`, which torch refuses, forbids what either forbids. A nested tensor is refused.
+
+    Enter the block outside of code that torch.compile compiles; models compiled before are compiled once more for it.
+    As with `attention_backend`, gradient checkpointing may run a layer again outside the block, and then with torch's
+    function: pin the model (`anyattn.set_attention_backend`) for that.
+
+    Args:
+        backend: A name, an alias, `"auto"`, or a list in order of preference.
+        override: Whether the block beats pins.
+        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"`, `"fp8"` or `"fp4"`.
+
+    Raises:
+        UnknownBackendError: If a name is unknown.
+        InvalidCallError: When it is entered inside code that torch.compile compiles.
+
+    Example:
+        >>> import torch, anyattn
+        >>> layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+        >>> with anyattn.replace_sdpa("native_math"), anyattn.record() as calls, torch.no_grad():
+        ...     out = layer(torch.randn(1, 5, 16))
+        >>> [call.chosen for call in calls]
+        ['native_math']
+    """
+
+    def __init__(self, backend: Backends = "auto", *, override: bool = False, precision: Precision = "exact") -> None:
+        _refuse_tracing()
+        self.override = override
+        self.lives: list[Life] = []
+        self.wish: Preference = make_preference(backend, REPLACE_SDPA, precision)
+
+    def __enter__(self) -> replace_sdpa:
+        _refuse_tracing()
+        lifetime.begin(self, _current(), sys._getframe(1))
+        replacing.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if lifetime.leave(self) is not None:
+            replacing.end()
+
+    def __call__(self, function: Function) -> Function:
+        """Decorate a function: each call of it is made in a block of its own."""
+        names, override, precision = self.wish.names, self.override, self.wish.precision
+        backend: Backends = names[0] if self.wish.mode == "require" or names == ("auto",) else names
+
+        def again() -> replace_sdpa:
+            return replace_sdpa(backend, override=override, precision=precision)
+
+        return decorated(function, again, lambda: _SdpaSteps(self.wish, override))
+
+
+class _SdpaSteps(Steps):
+    """One call of a decorated generator or coroutine; the function is replaced until that ends."""
+
+    def __init__(self, wish: Preference, override: bool) -> None:
+        _refuse_tracing()
+        super().__init__(wish, override)
+        replacing.begin()
+
+    def end(self) -> None:
+        super().end()
+        replacing.end()
+
+
+def _refuse_tracing() -> None:
+    if _tracing():
+        raise InvalidCallError("Enter replace_sdpa outside of the code that torch.compile compiles, around its call.")
+
+
 class _Again(attention_backend):
     """A block of a wish that is made already."""
 
@@ -143,8 +229,9 @@ def set_attention_backend(
     """Choose the backend of one model or pipeline; no other model is touched.
 
     For a model or pipeline of Diffusers this also routes its attention through anyattn. For any other
-    `torch.nn.Module` the choice is a pin: in force while the module's forward runs, for the calls of anyattn that are
-    made inside it, unless a part of it has a pin of its own.
+    `torch.nn.Module` the choice is a pin: in force while the module's forward runs, for the calls of anyattn and of
+    torch's `scaled_dot_product_attention` that are made inside it, unless a part of it has a pin of its own. While such
+    a pin exists, torch's function is replaced as `replace_sdpa` does it.
 
     Args:
         model: A `torch.nn.Module`, or a Diffusers pipeline.
@@ -165,7 +252,7 @@ def set_attention_backend(
         raise InvalidCallError(
             f"A backend is set on a torch.nn.Module or a Diffusers pipeline; {type(model).__name__} was given."
         )
-    pins.pin(model, backend, precision=precision)
+    replacing.hold(pins.pin(model, backend, precision=precision, host=host.HOST, judged=host.JUDGED))
     return None
 
 
@@ -185,3 +272,4 @@ def reset_attention_backend(model: Any) -> None:
         )
     if not pins.unpin(model):
         raise InvalidCallError(f"This {type(model).__name__} has no backend of its own to reset.")
+    replacing.settle()

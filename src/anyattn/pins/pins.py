@@ -28,7 +28,7 @@ def pin(
     precision: Precision = "exact",
     host: Host | None = None,
     judged: frozenset[type] = frozenset(),
-) -> None:
+) -> Mark:
     """Pin a module: its attention, and that of every module inside it without a pin of its own.
 
     Args:
@@ -37,6 +37,9 @@ def pin(
         precision: The loosest precision that lists and `auto` may use.
         host: The integration that sets it; it is called for copies.
         judged: The classes that the host has checked; see `anyattn.pins.covering.Mark`.
+
+    Returns:
+        What the pinned modules hold.
 
     Raises:
         UnknownBackendError: If a name is unknown; nothing is changed then.
@@ -50,6 +53,7 @@ def pin(
         mark.preference, mark.host, mark.judged = wish, host, judged
         _add_root(module)
         _lay_out(module)
+        return mark
 
 
 def unpin(module: nn.Module) -> bool:

@@ -22,6 +22,9 @@ from anyattn.records import times
 from anyattn.scopes.values import Settings
 from anyattn.types.decision import Mode, Precision, Preference
 
+REPLACE_SDPA: Final = "replace_sdpa"
+"""The source of a preference that a `replace_sdpa` block made."""
+
 _MOST_SCOPES = 256
 _MOST_CALLS = 4096
 
@@ -307,7 +310,8 @@ def base_of(base: Base, wish: Preference, override: bool) -> Base:
     key = id(wish) + override
     found = base.entered.get(key)
     if found is None:
-        settings = replace(base.settings, context=wish, override=override, precision=wish.precision)
+        sdpa = base.settings.sdpa or wish.source == REPLACE_SDPA
+        settings = replace(base.settings, context=wish, override=override, precision=wish.precision, sdpa=sdpa)
         found = (wish, scope_for(settings))
         if len(base.entered) < _MOST_SCOPES:
             base.entered[key] = found

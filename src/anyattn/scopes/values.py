@@ -17,6 +17,7 @@ class Settings:
         pin: The preference pinned to the module whose forward is running.
         precision: The loosest precision that a block or pin allows.
         routed: Whether the host's own setter routed the running model to anyattn.
+        sdpa: Whether a `replace_sdpa` block sends calls of torch's own function to anyattn.
     """
 
     context: Preference | None = None
@@ -24,3 +25,4 @@ class Settings:
     pin: Preference | None = None
     precision: Precision = "exact"
     routed: bool = False
+    sdpa: bool = False

@@ -38,7 +38,7 @@ _Entry = Callable[[AttentionSpec, Tensor, Tensor, Tensor, "Tensor | None", bool]
 def _sdpa(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, None]:
-    out = F.scaled_dot_product_attention(
+    out = torch._C._nn.scaled_dot_product_attention(
         query, key, value, mask, spec.dropout_p, is_causal, scale=spec.scale, enable_gqa=spec.is_gqa
     )
     return out, None

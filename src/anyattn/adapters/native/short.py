@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anyattn.adapters.native.kernels import misread
@@ -22,7 +21,7 @@ def bind_sdpa(plan: Plan) -> Runner | None:
     spec, lowering = plan.spec, plan.lowering
     if lowering.entry != "sdpa" or lowering.copy or lowering.dense or spec.mask.key or spec.mask.dense:
         return None
-    sdpa = F.scaled_dot_product_attention
+    sdpa = torch._C._nn.scaled_dot_product_attention
     # Fewer arguments are parsed faster.
     options = _options(spec)
     if spec.layout == "BHSD":
@@ -55,7 +54,7 @@ def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
     plain = bind_sdpa(plan)
     if plain is not None:
         return lambda query, key, value, attn_mask: plain(query, key, value)
-    sdpa = F.scaled_dot_product_attention
+    sdpa = torch._C._nn.scaled_dot_product_attention
     options = _options(spec)
     made = _made_mask(plan)
     if made is None:
