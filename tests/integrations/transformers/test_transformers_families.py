@@ -56,7 +56,7 @@ def test_gradients_that_no_backend_has_are_refused(name: str) -> None:
     family = BY_NAME[name]
     model = family.make().train()
     switch(model, family)
-    with pytest.raises(anyattn.UnsupportedCallError, match="backward|gradient"):
+    with pytest.raises(anyattn.UnsupportedCallError, match=r"backward|gradient"):
         gradients(model, *inputs_of(family, "none"))
 
 

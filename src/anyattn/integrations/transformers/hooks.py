@@ -83,8 +83,8 @@ def _refuse_unknown(config: Any, wanted: dict[str, Any]) -> None:
         elif key and key not in config.sub_configs and _names_it(value):
             known = ", ".join(repr(name) for name in config.sub_configs) or "none"
             raise InvalidCallError(
-                f"{type(config).__name__} has no sub-config {key!r}, so {NAME!r} would be set nowhere. It has: {known}; "
-                "'' is the model itself."
+                f"{type(config).__name__} has no sub-config {key!r}, so {NAME!r} would be set nowhere. It has: "
+                f"{known}; '' is the model itself."
             )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from anyattn.integrations.transformers.versions import NAME
 from anyattn.pins import attending
-from anyattn.pins.covering import origin_of, is_covered
+from anyattn.pins.covering import is_covered, origin_of
 
 ASKS = "ALL_ATTENTION_FUNCTIONS"
 """The name that an attention layer's code mentions if it looks its implementation up."""

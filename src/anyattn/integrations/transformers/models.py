@@ -108,8 +108,8 @@ def set_attention_backend(
         if not reached:
             raise InvalidCallError(
                 f"Setting {str(wish)!r} would change nothing: no attention layer of {type(target).__name__} reaches "
-                f"anyattn ({_say(left) or 'it has none that looks attn_implementation up'}). Nothing was changed. For a "
-                f"part of a model, first call model.set_attn_implementation({NAME!r}) on the whole model."
+                f"anyattn ({_say(left) or 'it has none that looks attn_implementation up'}). Nothing was changed. For "
+                f"a part of a model, first call model.set_attn_implementation({NAME!r}) on the whole model."
             )
         single = wish.mode == "require" or wish.names == (AUTO,)
         pins.pin(target, wish.names[0] if single else list(wish.names), precision=wish.precision, host=HOST)

@@ -98,6 +98,8 @@ def check_interface() -> None:
         for path, wanted in SIGNATURES.items()
         if (found := _parameters(find(path))) != wanted
     ]
+    if find("utils.output_capturing:_active_collector") is None:
+        wrong.append("utils.output_capturing:_active_collector is missing")
     wrong += [f"{path} isn't a dict" for path in MAPPINGS if not isinstance(find(path), dict)]
     if wrong:
         raise UnsupportedVersionError(

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from transformers.utils import output_capturing
+
 from anyattn.errors import InvalidCallError
+
+_collector: Any = output_capturing._active_collector
 
 MEANINGLESS = frozenset(
     (
@@ -61,8 +66,8 @@ MEANINGLESS = frozenset(
 
 REFUSED: dict[str, str] = {
     "output_attentions": "the weights are never written out; use attn_implementation='eager' to get them",
-    "cache": "continuous batching keeps keys in pages, which anyattn doesn't read; use generate instead of generate_batch, "
-    "or another attn_implementation for it",
+    "cache": "continuous batching keeps keys in pages, which anyattn doesn't read; use generate instead of "
+    "generate_batch, or another attn_implementation for it",
     "block_table": "keys in pages aren't read; use generate instead of generate_batch",
     "k_cache": "keys in pages aren't read; use generate instead of generate_batch",
     "v_cache": "keys in pages aren't read; use generate instead of generate_batch",
@@ -78,21 +83,32 @@ def check(module: Any, rest: dict[str, Any]) -> None:
 
     None means that nothing was asked for, and so does False for the keywords of `REFUSED`.
 
+    Weights that the model collects for its output are refused too: a flag in the config isn't passed on, and some
+    layers don't pass the one of the call on. Compiled code can't look, and leaves them out as Transformers does.
+
     Raises:
         InvalidCallError: If such a keyword is there.
     """
+    if not torch.compiler.is_compiling():
+        for name in _collector.get() or ():
+            if "attentions" in name:
+                raise InvalidCallError(_refusal(module, "output_attentions"))
     for name, value in rest.items():
         if value is None or name in MEANINGLESS:
             continue
         if name in REFUSED:
             if value is False:
                 continue
-            raise InvalidCallError(
-                f"{type(module).__name__} passes {name}, which attn_implementation='anyattn' doesn't honour: "
-                f"{REFUSED[name]}."
-            )
+            raise InvalidCallError(_refusal(module, name))
         raise InvalidCallError(
-            f"{type(module).__name__} passes the keyword {name!r} to its attention, and anyattn doesn't know whether it "
-            f"changes the result. Leave it out of the call of the model, or use another attn_implementation. If it "
+            f"{type(module).__name__} passes the keyword {name!r} to its attention, and anyattn doesn't know whether "
+            f"it changes the result. Leave it out of the call of the model, or use another attn_implementation. If it "
             f"carries no meaning for attention, report it: it belongs on the list of those that are ignored."
         )
+
+
+def _refusal(module: Any, name: str) -> str:
+    return (
+        f"{type(module).__name__} was asked for {name}, which attn_implementation='anyattn' doesn't honour: "
+        f"{REFUSED[name]}."
+    )

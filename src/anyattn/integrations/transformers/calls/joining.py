@@ -47,7 +47,8 @@ def dense_of(attention_mask: Tensor, query: Tensor) -> Mask:
         return Mask(key=attention_mask) if row else Mask(dense=attention_mask)
     if not attention_mask.is_floating_point():
         raise InvalidCallError(
-            f"attention_mask is {attention_mask.dtype}, where 0 and 1 could mean either. Give mask.bool(), True = attend."
+            f"attention_mask is {attention_mask.dtype}, where 0 and 1 could mean either. Give mask.bool(), True = "
+            "attend."
         )
     return Mask(dense=_fitting(attention_mask, query))
 

@@ -56,12 +56,11 @@ def mask_of(
             f"Transformers passes {', '.join(unknown)} to the mask function, which anyattn doesn't know. Use another "
             "attn_implementation for this model."
         )
-    sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
-    places = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
-    how = {"attention_mask": attention_mask, "use_vmap": use_vmap, "device": device}
+    given: dict[str, Any] = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+    given |= {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
+    given |= {"attention_mask": attention_mask, "use_vmap": use_vmap, "device": device}
     if getattr(config, "model_type", None) in FLOAT_MASKS:
-        floating: Tensor = stock.eager_mask(**sizes, **places, **how, dtype=dtype)
-        return floating
+        return stock.eager_mask(**given, dtype=dtype)
     traced = is_tracing(attention_mask) or is_tracing(q_offset if isinstance(q_offset, Tensor) else None)
     keep = _used_keys(attention_mask, kv_length, kv_offset, traced)
     found = patterns.recognise(mask_function)
@@ -72,8 +71,8 @@ def mask_of(
             return None
         if allow_is_bidirectional_skip and found.allows_all(kv_length):
             return None
-    dense: Tensor = stock.sdpa_mask(**sizes, **places, **how, allow_is_causal_skip=False)
-    if traced or found is None or found.chunk:
+    dense = stock.sdpa_mask(**given, allow_is_causal_skip=False)
+    if dense is None or traced or found is None:
         return dense
     return _noted(dense, found, keep, q_offset, kv_offset)
 
@@ -85,7 +84,7 @@ def _used_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: Any, tr
     """
     if attention_mask is None:
         return None
-    padded = stock.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    padded: Any = stock.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     keep: Tensor = padded[:, kv_offset : kv_offset + kv_length].bool()
     return None if not traced and bool(keep.all()) else keep
 
@@ -103,6 +102,9 @@ def _is_lower_right(found: patterns.Found, q_length: int, kv_length: int, q_offs
 
 def _noted(dense: Tensor, found: patterns.Found, keep: Tensor | None, q_offset: Any, kv_offset: Any) -> Tensor:
     batch, _, q_length, kv_length = dense.shape
+    if found.chunk:
+        alone = keep is None and found.documents is None and (found.left, found.right) == (-1, 0)
+        return notes.write(dense, None, chunk=found.chunk) if alone else dense
     if keep is not None and keep.shape[0] != batch:
         return dense
     if q_length == 1:

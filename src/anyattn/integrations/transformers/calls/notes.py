@@ -22,20 +22,28 @@ class Note:
     """What a dense boolean mask says.
 
     Attributes:
-        mask: The same positions as an object.
+        mask: The same positions as an object; None for a causal mask in chunks, which no object says.
         packed: For packed sequences of a batch of one, where each begins (int32, with the end), and the longest.
+        chunk: The length of the chunks, 0 for none.
         version: The tensor's version when the note was written; a later write to it makes the note void.
     """
 
-    mask: Mask
+    mask: Mask | None
     packed: tuple[Tensor, int] | None
+    chunk: int
     version: int
 
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the mask is causal or a window, chunked or not, and nothing else."""
+        mask = self.mask
+        return mask is None or (mask.key is None and mask.block is None)
 
-def write(tensor: Tensor, mask: Mask, packed: tuple[Tensor, int] | None = None) -> Tensor:
+
+def write(tensor: Tensor, mask: Mask | None, packed: tuple[Tensor, int] | None = None, chunk: int = 0) -> Tensor:
     """Note on a dense mask what it says, and return it. Inference tensors, which count no writes, get no note."""
     if type(tensor) is Tensor and not tensor.is_inference():
-        tensor.__dict__[_KEY] = Note(mask, packed, tensor._version)
+        tensor.__dict__[_KEY] = Note(mask, packed, chunk, tensor._version)
     return tensor
 
 

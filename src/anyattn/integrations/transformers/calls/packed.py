@@ -55,8 +55,21 @@ def starts_given(cu_seq_lens: Tensor, longest: int | Tensor | None) -> Starts:
     return cu_seq_lens.to(torch.int32), int(longest)
 
 
+def documents_between(starts: Tensor, length: int) -> Tensor:
+    """Return which sequence each token belongs to, `(1, S)`."""
+    return torch.bucketize(torch.arange(length, device=starts.device), starts[1:], right=True)[None]
+
+
+def same_chunk(documents: Tensor, chunk: int) -> Tensor:
+    """Make the boolean `(B, 1, S, S)` that is causal in chunks, which are counted from each sequence's start."""
+    places = torch.arange(documents.shape[1], device=documents.device)
+    begins = torch.diff(documents, prepend=documents[:, :1] - 1, dim=-1) != 0
+    chunks = (places - torch.where(begins, places, 0).cummax(-1)[0]) // chunk
+    same = (documents[:, :, None] == documents[:, None]) & (chunks[:, :, None] == chunks[:, None])
+    return (same & (places[:, None] >= places))[:, None]
+
+
 def same_sequence(starts_q: Tensor, starts_k: Tensor, q_length: int, kv_length: int) -> Tensor:
     """Make the boolean `(1, 1, S_q, S_kv)` that allows keys of the row's own sequence."""
-    rows = torch.bucketize(torch.arange(q_length, device=starts_q.device), starts_q[1:], right=True)
-    columns = torch.bucketize(torch.arange(kv_length, device=starts_k.device), starts_k[1:], right=True)
-    return (rows[:, None] == columns)[None, None]
+    rows, columns = documents_between(starts_q, q_length), documents_between(starts_k, kv_length)
+    return (rows[:, :, None] == columns[:, None])[:, None]

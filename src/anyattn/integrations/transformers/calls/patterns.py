@@ -42,7 +42,7 @@ class Found:
         return replace(self, chunk=0) if first else self
 
     def allows_all(self, kv_length: int) -> bool:
-        """Whether each row sees every key. Layers count a window of w either as w or as w - 1 keys, so both must fit."""
+        """Whether each row sees every key, if a layer counts a window of w as w keys and if it counts w - 1."""
         if self.chunk or self.documents is not None or self.left != self.right:
             return False
         return self.left < 0 or kv_length < self.left
