@@ -178,14 +178,22 @@ def test_grouped_keys_are_not_repeated() -> None:
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 7).bool(), torch.ones(5, 7).bool(), torch.ones(2, 1, 5, 7).long()])
 def test_masks_of_two_meanings_are_refused(mask: torch.Tensor) -> None:
-    with pytest.raises(anyattn.InvalidCallError, match="two dimensions|either"):
+    with pytest.raises(anyattn.InvalidCallError, match=r"two dimensions|either"):
         call(Layer(), tensors(), mask)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("output_attentions", True), ("cache", object()), ("head_mask", torch.ones(4)), ("block_table", torch.ones(1))]
-    + [("block_indices", torch.ones(1)), ("deterministic", True), ("alibi", torch.ones(4)), ("temperature", 2.0)],
+    [
+        ("output_attentions", True),
+        ("cache", object()),
+        ("head_mask", torch.ones(4)),
+        ("block_table", torch.ones(1)),
+        ("block_indices", torch.ones(1)),
+        ("deterministic", True),
+        ("alibi", torch.ones(4)),
+        ("temperature", 2.0),
+    ],
 )
 def test_keywords_that_arent_honoured_are_refused(name: str, value: Any) -> None:
     with pytest.raises(anyattn.InvalidCallError, match=name):
@@ -202,7 +210,7 @@ def test_keywords_without_a_meaning_change_nothing() -> None:
 def test_models_refuse_to_output_attentions(name: str) -> None:
     model = BY_NAME[name].make("anyattn")
     given = {"decoder_input_ids": token_ids()} if name == "t5" else {}
-    with pytest.raises(anyattn.InvalidCallError, match="output_attentions.*eager"):
+    with pytest.raises(anyattn.InvalidCallError, match=r"output_attentions.*eager"):
         model(token_ids(), output_attentions=True, **given)
 
 

@@ -109,7 +109,7 @@ BART = {"vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers
 BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64}
 BART |= {"dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "decoder_start_token_id": 1}
 WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32}
-GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 4}
+GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0}
 
 
 def _speech() -> dict[str, Any]:
@@ -146,7 +146,7 @@ FAMILIES: tuple[Family, ...] = (
     _decoder("qwen3", "Qwen3"),
     _decoder("gemma", "Gemma", arguments={"num_key_value_heads": 1}),
     _decoder("gemma2", "Gemma2", arguments=GEMMA, backend="flex", gradients=False),
-    _decoder("gemma3", "Gemma3", "Gemma3TextConfig", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}),
+    _decoder("gemma3", "Gemma3", "Gemma3TextConfig", {**GEMMA, "attn_logit_softcapping": None, "layer_types": ["sliding_attention", "full_attention"]}),
     _decoder("phi3", "Phi3", arguments={"resid_pdrop": 0.0}),
     _decoder("gpt_neox", "GPTNeoX", arguments={"hidden_dropout": 0.0, "attention_dropout": 0.0}),
     _decoder("opt", "OPT", arguments={"ffn_dim": 32, "word_embed_proj_dim": 32, "dropout": 0.0}),
