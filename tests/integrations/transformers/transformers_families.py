@@ -146,7 +146,12 @@ FAMILIES: tuple[Family, ...] = (
     _decoder("qwen3", "Qwen3"),
     _decoder("gemma", "Gemma", arguments={"num_key_value_heads": 1}),
     _decoder("gemma2", "Gemma2", arguments=GEMMA, backend="flex", gradients=False),
-    _decoder("gemma3", "Gemma3", "Gemma3TextConfig", {**GEMMA, "attn_logit_softcapping": None, "layer_types": ["sliding_attention", "full_attention"]}),
+    _decoder(
+        "gemma3",
+        "Gemma3",
+        "Gemma3TextConfig",
+        {**GEMMA, "attn_logit_softcapping": None, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     _decoder("phi3", "Phi3", arguments={"resid_pdrop": 0.0}),
     _decoder("gpt_neox", "GPTNeoX", arguments={"hidden_dropout": 0.0, "attention_dropout": 0.0}),
     _decoder("opt", "OPT", arguments={"ffn_dim": 32, "word_embed_proj_dim": 32, "dropout": 0.0}),

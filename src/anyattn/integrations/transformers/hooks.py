@@ -11,6 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from anyattn.errors import InvalidCallError
 from anyattn.integrations.transformers import layers
+from anyattn.integrations.transformers.calls import masks
 from anyattn.integrations.transformers.versions import NAME
 
 
@@ -38,7 +39,7 @@ def _checked(stock: Callable[..., str]) -> Callable[..., str]:
     def get_correct_attn_implementation(self: Any, requested_attention: str | None, is_init_check: bool = False) -> str:
         found = stock(self, requested_attention, is_init_check)
         if found == NAME:
-            refuse_if_unreached(type(self))
+            admit(self)
         return found
 
     return get_correct_attn_implementation
@@ -51,7 +52,7 @@ def _setter(stock: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         own = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
         if own == NAME:
-            refuse_if_unreached(type(self))
+            admit(self)
         if isinstance(attn_implementation, dict):
             _refuse_unknown(self.config, attn_implementation)
         stock(self, attn_implementation, allow_all_kernels)
@@ -59,18 +60,21 @@ def _setter(stock: Callable[..., None]) -> Callable[..., None]:
     return set_attn_implementation
 
 
-def refuse_if_unreached(kind: type) -> None:
-    """Refuse the name for a class of models whose attention layers don't look it up.
+def admit(model: Any) -> None:
+    """Check that a model can have the name, and note whether its layers say whether they are causal.
 
     Raises:
-        InvalidCallError: If they don't.
+        InvalidCallError: If it can't.
     """
-    if layers.never_asks(kind):
+    reason = layers.reason_against_model(type(model))
+    if reason:
         raise InvalidCallError(
-            f"{kind.__name__} computes attention itself and never looks attn_implementation up, so 'anyattn' would "
-            "change nothing. Leave attn_implementation out, or, in a model of several parts, give a dict that names "
-            "the other sub-configs: attn_implementation={'text_config': 'anyattn'}."
+            f"{type(model).__name__} can't have attn_implementation={NAME!r}: {reason}. Leave attn_implementation out, "
+            "or, in a model of several parts, give a dict that names the other sub-configs: "
+            f"attn_implementation={{'text_config': {NAME!r}}}."
         )
+    if getattr(model, "_supports_sdpa", False):
+        masks.trusted.add(model.config.model_type)
 
 
 def _refuse_unknown(config: Any, wanted: dict[str, Any]) -> None:

@@ -17,7 +17,11 @@ from anyattn.pins.covering import is_covered, origin_of
 ASKS = "ALL_ATTENTION_FUNCTIONS"
 """The name that an attention layer's code mentions if it looks its implementation up."""
 
-_OWN = re.compile(r"^class \w*Attention\w*\((?:torch\.)?nn\.Module\):", re.MULTILINE)
+_CLASS = re.compile(r"^class ", re.MULTILINE)
+_OWN = re.compile(r"\w*Attention\w*\((?:torch\.)?nn\.Module\):")
+
+_MIXED = frozenset(("longt5", "inkling2"))
+"""Models with layers of both kinds that were compared with eager attention, and are right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +46,27 @@ class Layer:
         return not self.reason
 
 
-def never_asks(kind: type) -> bool:
-    """Whether a class of models is written in a module with attention layers none of which look anything up.
+def reason_against_model(kind: type) -> str:
+    """Return why a class of models can't have the name; empty if it can.
 
-    A class whose source can't be had isn't judged.
+    A class is refused if no attention layer in its module looks anything up. It is also refused if some don't, and the
+    class refuses `sdpa`: then those may read a mask as eager attention does, and a boolean one means another thing. A
+    class whose source can't be had isn't judged.
     """
     module = sys.modules.get(kind.__module__)
     if module is None:
-        return False
+        return ""
     try:
         source = inspect.getsource(module)
     except (OSError, TypeError):
-        return False
-    return bool(_OWN.search(source)) and ASKS not in source
+        return ""
+    own = [block for block in _CLASS.split(source) if _OWN.match(block) and ASKS not in block]
+    if own and ASKS not in source:
+        return "it computes attention itself and never looks attn_implementation up, so it would change nothing"
+    if own and not getattr(kind, "_supports_sdpa", False) and kind.__module__.split(".")[-2] not in _MIXED:
+        names = ", ".join(block.partition("(")[0] for block in own)
+        return f"{names} never look attn_implementation up, and may misread the masks of layers that do"
+    return ""
 
 
 def attention_layers(model: nn.Module) -> tuple[Layer, ...]:

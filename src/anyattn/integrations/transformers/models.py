@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 import weakref
@@ -17,6 +18,7 @@ from anyattn.integrations.transformers.layers import Layer
 from anyattn.integrations.transformers.versions import NAME
 from anyattn.integrations.transformers.watching import HOST
 from anyattn.pins import pins
+from anyattn.pins.covering import is_covered, origin_of
 from anyattn.selection.preferences import make_preference
 from anyattn.types.decision import Precision
 from anyattn.types.names import AUTO
@@ -97,19 +99,23 @@ def set_attention_backend(
             state.enable()
             failed.callback(state.disable)
         record = _Record(_configs(target))
+        hooks = importlib.import_module("anyattn.integrations.transformers.hooks")
         failed.callback(_put_back, record.before)
         for config in record.configs:
-            if config._attn_implementation != NAME and _is_whole(target, config):
+            owner = _owner(target, config)
+            if config._attn_implementation != NAME and owner is not None and not _refused(owner):
+                hooks.admit(owner)
                 record.before.append((config, config._attn_implementation))
                 config._attn_implementation_internal = NAME
         found = layers.attention_layers(target)
         left = tuple(layer for layer in found if not layer.reached)
         reached = len(found) - len(left)
         if not reached:
+            why = (_say(left) or "it has none that looks attn_implementation up") + _why_not(target)
             raise InvalidCallError(
                 f"Setting {str(wish)!r} would change nothing: no attention layer of {type(target).__name__} reaches "
-                f"anyattn ({_say(left) or 'it has none that looks attn_implementation up'}). Nothing was changed. For "
-                f"a part of a model, first call model.set_attn_implementation({NAME!r}) on the whole model."
+                f"anyattn ({why}). Nothing was changed. For a part of a model, first call "
+                f"model.set_attn_implementation({NAME!r}) on the whole model."
             )
         single = wish.mode == "require" or wish.names == (AUTO,)
         pins.pin(target, wish.names[0] if single else list(wish.names), precision=wish.precision, host=HOST)
@@ -186,9 +192,15 @@ def _configs(target: nn.Module) -> list[Any]:
     return found
 
 
-def _is_whole(target: nn.Module, config: Any) -> bool:
-    """Whether a module contains the model that a config belongs to, which makes the masks of its layers."""
-    return any(_is_model(part) and getattr(part, "config", None) is config for part in target.modules())
+def _owner(target: nn.Module, config: Any) -> nn.Module | None:
+    """Return the model that a config belongs to, which makes the masks of its layers; None if it isn't inside."""
+    owners = (part for part in target.modules() if _is_model(part) and getattr(part, "config", None) is config)
+    return next(owners, None)
+
+
+def _refused(model: nn.Module) -> str:
+    kind = type(model)
+    return layers.reason_against_model(origin_of(kind) if is_covered(model) else kind)
 
 
 def _is_model(module: nn.Module) -> bool:
@@ -196,6 +208,13 @@ def _is_model(module: nn.Module) -> bool:
         base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.")
         for base in type(module).__mro__
     )
+
+
+def _why_not(target: nn.Module) -> str:
+    reasons = dict.fromkeys(
+        f"; {type(part).__name__}: {_refused(part)}" for part in target.modules() if _is_model(part) and _refused(part)
+    )
+    return "".join(reasons)
 
 
 def _say(left: tuple[Layer, ...]) -> str:

@@ -19,6 +19,15 @@ from anyattn.masks.objects import Mask
 FLOAT_MASKS = frozenset(("deepseek_v4",))
 """Types of models that cast an additive bias to the mask's dtype, so that a boolean mask would be inverted."""
 
+TESTED = frozenset(("gemma2", "gpt_oss", "vaultgemma", "t5gemma", "flint", "mimo_v2_flash"))
+"""Types of models that refuse `sdpa`, and whose causal layers were seen to say that they are."""
+
+trusted: set[str] = set()
+"""Types of models in this process that support `sdpa`: their layers say whether they are causal.
+
+Others may have causal layers that say the opposite (NLLB-MoE's decoder), so they always get a mask.
+"""
+
 _IGNORED = frozenset(("allow_torch_fix",))
 
 
@@ -67,7 +76,9 @@ def mask_of(
     if found is not None:
         found = found.within(kv_length, kv_offset)
     if found is not None and keep is None:
-        if allow_is_causal_skip and _is_lower_right(found, q_length, kv_length, q_offset, kv_offset):
+        kind = getattr(config, "model_type", None)
+        may_skip = allow_is_causal_skip and (kind in trusted or kind in TESTED)
+        if may_skip and _is_lower_right(found, q_length, kv_length, q_offset, kv_offset):
             return None
         if allow_is_bidirectional_skip and found.allows_all(kv_length):
             return None
