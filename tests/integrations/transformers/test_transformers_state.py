@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from transformers import masking_utils, modeling_utils
-from transformers_families import BY_NAME
+from transformers_families import BART, BY_NAME, IMAGE, PLAIN
 from transformers_runs import token_ids
 
 import anyattn
@@ -216,6 +216,24 @@ def test_models_that_never_ask_are_refused(name: str) -> None:
     with pytest.raises(anyattn.InvalidCallError, match="would change nothing"):
         anyattn.set_attention_backend(model, "auto")
     assert model.config._attn_implementation == used
+
+
+MIXED = {
+    "PegasusXForConditionalGeneration": BART,
+    "GitForCausalLM": {**PLAIN, "vision_config": IMAGE},
+    "BigBirdPegasusForConditionalGeneration": BART,
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_models_whose_own_layers_may_misread_masks_are_refused(name: str) -> None:
+    kind = getattr(hf, name)
+    model = kind._from_config(kind.config_class(**MIXED[name]), attn_implementation="eager")
+    with pytest.raises(anyattn.InvalidCallError, match="may misread the masks"):
+        model.set_attn_implementation("anyattn")
+    with pytest.raises(anyattn.InvalidCallError, match=r"would change nothing.*may misread the masks"):
+        anyattn.set_attention_backend(model, "auto")
+    assert model.config._attn_implementation == "eager"
 
 
 def test_disabled_model_doesnt_run_silently() -> None:

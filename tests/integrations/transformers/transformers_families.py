@@ -109,6 +109,9 @@ BART = {"vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers
 BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64}
 BART |= {"dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "decoder_start_token_id": 1}
 WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32}
+LONG = {**T5, "local_radius": 3, "global_block_size": 4}
+NLLB = {**BART, "num_experts": 2, "activation_dropout": 0.0, "attention_dropout": 0.0}
+BOTH = ["sliding_attention", "full_attention"]
 GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0}
 
 
@@ -146,11 +149,21 @@ FAMILIES: tuple[Family, ...] = (
     _decoder("qwen3", "Qwen3"),
     _decoder("gemma", "Gemma", arguments={"num_key_value_heads": 1}),
     _decoder("gemma2", "Gemma2", arguments=GEMMA, backend="flex", gradients=False),
+    _decoder("gemma3", "Gemma3", "Gemma3TextConfig", {**GEMMA, "attn_logit_softcapping": None, "layer_types": BOTH}),
     _decoder(
-        "gemma3",
-        "Gemma3",
-        "Gemma3TextConfig",
-        {**GEMMA, "attn_logit_softcapping": None, "layer_types": ["sliding_attention", "full_attention"]},
+        "gemma4",
+        "Gemma4",
+        "Gemma4TextConfig",
+        {
+            "sliding_window": 4,
+            "num_hidden_layers": 4,
+            "layer_types": [*BOTH, *BOTH],
+            "num_kv_shared_layers": 2,
+            "global_head_dim": 16,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+        },
+        calls=4,
     ),
     _decoder("phi3", "Phi3", arguments={"resid_pdrop": 0.0}),
     _decoder("gpt_neox", "GPTNeoX", arguments={"hidden_dropout": 0.0, "attention_dropout": 0.0}),
@@ -176,6 +189,37 @@ FAMILIES: tuple[Family, ...] = (
             "intermediate_size_mlp": 32,
             "interleave_moe_layer_step": 2,
         },
+    ),
+    Family(
+        "deepseek_v4",
+        "decoder",
+        "DeepseekV4ForCausalLM",
+        "DeepseekV4Config",
+        {
+            **PLAIN,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "q_lora_rank": 16,
+            "sliding_window": 4,
+            "n_routed_experts": 4,
+        }
+        | {**MOE, "o_lora_rank": 8, "o_groups": 2, "index_topk": 3, "index_n_heads": 2, "index_head_dim": 8}
+        | {"qk_rope_head_dim": 4},
+    ),
+    _decoder("flint", "Flint", arguments={"sliding_window": 4}),
+    _decoder(
+        "mimo_v2_flash",
+        "MiMoV2Flash",
+        arguments={"sliding_window": 4, "v_head_dim": 6, "n_routed_experts": 4, **MOE},
+    ),
+    _decoder("inkling2", "Inkling2", "Inkling2TextConfig"),
+    _decoder("doge", "Doge", arguments={"keep_window_size": 4}),
+    _decoder(
+        "jamba",
+        "Jamba",
+        arguments={"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False}
+        | {"mamba_dt_rank": 4},
+        calls=1,
     ),
     _decoder("stablelm", "StableLm"),
     _decoder("smollm3", "SmolLM3"),
@@ -215,8 +259,22 @@ FAMILIES: tuple[Family, ...] = (
         | {"attention_dropout": 0.0, "max_position_embeddings": 64},
     ),
     _encoder("modernbert", "ModernBert", {"local_attention": 4, "global_attn_every_n_layers": 2}),
+    _encoder("layoutlm", "LayoutLM"),
+    _encoder("splinter", "Splinter"),
     Family("clip_text", "encoder", "CLIPTextModel", "CLIPTextConfig", CLIP_TEXT),
     Family("t5", "seq2seq", "T5ForConditionalGeneration", "T5Config", T5, calls=6),
+    Family("longt5", "seq2seq", "LongT5ForConditionalGeneration", "LongT5Config", LONG, calls=4),
+    Family("nllb_moe", "seq2seq", "NllbMoeForConditionalGeneration", "NllbMoeConfig", NLLB, calls=6),
+    Family(
+        "t5gemma",
+        "seq2seq",
+        "T5GemmaForConditionalGeneration",
+        "T5GemmaConfig",
+        {"encoder": {**GROUPED, **GEMMA}, "decoder": {**GROUPED, **GEMMA}, "vocab_size": VOCAB},
+        calls=6,
+        backend="flex",
+        gradients=False,
+    ),
     Family("umt5", "seq2seq", "UMT5ForConditionalGeneration", "UMT5Config", T5, calls=6),
     Family("bart", "seq2seq", "BartForConditionalGeneration", "BartConfig", BART, calls=6),
     Family("marian", "seq2seq", "MarianMTModel", "MarianConfig", BART, calls=6),

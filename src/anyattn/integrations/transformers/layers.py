@@ -63,6 +63,7 @@ def reason_against_model(kind: type) -> str:
     own = [block for block in _CLASS.split(source) if _OWN.match(block) and ASKS not in block]
     if own and ASKS not in source:
         return "it computes attention itself and never looks attn_implementation up, so it would change nothing"
+    own = [block for block in own if "softmax" in block]  # others only hold a layer that computes it
     if own and not getattr(kind, "_supports_sdpa", False) and kind.__module__.split(".")[-2] not in _MIXED:
         names = ", ".join(block.partition("(")[0] for block in own)
         return f"{names} never look attn_implementation up, and may misread the masks of layers that do"
