@@ -20,7 +20,7 @@ FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MODULES = ("api", "settings", "masks.objects", "masks.values", "scopes.recording")
 """What a user calls: these have examples. Others may have some, and they are run too."""
 
-IN_GUIDES = ("masks.md",)
+IN_GUIDES = ("masks.md", "transformers.md")
 
 
 def blocks(path: Path) -> list[tuple[int, str]]:
@@ -70,8 +70,9 @@ def test_examples_of_a_guide_give_what_they_say(name: str) -> None:
     path = ROOT / "docs" / name
     found = [(line, text) for line, text in blocks(path) if ">>> " in text]
     assert found
-    if any("diffusers" in text for _, text in found):
-        pytest.importorskip("diffusers", reason="the guide shows the extra anyattn[diffusers]")
+    for extra in ("diffusers", "transformers"):
+        if any(extra in text for _, text in found):
+            pytest.importorskip(extra, reason=f"the guide shows the extra anyattn[{extra}]")
     shared: dict[str, Any] = {}
     for line, text in found:
         example = doctest.DocTestParser().get_doctest(text, shared, name, str(path), line)

@@ -209,7 +209,10 @@ def reset() -> None:
     defaults.forget()
 
 
-_INTEGRATIONS = {"diffusers": "anyattn.integrations.diffusers"}
+_INTEGRATIONS = {
+    "diffusers": "anyattn.integrations.diffusers",
+    "transformers": "anyattn.integrations.transformers",
+}
 """The package of a host library, and the module that knows its models; imported only once the host itself was."""
 
 
@@ -228,10 +231,11 @@ def set_attention_backend(
 ) -> Any:
     """Choose the backend of one model or pipeline; no other model is touched.
 
-    For a model or pipeline of Diffusers this also routes its attention through anyattn. For any other
-    `torch.nn.Module` the choice is a pin: in force while the module's forward runs, for the calls of anyattn and of
-    torch's `scaled_dot_product_attention` that are made inside it, unless a part of it has a pin of its own. While such
-    a pin exists, torch's function is replaced as `replace_sdpa` does it.
+    For a model or pipeline of Diffusers this also routes its attention through anyattn, and a model of Transformers is
+    switched to `attn_implementation="anyattn"`. For any other `torch.nn.Module` the choice is a pin: in force while the
+    module's forward runs, for the calls of anyattn and of torch's `scaled_dot_product_attention` that are made inside
+    it, unless a part of it has a pin of its own. While such a pin exists, torch's function is replaced as
+    `replace_sdpa` does it.
 
     Args:
         model: A `torch.nn.Module`, or a Diffusers pipeline.
@@ -239,11 +243,11 @@ def set_attention_backend(
         precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"`, `"fp8"` or `"fp4"`.
 
     Returns:
-        For Diffusers a report of what was set, else None.
+        For Diffusers and Transformers a report of what was set, else None.
 
     Raises:
         UnknownBackendError: If a name is unknown.
-        InvalidCallError: If the object isn't a module; for Diffusers also where nothing in it would change.
+        InvalidCallError: If the object isn't a module; for these two also where nothing in it would change.
     """
     integration = _integration_of(model)
     if integration is not None:

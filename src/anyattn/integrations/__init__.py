@@ -4,8 +4,8 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    if name == "diffusers":
+    if name in ("diffusers", "transformers"):
         import importlib
 
-        return importlib.import_module("anyattn.integrations.diffusers")
+        return importlib.import_module(f"anyattn.integrations.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""From a call of Transformers to a call of anyattn."""
