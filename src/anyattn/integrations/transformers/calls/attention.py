@@ -35,7 +35,7 @@ def attention_forward(
     max_length_k: Any = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Compute the attention of one layer through `anyattn.attention`; the settings of anyattn choose the backend.
+    """Compute the attention of one layer through anyattn; the settings of anyattn choose the backend.
 
     Args:
         module: The layer; `is_causal` is read from it if it isn't passed.
@@ -93,8 +93,8 @@ def attention_forward(
         mask = joining.with_bias(mask, position_bias, query)
     if extra_key is not None:
         key, value, mask = joining.with_extra_key(query, key, value, mask, extra_key)
-    out = api.attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, **options)
-    return out.contiguous(), None
+    out = api.scaled_dot_product_attention(query, key, value, mask, **options)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _same_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
