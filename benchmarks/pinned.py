@@ -6,10 +6,11 @@ what is timed, in shuffled order in each round:
 
 - stock: Diffusers alone, the integration disabled
 - enabled: the integration enabled, nothing asked of it
-- pinned: `anyattn.set_attention_backend(model, "native")`
+- pinned: `anyattn.set_attention_backend(model, "native")`, or another of `--backends`, each a way of its own
 - routed: `model.set_attention_backend("anyattn")`
 
-    python benchmarks/pinned.py [--device cuda] [--models sdxl sd15 flux] [--compile] [--rounds 40] [--json pinned.json]
+    python benchmarks/pinned.py [--device cuda] [--models sdxl sd15 flux] [--backends native flash3] [--compile]
+        [--rounds 40] [--json pinned.json]
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from torch import nn
 import anyattn
 from anyattn.integrations import diffusers as integration
 
-WAYS = ("stock", "enabled", "pinned", "routed")
+WAYS = ["stock", "enabled", "pinned", "routed"]
+BACKENDS = {"pinned": "native"}
+"""The backend of each way that pins one."""
 
 
 class Case(NamedTuple):
@@ -130,8 +133,8 @@ def switch(model: nn.Module, way: str) -> None:
     integration.disable()
     if way != "stock":
         integration.enable()
-    if way == "pinned":
-        anyattn.set_attention_backend(model, "native")
+    if way in BACKENDS:
+        anyattn.set_attention_backend(model, BACKENDS[way])
     elif way == "routed":
         model.set_attention_backend("anyattn")  # type: ignore[operator]
 
@@ -198,20 +201,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json")
+    parser.add_argument("--backends", nargs="*", default=[])
     options = parser.parse_args()
+    for backend in options.backends:
+        BACKENDS[f"pinned, {backend}"] = backend
+        WAYS.append(f"pinned, {backend}")
     if options.device == "cpu":
         torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
     cases = CASES[options.device]
     found: dict[str, Any] = {}
-    print(f"{'model':12}{'way':10}{'median ms':>11}{'ratio':>8}{'in one round (quartiles)':>28}")
+    print(f"{'model':12}{'way':22}{'median ms':>11}{'ratio':>8}{'in one round (quartiles)':>28}")
     for name in options.models or cases:
         with torch.no_grad():
             times = measure(cases[name], options.device, options.rounds, options.steps, compiled=options.compile)
         found[name] = summary(times)
         for way, row in found[name].items():
             spread = f"{row['round_ratio']:.3f} ({row['round_ratio_q1']:.3f} to {row['round_ratio_q3']:.3f})"
-            print(f"{name:12}{way:10}{row['median_ms']:11.3f}{row['ratio']:8.3f}{spread:>28}", flush=True)
+            print(f"{name:12}{way:22}{row['median_ms']:11.3f}{row['ratio']:8.3f}{spread:>28}", flush=True)
     if options.json:
         about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
         about |= {"cores": os.cpu_count(), "device": options.device, "compiled": options.compile}
