@@ -17,6 +17,7 @@ from anyattn.errors import AnyattnWarning, UnsupportedCallError
 from anyattn.process import tracing
 from anyattn.process.bounded import Bounded
 from anyattn.process.tracing import is_plain, is_usual
+from anyattn.run.bound import NotForThisCall
 from anyattn.run.plan import raise_kernel_error
 from anyattn.run.table import Entry, entry_for, entry_under
 from anyattn.scopes import defaults
@@ -221,7 +222,7 @@ def run_after(
 ) -> Output:
     """Continue after a call from the short table failed: the call was wrong, or its kernel raised."""
     try:
-        if not is_usual(query, key, value, attn_mask):
+        if isinstance(error, NotForThisCall) or not is_usual(query, key, value, attn_mask):
             return run_any(scope, query, key, value, attn_mask, None, plain)
         return call_on(error, None, scope, None, query, key, value, attn_mask, None, Options(*plain))
     finally:
@@ -254,7 +255,7 @@ def run_any(
         # Not tensors, symbolic sizes, or an unhashable option: the call is described, and refused if it is wrong.
         table_key = entry = None
     # SDPA without a mask works under every tracer and transform; all else is decided again there.
-    if (entry is None or not entry.short or attn_mask is not None) and not is_plain():
+    if (entry is None or not entry.traces or attn_mask is not None) and not is_plain():
         return call_under(scope, query, key, value, attn_mask, sinks, plain)
     if entry is None:
         options = plain_options(Options(*plain))

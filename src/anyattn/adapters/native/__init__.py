@@ -138,6 +138,7 @@ class Native(Backend):
     auto_rank = 10
     family = "native"
     declarations = NATIVE
+    bound_traces = True
     run = staticmethod(kernels.run)
 
     def origin(self, env: Environment) -> str:
