@@ -71,6 +71,9 @@ class Flash2(Backend):
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         return _flash.attend(plan, query, key, value, parts, _call)
 
+    def length_period(self, spec: AttentionSpec) -> int:
+        return 1
+
     def bind(self, plan: Plan) -> Runner | None:
         pattern = plan.lowering.pattern
         sides = (-1, -1) if pattern is None else (pattern.left, pattern.right)

@@ -212,6 +212,15 @@ class Backend:
         """Return how an admitted call reaches the kernel. Law: pure, and exact."""
         raise NotImplementedError(f"the backend {self.name} has no lower(); see anyattn.backend.Backend")
 
+    def length_period(self, spec: AttentionSpec) -> int:
+        """Return by which number lengths of calls without a mask have to be alike to be decided alike. Law: pure.
+
+        With 1, reasons and lowerings are thresholds in S_q, S_kv and products of them, and what `bind` returns runs
+        other lengths too. With more, they also go by the residues of both lengths by this number. With 0, the default,
+        every pair of lengths is decided.
+        """
+        return 0
+
     def load(self) -> None:
         """Import the kernel; called once, before the first `run`. Law: nothing else imports it.
 

@@ -184,7 +184,7 @@ def entry_for(
         if table_key is not None and not spec.captured and generation == defaults.generation():
             base.remember(table_key, entry)
             if sinks is None and type(query) is Tensor:
-                _shorten(base, entry, query, key, value, attn_mask, options)
+                shorten(base, entry, query, key, value, attn_mask, options)
     return entry
 
 
@@ -257,7 +257,7 @@ def make_first(
             return made
 
 
-def _shorten(
+def shorten(
     scope: defaults.Scope, entry: Entry, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, options: Options
 ) -> None:
     """Put a decided call into the short table too, unless its mask must be described at each call."""

@@ -100,6 +100,9 @@ class Flash3(Backend):
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         return _flash.attend(plan, query, key, value, parts, kernels.call)
 
+    def length_period(self, spec: AttentionSpec) -> int:
+        return 1
+
     def bind(self, plan: Plan) -> Runner | None:
         if plan.spec.return_lse and not FUNCTIONS[plan.backend].asks_for_lse:
             return None

@@ -92,6 +92,9 @@ class Flash4(Backend):
 
         return _flash.attend(plan, query, key, value, parts, kernel)
 
+    def length_period(self, spec: AttentionSpec) -> int:
+        return 1
+
     def bind(self, plan: Plan) -> Runner | None:
         return None if _is_special(plan) else bound.bind(plan, kernels.bound_to(plan, lengths=False))
 

@@ -33,6 +33,9 @@ class _Kernel(Backend):
     avoids: ClassVar[frozenset[str]] = frozenset()
     run = staticmethod(kernels.run)
 
+    def length_period(self, spec: AttentionSpec) -> int:
+        return 1
+
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         return dense_causal_reasons(self.entries[spec.device_type], spec)
 
@@ -177,6 +180,9 @@ class Native(Backend):
         if spec.device_type == "cuda":
             return _steer(plain, spec, env)
         return mps.lower(plain, spec, env) if spec.device_type == "mps" else plain
+
+    def length_period(self, spec: AttentionSpec) -> int:
+        return 32 if spec.device_type == "mps" else 1  # see `known_bad.mps`
 
     def bind(self, plan: Plan) -> Runner | None:
         return short.bind_sdpa(plan)

@@ -106,6 +106,9 @@ class _Sage(Backend):
         call = packed.call_packed if plan.lowering.entry == packed.ENTRY else call_dense
         return _flash.attend(plan, query, key, value, parts, call)
 
+    def length_period(self, spec: AttentionSpec) -> int:
+        return tiles.ROWS
+
     def bind(self, plan: Plan) -> Runner | None:
         if (
             self.goes_packed(plan.spec)

@@ -159,6 +159,9 @@ class XFormers(Backend):
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         return _flash.attend(plan, query, key, value, parts, lambda plan, call: kernels.attend(plan, call, parts))
 
+    def length_period(self, spec: AttentionSpec) -> int:
+        return 1
+
     def bind(self, plan: Plan) -> Runner | None:
         kernel = kernels.bound_to(plan)
         return None if kernel is None else bound.bind(plan, kernel)

@@ -45,6 +45,8 @@ def bound_to(plan: Plan) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
     spec, functions, pattern = plan.spec, FUNCTIONS[plan.backend], plan.lowering.pattern
     if spec.is_gqa or spec.return_lse or plan.lowering.entry != "flash":
         return None
+    if pattern is not None and not (pattern.is_full or pattern.is_causal):
+        return None  # a window's bias holds lengths
     bias = _bias(functions, pattern, spec.seqlen_q, spec.seqlen_kv)
     forward = functions.memory_efficient_attention_forward
     function = functions.memory_efficient_attention if spec.needs_grad else forward
