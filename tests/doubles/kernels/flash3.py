@@ -240,11 +240,12 @@ OPERATOR_CALLS: list[tuple[Any, ...]] = []
 
 def _fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     schema = torch.ops.anyattn_double_fa3.fwd.default._schema  # type: ignore[attr-defined]
-    names = [argument.name for argument in schema.arguments[3:]]
-    given = dict(zip(names, rest, strict=False))
+    # What equals its default at the end is left out by the dispatcher.
+    given = {argument.name: argument.default_value for argument in schema.arguments[3:]}
+    given.update(zip(given, rest, strict=False))
     OPERATOR_CALLS.append(rest)
-    if given["num_splits"] != 1:
-        raise RuntimeError("the double knows one split alone")
+    if given["num_splits"] not in (0, 1):
+        raise RuntimeError("the double knows one split, and the kernel's own number")
     options = {
         "softmax_scale": given["softmax_scale"],
         "causal": given["is_causal"],

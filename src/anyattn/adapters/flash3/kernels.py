@@ -112,6 +112,20 @@ def bound_to(plan: Plan, *, lengths: bool) -> Callable[..., Any]:
     return with_lengths
 
 
+_FEW_ROWS = 64
+
+
+def _splits(plan: Plan) -> int:
+    """Return over how many blocks of threads the keys of one tile are split: 1, or 0 to let the kernel choose.
+
+    The package's functions pass 1. With few queries, as in decoding, one tile for each key head leaves most of the GPU
+    idle; the kernel's own number is what its function for caches uses.
+    """
+    spec = plan.spec
+    rows = spec.seqlen_q * (spec.num_heads // spec.num_kv_heads)
+    return 0 if rows <= _FEW_ROWS and not spec.deterministic else 1
+
+
 def _bound_operator(plan: Plan, operator: Any, left: int, right: int, *, lengths: bool) -> Callable[..., Any]:
     options = options_of(plan, left, right)
     given = {
@@ -120,8 +134,7 @@ def _bound_operator(plan: Plan, operator: Any, left: int, right: int, *, lengths
         "window_size_left": options["window_size"][0],
         "window_size_right": options["window_size"][1],
         "softcap": options["softcap"],
-        # What the package's functions pass; the schema's own default of 0 chooses a number by the call.
-        "num_splits": 1,
+        "num_splits": _splits(plan),
     }
     arguments = operator._schema.arguments
     rest = [given.get(argument.name, argument.default_value) for argument in arguments[3:]]

@@ -46,6 +46,13 @@ class _Kernel(Backend):
         caps = self.declarations[spec.device_type]
         return lower_to(self.entries[spec.device_type], caps, spec, env)
 
+    def bind(self, plan: Plan) -> Runner | None:
+        return short.bind_kernel(plan)
+
+    def bind_masked(self, plan: Plan) -> MaskedRunner | None:
+        bound = self.bind(plan)
+        return None if bound is None else lambda query, key, value, attn_mask: bound(query, key, value)
+
 
 class NativeFlash(_Kernel):
     """SDPA's flash kernel."""

@@ -48,9 +48,7 @@ def bound_to(plan: Plan) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
     if pattern is not None and not (pattern.is_full or pattern.is_causal):
         return None  # a window's bias holds lengths
     bias = _bias(functions, pattern, spec.seqlen_q, spec.seqlen_kv)
-    forward = functions.memory_efficient_attention_forward
-    function = functions.memory_efficient_attention if spec.needs_grad else forward
-    return functools.partial(function, attn_bias=bias, p=spec.dropout_p, scale=spec.scale)
+    return functools.partial(functions.memory_efficient_attention, attn_bias=bias, p=spec.dropout_p, scale=spec.scale)
 
 
 def _attend_packed(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
