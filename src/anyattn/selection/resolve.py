@@ -23,9 +23,9 @@ and from 1e12 also quantised kernels if they are allowed. With a mask that SDPA 
 
 _FEW_QUERIES = 16
 """Up to this many queries on more keys, as in decoding, `auto` tries kernels that need no preparation. torch's own pick
-on an H200 is cuDNN, which spends 60 ms on each new length. After that it is 1.0 to 1.5 times as fast as
-FlashAttention-3 for one query of head_dim 128, and 0.1 to 1.0 times for 16 queries (torch 2.11, fa3-fwd 0.0.3, 512 to
-32768 keys; `benchmarks/decoding.py`)."""
+on an H200 is cuDNN, which spends 35 ms or more on each new length. After that it is 1.0 to 1.5 times as fast as
+FlashAttention-3 for one query of head_dim 128, 1.6 to 2.6 times with head_dim 64, and 0.1 to 1.0 times for 16 queries
+(torch 2.11, fa3-fwd 0.0.3, 512 to 32768 keys; `benchmarks/decoding.py`)."""
 
 
 def rule(spec: AttentionSpec) -> tuple[str, ...]:
