@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -145,5 +146,5 @@ def _applied(target: Any, component: Component, matched: Matched) -> Applied:
             choice.owner, choice.judged = weakref.ref(component.root), component.judged
         layers[layer.module] = groups[key]
     found = Applied(target, component.root, layers)
-    found.undo.append(lambda: component.undo(False))
+    found.undo.append(functools.partial(component.undo, False))  # it must not hold the model
     return found
