@@ -194,6 +194,7 @@ def test_required_backend_that_refuses_names_rule_and_layer() -> None:
     with pytest.raises(anyattn.BackendUnavailableError, match=message) as raised:
         model(X)
     assert 'To fall back to native, write: backend=["flash3", "native"] in policy rule \'one\'' in str(raised.value)
+    anyattn.reset_attention_backend(model)
 
 
 @pytest.mark.parametrize(
@@ -479,6 +480,7 @@ def test_compiled_model_follows_the_steps_and_is_compiled_once_for_each_rule() -
     with torch.no_grad(), anyattn.denoising_step(3, 6):
         compiled(X)
     assert len(graphs) == 3
+    anyattn.reset_attention_backend(model)
 
 
 def test_report_is_a_value_with_the_policy() -> None:
