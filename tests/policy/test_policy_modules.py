@@ -492,3 +492,24 @@ def test_report_is_a_value_with_the_policy() -> None:
         "policy 'own':\n  self: auto; role self\n    3 of 6 attention layers (Model)\n"
         "  no rule: 3 attention layers (Model)"
     )
+
+
+def test_policies_on_a_whole_and_its_part_are_joined_step_by_step() -> None:
+    model = Model(1)
+    anyattn.set_attention_backend(
+        model, Policy([Rule("whole", "flex", role="self"), Rule("late", "native", steps="2:")])
+    )
+    anyattn.set_attention_backend(model.blocks, Policy([Rule("part", "native_math", steps="1")]))
+    found = []
+    for step in range(3):
+        with anyattn.denoising_step(step, 3):
+            found.append(tuple(decided(model).values()))
+    assert found == [("whole",), ("part", "part"), ("whole", "late")]
+    other = Model(1)
+    anyattn.set_attention_backend(other, Policy([Rule("other", "flex")]))
+    anyattn.reset_attention_backend(other)
+    anyattn.reset_attention_backend(model)
+    with anyattn.denoising_step(1, 3):
+        assert set(decided(model).values()) == {"part"}
+    anyattn.reset_attention_backend(model.blocks)
+    assert not [part for part in model.modules() if covering.is_covered(part)]

@@ -31,13 +31,15 @@ class Choice(Mark):
     Attributes:
         rules: The rules; empty after the policy was removed.
         lead: Whether to warn if the layers run outside of every run whose steps are counted.
+        parts: If several policies have rules for the layers, the choice of each, the most specific first.
         name: The attribute of `_in_force` that gives the number of the rule in force; empty without steps.
     """
 
-    __slots__ = ("_always", "_latest", "_spans", "lead", "name", "rules")
+    __slots__ = ("_always", "_latest", "_spans", "lead", "name", "parts", "rules")
 
     def __init__(self, rules: Rules, host: Host | None, lead: bool) -> None:
         self.lead = lead
+        self.parts: tuple[Choice, ...] = ()
         self._set(rules)
         super().__init__(None, False, host)
         self._set(rules)
@@ -82,6 +84,11 @@ class Choice(Mark):
             return self._always
         number = getattr(_in_force, self.name)
         return None if number < 0 else self.rules[number][1]
+
+    @property
+    def is_final(self) -> bool:
+        """Whether some rule is in force at every step."""
+        return bool(self.rules) and self.rules[-1][0] is None
 
     @property
     def active(self) -> bool:
@@ -169,12 +176,13 @@ def remove(target: Any, parts: Iterable[nn.Module] = ()) -> list[nn.Module]:
         old = [one for one in _applied if one.target() is target]
         parts = list(parts)
         old += [one for one in _applied if one.target() is None and any(one.root() is part for part in parts)]
-        _drop(old)
+        _take(old)
+        _release(old)
         found = [root for one in old if (root := one.root()) is not None]
         kept = {id(choice) for one in _applied for choice in list(one.layers.values())}
         for part in parts:
-            orphans = [layer for layer in part.modules() if id(layer.__dict__.get(CHOICE)) not in kept]
-            orphans = [layer for layer in orphans if CHOICE in layer.__dict__]
+            held = [(layer, layer.__dict__[CHOICE]) for layer in part.modules() if CHOICE in layer.__dict__]
+            orphans = [layer for layer, it in held if not any(id(one) in kept for one in (it, *it.parts))]
             if any(layer.__dict__[CHOICE].active for layer in orphans):
                 found.append(part)
             for layer in orphans:
@@ -184,9 +192,9 @@ def remove(target: Any, parts: Iterable[nn.Module] = ()) -> list[nn.Module]:
 
 
 def remove_all(host: Host) -> None:
-    """Remove every policy from the components of one integration."""
+    """Remove every policy from the components of one integration, which undoes by itself what they needed."""
     with _lock:
-        _drop([one for one in _applied if any(choice.host is host for choice in list(one.layers.values()))])
+        _take([one for one in _applied if any(choice.host is host for choice in list(one.layers.values()))])
 
 
 def rules_of(part: nn.Module) -> tuple[str, ...]:
@@ -195,13 +203,12 @@ def rules_of(part: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wish.source for mark in marks if mark is not None for wish in mark.wishes()))
 
 
-def _drop(old: list[Applied]) -> None:
+def _take(old: list[Applied]) -> None:
     _applied[:] = [one for one in _applied if one not in old and one.layers]
     _settle([layer for one in old for layer in list(one.layers)])
     for one in old:
         for choice in list(one.layers.values()):
             choice.clear()
-    _release(old)
 
 
 def _release(old: list[Applied]) -> None:
@@ -213,10 +220,27 @@ def _release(old: list[Applied]) -> None:
 def _settle(layers: list[nn.Module]) -> None:
     """Give layers the choice of the most specific policy: an inner module's, then an outer's, then a pipeline's."""
     ranked = sorted(enumerate(_applied), key=lambda item: (item[1].is_own, -item[1].size * item[1].is_own, item[0]))
+    joined: dict[tuple[int, ...], Choice] = {}
     for layer in layers:
-        choices = [one.layers[layer] for _, one in ranked if layer in one.layers]
+        choices: list[Choice] = []
+        for _, one in reversed(ranked):
+            if layer in one.layers and not (choices and choices[-1].is_final):
+                choices.append(one.layers[layer])
         if choices:
-            layer.__dict__[CHOICE] = choices[-1]
+            key = tuple(map(id, choices))
+            if key not in joined:
+                joined[key] = _joined(choices)
+            layer.__dict__[CHOICE] = joined[key]
             cover(layer)
         elif layer.__dict__.pop(CHOICE, None) is not None:
             uncover(layer)
+
+
+def _joined(choices: list[Choice]) -> Choice:
+    """Return one choice for layers that have several: at steps for which a policy has no rule the next one decides."""
+    if len(choices) == 1:
+        return choices[0]
+    first = choices[0]
+    made = Choice(tuple(rule for one in choices for rule in one.rules), first.host, any(one.lead for one in choices))
+    made.parts, made.owner, made.judged = tuple(choices), first.owner, first.judged
+    return made

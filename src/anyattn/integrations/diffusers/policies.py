@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from anyattn.integrations.diffusers import models, state
+from anyattn.integrations.diffusers import models, schedules, state
 from anyattn.integrations.diffusers.calls import signatures
 from anyattn.integrations.diffusers.install import coverage
 from anyattn.integrations.diffusers.install.watching import HOST, judged_in
@@ -51,6 +51,7 @@ def components(target: Any) -> list[tuple[str, nn.Module]]:
 def forget_all() -> None:
     """Take off every policy from models of Diffusers."""
     choices.remove_all(HOST)
+    schedules.leave_all()
 
 
 state.at_disable.append(forget_all)

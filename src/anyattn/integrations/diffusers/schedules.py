@@ -28,6 +28,8 @@ FOLLOWED: Final = "_anyattn_followed"
 _METHODS: Final = ("set_timesteps", "step")
 
 _lock = threading.RLock()
+_live: weakref.WeakSet[Followed] = weakref.WeakSet()
+_pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
 _wrapped: dict[tuple[type, str], tuple[int, Any, Any]] = {}
 
 
@@ -96,7 +98,9 @@ class Followed:
     def __init__(self, kind: type) -> None:
         self.kind = kind
         _wrap(kind, "__call__", _running)
-        weakref.finalize(self, _unwrap, kind, "__call__").atexit = False
+        self.end = weakref.finalize(self, _unwrap, kind, "__call__")
+        self.end.atexit = False
+        _live.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Followed:
         return Followed(self.kind)
@@ -114,11 +118,21 @@ def follow(pipeline: Any) -> None:
     """Count the steps of a pipeline's calls."""
     if FOLLOWED not in pipeline.__dict__:
         pipeline.__dict__[FOLLOWED] = Followed(type(pipeline))
+        _pipelines.add(pipeline)
 
 
 def leave(pipeline: Any) -> None:
     """Don't count them any more."""
     pipeline.__dict__.pop(FOLLOWED, None)
+    _pipelines.discard(pipeline)
+
+
+def leave_all() -> None:
+    """Don't count the steps of any pipeline any more, copies included."""
+    for pipeline in list(_pipelines):
+        leave(pipeline)
+    for followed in list(_live):
+        followed.end()
 
 
 def _wrap(kind: type, name: str, make: Callable[[Any], Any]) -> None:
