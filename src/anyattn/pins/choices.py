@@ -161,7 +161,7 @@ def apply(new: Sequence[Applied]) -> None:
         old = [one for one in _applied if one.target() is not None and id(one.target()) in targets]
         _applied[:] = [one for one in _applied if one not in old and one.layers] + list(new)
         _settle([layer for one in (*old, *new) for layer in list(one.layers)])
-        _release(old)
+    _release(old)
 
 
 def remove(target: Any, parts: Iterable[nn.Module] = ()) -> list[nn.Module]:
@@ -177,7 +177,6 @@ def remove(target: Any, parts: Iterable[nn.Module] = ()) -> list[nn.Module]:
         parts = list(parts)
         old += [one for one in _applied if one.target() is None and any(one.root() is part for part in parts)]
         _take(old)
-        _release(old)
         found = [root for one in old if (root := one.root()) is not None]
         kept = {id(choice) for one in _applied for choice in list(one.layers.values())}
         for part in parts:
@@ -188,7 +187,8 @@ def remove(target: Any, parts: Iterable[nn.Module] = ()) -> list[nn.Module]:
             for layer in orphans:
                 layer.__dict__.pop(CHOICE).clear()
                 uncover(layer)
-        return list(dict.fromkeys(found))
+    _release(old)
+    return list(dict.fromkeys(found))
 
 
 def remove_all(host: Host) -> None:
@@ -212,6 +212,7 @@ def _take(old: list[Applied]) -> None:
 
 
 def _release(old: list[Applied]) -> None:
+    """Undo what policies needed; not under the lock, since integrations have locks that are held while this one is."""
     for one in old:
         while one.undo:
             one.undo.pop()()

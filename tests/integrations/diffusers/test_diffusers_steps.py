@@ -95,6 +95,47 @@ def test_run_that_starts_in_the_middle_counts_the_steps_that_it_makes(name: str)
         assert found == [{"first"}, {"middle"}, {"middle"}, {"last"}]
 
 
+def test_flux_image_to_image_starts_in_the_middle_too() -> None:
+    built = demo("flux")
+    pipe = diffusers.FluxImg2ImgPipeline(
+        **{name: built.pipeline.components[name] for name in ("scheduler", "vae", "transformer")},
+        **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    anyattn.set_attention_backend(pipe, STEPS)
+    names = ("prompt_embeds", "pooled_prompt_embeds")
+    given = {"image": torch.rand(1, 3, 64, 64), "height": 64, "width": 64, "strength": 0.4, "num_inference_steps": 10}
+    given |= {name: built.arguments[name] for name in names}
+    found = by_forward(pipe.transformer, lambda: pipe(**given, output_type="latent"))
+    assert found == [{"first"}, {"middle"}, {"middle"}, {"last"}]
+
+
+@pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+def test_schedulers_with_other_arguments_and_no_count_of_their_own_are_followed(name: str) -> None:
+    class Video(diffusers.StableDiffusionXLPipeline):
+        def __call__(self, start: int) -> None:
+            self.scheduler.set_timesteps(6)
+            sample, old, back = torch.randn(1, 2, 4, 8, 8), None, None
+            for timestep in self.scheduler.timesteps[start:]:
+                seen.append(steps.current.get().now())
+                if name == "CogVideoXDDIMScheduler":
+                    sample = self.scheduler.step(sample, timestep, sample)[0]
+                else:
+                    out = self.scheduler.step(sample, old, timestep, back, sample, return_dict=False)
+                    (sample, old), back = out, timestep
+            seen.append(steps.current.get().now())
+
+    seen: list[Any] = []
+    parts = {**demo("sdxl").pipeline.components, "scheduler": getattr(diffusers, name)()}
+    pipe = Video(**parts, add_watermarker=False)
+    anyattn.set_attention_backend(pipe, STEPS)
+    pipe(0)
+    assert seen == [(step, 6) for step in range(6)] + [None]
+    seen.clear()
+    pipe(4)  # the first is known to be the first, and of how many only after it
+    assert seen == [(0, 6), (1, 2), None]
+
+
 def test_guidance_in_two_calls_of_the_model_is_one_step() -> None:
     built = demo("wan", 3)
     anyattn.set_attention_backend(built.pipeline, STEPS)

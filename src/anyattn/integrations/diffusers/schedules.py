@@ -8,6 +8,7 @@ In other threads and tasks the wrappers only pass calls on.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import threading
 import warnings
@@ -88,8 +89,12 @@ def _begin_after(scheduler: Any, timestep: Any) -> int:
     if index is not None:
         return int(index) - 1
     # DDIM, DDPM and others keep no count. This waits for the device, once a run.
-    found = (torch.as_tensor(scheduler.timesteps) == timestep).nonzero()
-    return int(found[0]) if len(found) else 0
+    if isinstance(timestep, torch.Tensor) and timestep.numel():
+        timestep = timestep.flatten()[0].item()
+    if not isinstance(timestep, int | float):
+        return 0
+    places = [place for place, one in enumerate(scheduler.timesteps.tolist()) if one == timestep]
+    return places[0] if places else 0
 
 
 class Followed:
@@ -208,11 +213,15 @@ def _beginning(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stepping(stock: Callable[..., Any]) -> Callable[..., Any]:
+    # CogVideoX's schedulers have other arguments before it.
+    names = list(inspect.signature(stock).parameters)
+    place = names.index("timestep") - 1 if "timestep" in names else -1
+
     @functools.wraps(stock)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         out, run = _passed_on(stock, self, args, kwargs)
         if run is not None:
-            run.stepped(self, kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None)
+            run.stepped(self, args[place] if 0 <= place < len(args) else kwargs.get("timestep"))
         return out
 
     return step
