@@ -380,6 +380,36 @@ def test_torchs_transformer_layers_are_selected_whole_and_their_fast_path_is_lef
     assert decided(decoder, X, X) == {"layers.0.self_attn": "rest", "layers.0.multihead_attn": "cross"}
 
 
+def test_torchs_encoder_makes_no_nested_tensors_under_a_policy_and_does_so_again_after_it() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, batch_first=True), 2).eval()
+    before = dict(vars(model))
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    x = torch.randn(2, 5, 32)
+    want = model(x, src_key_padding_mask=padding)
+    for target, name in ((model, "first"), (model.layers, "second")):
+        anyattn.set_attention_backend(target, Policy([Rule(name, "native_math", layers="0")]))
+        with torch.no_grad():
+            got = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(got[~padding], want[~padding])
+    anyattn.reset_attention_backend(model)
+    with torch.no_grad(), anyattn.record() as calls:
+        model(x, src_key_padding_mask=padding)
+    assert [call.preference.source for call in calls] == ["policy rule 'second'"]
+    anyattn.reset_attention_backend(model.layers)
+    anyattn.set_attention_backend(model, Policy([Rule("all", "native")]))
+    anyattn.reset_attention_backend(model)
+    assert dict(vars(model)) == before
+
+
+def test_module_without_attention_is_refused() -> None:
+    for model in (nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())):
+        before = state(model)
+        with pytest.raises(InvalidCallError, match=f"selects no attention layer of {type(model).__name__}"):
+            anyattn.set_attention_backend(model, Policy([Rule("all", "auto")]))
+        assert state(model) == before
+
+
 def test_parts_of_a_persons_own_model_have_the_roles_that_their_names_say() -> None:
     class Whole(nn.Module):
         def __init__(self) -> None:
