@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -261,6 +262,8 @@ def set_attention_backend(
         if precision != "exact":
             raise InvalidCallError("A policy's rules have precisions of their own; leave precision out.")
         return applying.apply(backend, model, _integration_of)
+    if isinstance(backend, Mapping):
+        raise InvalidCallError("A policy as plain data is made one first: anyattn.Policy.from_dict(data).")
     found = _set_pin(model, backend, precision)
     applying.replaced(model, _integration_of)
     return found

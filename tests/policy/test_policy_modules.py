@@ -245,6 +245,8 @@ def test_wrong_objects_and_arguments_are_refused() -> None:
         anyattn.set_attention_backend("model", policy)
     with pytest.raises(InvalidCallError, match="leave precision out"):
         anyattn.set_attention_backend(Model(), policy, precision="int8")
+    with pytest.raises(InvalidCallError, match=r"made one first: anyattn\.Policy\.from_dict\(data\)"):
+        anyattn.set_attention_backend(Model(), policy.to_dict())  # type: ignore[arg-type]
 
 
 def test_reset_takes_everything_away_exactly_and_once() -> None:

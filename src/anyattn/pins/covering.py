@@ -81,6 +81,9 @@ class Mark:
         """Return every preference that it may put in force."""
         return () if self.preference is None else (self.preference,)
 
+    def __str__(self) -> str:
+        return "; ".join(dict.fromkeys(map(str, self.wishes()))) or "its settings decide"
+
     def clear(self) -> None:
         """Remove the pin and route, in every copy that shares this object."""
         self.preference, self.routed = None, False

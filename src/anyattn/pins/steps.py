@@ -43,7 +43,8 @@ class denoising_step:
 
     A Diffusers pipeline that a policy was set on counts its steps itself. Use this block in a denoising loop of your
     own, around the model's call. It is in force in this thread or task, and is entered outside of code that
-    torch.compile compiles. A block inside another one replaces it until it is left.
+    torch.compile compiles. A block inside another one replaces it until it is left. Leave it before a generator yields:
+    while the generator waits, its consumer is inside the block too.
 
     Args:
         index: The step, counted from 0.

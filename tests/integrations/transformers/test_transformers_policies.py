@@ -124,3 +124,12 @@ def test_generated_tokens_are_the_same_and_every_call_follows_its_rule() -> None
     sources = [call.preference.source for call in calls]
     assert sources == ["policy rule 'first'", "policy rule 'rest'"] * 5
     anyattn.reset_attention_backend(model)
+
+
+def test_implementation_that_is_changed_afterwards_is_warned_of_with_the_rules_backends() -> None:
+    model = BY_NAME["llama"].make("sdpa")
+    policy = Policy([Rule("middle", "flex", steps="1:"), Rule("rest", "native_math")])
+    anyattn.set_attention_backend(model, policy)
+    model.set_attn_implementation("eager")
+    with anyattn.denoising_step(0, 2), pytest.warns(anyattn.AnyattnWarning, match=r"A backend \(flex; native_math\)"):
+        assert decided(model) == []

@@ -28,7 +28,7 @@ class _Family:
         except (UnsupportedVersionError, InvalidCallError) as error:
             why = str(error)
         found = [(root.get_submodule(layer.path), why or layer.reason) for layer in layers.attention_layers(root)]
-        return found, frozenset((type(None),)), undo
+        return found, frozenset(), undo
 
 
 def _nothing(unused: bool) -> None:

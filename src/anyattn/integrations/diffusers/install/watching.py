@@ -31,8 +31,7 @@ class _Host:
                 enable()
         except UnsupportedVersionError as error:
             warnings.warn(
-                f"This model ran through anyattn ({mark.preference or 'its settings decide'}) when it was saved, and "
-                f"doesn't here: {error}",
+                f"This model ran through anyattn ({mark}) when it was saved, and doesn't here: {error}",
                 AnyattnWarning,
                 stacklevel=2,
             )
