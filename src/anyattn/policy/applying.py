@@ -14,7 +14,7 @@ from torch import nn
 from anyattn.errors import AnyattnWarning, InvalidCallError
 from anyattn.pins import choices
 from anyattn.pins.choices import Applied, Choice
-from anyattn.policy.layers import Component, Family, collect
+from anyattn.policy.layers import Component, Family, collect, whole_role
 from anyattn.policy.matching import Matched, match, select
 from anyattn.policy.policy import Policy
 from anyattn.policy.report import PolicyReport, report
@@ -93,6 +93,8 @@ def _put(
     with ExitStack() as failed:
         components = []
         for root, names in _distinct(parts):
+            if names != ("",) and not _concerns(policy, whole_role(root, names)):
+                continue
             integration = integration_of(root)
             family: Family = reaching.FAMILY if integration is None else integration.policies.FAMILY
             components.append(collect(root, names, family))
@@ -119,6 +121,13 @@ def _put(
         texts = "; ".join(f"{name}: {reason}" for name, reason in found.unreached)
         warnings.warn(f"A policy selects layers that anyattn doesn't reach: {texts}", AnyattnWarning, stacklevel=4)
     return found
+
+
+def _concerns(policy: Policy, role: str) -> bool:
+    """Whether a rule may select layers of a component; an encoder that none does isn't even looked into."""
+    if role not in ("text_encoder", "image_encoder"):
+        return True
+    return any(not rule.roles or role in rule.roles for rule in policy.rules)
 
 
 def _distinct(parts: Sequence[tuple[str, nn.Module]]) -> list[tuple[nn.Module, tuple[str, ...]]]:

@@ -100,7 +100,7 @@ def collect(root: nn.Module, names: tuple[str, ...], family: Family) -> Componen
         known: dict[int, list[str]] = {}
         for name, module in root.named_modules(remove_duplicate=False):
             known.setdefault(id(module), []).append(name)
-        whole = _whole_role(root, names)
+        whole = whole_role(root, names)
         found = []
         for module, reason in reached:
             own = tuple(known[id(module)])
@@ -111,7 +111,7 @@ def collect(root: nn.Module, names: tuple[str, ...], family: Family) -> Componen
         raise
 
 
-def _whole_role(root: nn.Module, names: tuple[str, ...]) -> str:
+def whole_role(root: nn.Module, names: tuple[str, ...]) -> str:
     """Return the role of all layers of a component, by its name or class; empty if it has none."""
     role = next((role for role in map(role_of_name, names) if role), "")
     if role or not _is_from(root, "transformers"):

@@ -135,8 +135,9 @@ def test_rule_without_selectors_selects_every_component_text_encoders_too() -> N
     assert pipe.text_encoder_2.config._attn_implementation == "sdpa"
 
 
-def test_component_that_no_rule_selects_is_not_changed() -> None:
+def test_component_that_no_rule_selects_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = sdxl()
+    monkeypatch.setattr(transformers.state, "enable", lambda: pytest.fail("the text encoder was looked into"))
     before = [(type(one), sorted(vars(one))) for part in (pipe.vae, pipe.text_encoder_2) for one in part.modules()]
     anyattn.set_attention_backend(pipe, Policy([Rule("self", "native", role="self")]))
     assert before == [
