@@ -515,6 +515,21 @@ def test_compiled_model_follows_the_steps_and_is_compiled_once_for_each_rule() -
     anyattn.reset_attention_backend(model)
 
 
+def test_compiled_model_outside_of_counted_steps_is_warned_of() -> None:
+    model = Model(1)
+    anyattn.set_attention_backend(model, Policy([Rule("middle", "flex", steps="1:-1"), Rule("rest", "native_math")]))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        with pytest.warns(AnyattnWarning, match=r"policy rule 'middle' can't apply\."):
+            compiled(X)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compiled(X)
+            with anyattn.denoising_step(1, 3):
+                compiled(X)
+    anyattn.reset_attention_backend(model)
+
+
 def test_report_is_a_value_with_the_policy() -> None:
     model, policy = Model(), Policy([Rule("self", "auto", role="self")], "own")
     report = anyattn.set_attention_backend(model, policy)

@@ -30,11 +30,12 @@ def _spans(name: str) -> tuple[Span | None, ...]:
 
 
 def __getattr__(name: str) -> int:
+    """Return the number of the rule in force, or how many there are if none is; -1 minus that outside of every run."""
     if not name.startswith(_PREFIX):
         raise AttributeError(name)
     clock = steps.current.get()
     now = None if clock is None else clock.now()
-    for number, span in enumerate(_spans(name)):
-        if span is None or (now is not None and span.holds(*now)):
-            return number
-    return -1
+    spans = _spans(name)
+    fits = (number for number, span in enumerate(spans) if span is None or (now is not None and span.holds(*now)))
+    number = next(fits, len(spans))
+    return number if clock is not None else -1 - number

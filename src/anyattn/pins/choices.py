@@ -32,10 +32,11 @@ class Choice(Mark):
         rules: The rules; empty after the policy was removed.
         lead: Whether to warn if the layers run outside of every run whose steps are counted.
         parts: If several policies have rules for the layers, the choice of each, the most specific first.
+        sources: The rules that name steps, in words.
         name: The attribute of `_in_force` that gives the number of the rule in force; empty without steps.
     """
 
-    __slots__ = ("_always", "_latest", "_spans", "lead", "name", "parts", "rules")
+    __slots__ = ("_always", "_latest", "_spans", "lead", "name", "parts", "rules", "sources")
 
     def __init__(self, rules: Rules, host: Host | None, lead: bool) -> None:
         self.lead = lead
@@ -51,6 +52,7 @@ class Choice(Mark):
         self._always: Preference | None = None if timed or not rules else rules[0][1]
         spans: list[Span | None] = [None if span is None else parse(span) for span, _ in rules]
         self._spans = tuple(zip(spans, (wish for _, wish in rules), strict=True)) if timed else ()
+        self.sources = ", ".join(wish.source for span, wish in rules if span is not None)
         self.name = _in_force.name_of([span for span, _ in rules]) if timed else ""
 
     @property
@@ -60,7 +62,8 @@ class Choice(Mark):
             return self._always
         clock = steps.current.get()
         if clock is None and self.lead:
-            self._say_no_steps()
+            self.lead = False
+            _say_no_steps(self.sources)
         now = None if clock is None else clock.now()
         known, wish = self._latest
         if known != now:
@@ -83,7 +86,11 @@ class Choice(Mark):
         if not self.name:
             return self._always
         number = getattr(_in_force, self.name)
-        return None if number < 0 else self.rules[number][1]
+        if number < 0:
+            number = -1 - number
+            if self.lead:
+                _say_no_steps(self.sources)
+        return None if number == len(self.rules) else self.rules[number][1]
 
     @property
     def is_final(self) -> bool:
@@ -99,17 +106,6 @@ class Choice(Mark):
         """Return the preferences of all its rules."""
         return tuple(wish for _, wish in self.rules)
 
-    def _say_no_steps(self) -> None:
-        self.lead = False
-        sources = ", ".join(wish.source for span, wish in self.rules if span is not None)
-        warnings.warn(
-            f"A layer runs outside of every denoising step that is counted, so {sources} can't apply. Steps are "
-            "counted in calls of the Diffusers pipeline that the policy was set on; in a loop of your own, call the "
-            "model inside `with anyattn.denoising_step(index, total):`.",
-            AnyattnWarning,
-            stacklevel=4,
-        )
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Choice:
         made = _restored(self.rules, self.host, self.lead)
         made.judged = self.judged
@@ -117,6 +113,21 @@ class Choice(Mark):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self.rules, self.host, self.lead)
+
+
+def _say_no_steps(sources: str) -> bool:
+    warnings.warn(
+        f"A layer runs outside of every denoising step that is counted, so {sources} can't apply. Steps are counted in "
+        "calls of the Diffusers pipeline that the policy was set on; in a loop of your own, call the model inside "
+        "`with anyattn.denoising_step(index, total):`.",
+        AnyattnWarning,
+        stacklevel=4,
+    )
+    return True
+
+
+# See `anyattn.run.traced`: for compiled code the function runs while tracing.
+_say_no_steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _restored(rules: Rules, host: Host | None, lead: bool) -> Choice:
