@@ -202,7 +202,7 @@ def test_required_backend_that_refuses_names_rule_and_layer() -> None:
     [
         (
             [Rule("vae", "auto", role="vae")],
-            r"Policy rule vae: auto; role vae selects no attention layer of Model\. It has: Model: 6 layers "
+            r"Policy rule 'vae' \(auto; role vae\) selects no attention layer of Model\. It has: Model: 6 layers "
             r"\(3 self, 3 cross\), named blocks\.0\.attn1, blocks\.0\.attn2, \.\.\. blocks\.2\.attn2\. "
             r"Nothing was changed\. Correct the rule, or set optional=True",
         ),

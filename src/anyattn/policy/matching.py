@@ -79,7 +79,8 @@ def _nothing(
             f"of them: {reasons}. {after}"
         )
     has = "; ".join(map(_described, components)) or "no component with attention"
-    return f"Policy rule {rule} selects no attention layer of {target}. It has: {has}. {after}"
+    what = str(rule)[len(rule.name) + 2 :]
+    return f"Policy rule {rule.name!r} ({what}) selects no attention layer of {target}. It has: {has}. {after}"
 
 
 def _described(component: Component) -> str:
