@@ -14,7 +14,7 @@ import anyattn
 from anyattn import masks, reference
 from anyattn.adapters.native import kernels
 from anyattn.environment import preset
-from anyattn.masks.values import _not_all_true, _seen
+from anyattn.masks.values import _not_all_true, _prepared_values
 
 
 def tensors(seqlen_q: int = 6, seqlen_kv: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,7 +114,7 @@ def test_mask_written_to_after_it_was_seen_is_never_stale(write: str) -> None:
 def test_what_is_known_of_masks_goes_with_them() -> None:
     q, k, v = tensors()
     gc.collect()
-    before = len(_not_all_true), len(_seen)
+    before = len(_not_all_true), len(_prepared_values)
     for _ in range(20):
         padding = torch.rand(2, 8) > 0.5
         padding[:, 0] = False
@@ -122,7 +122,7 @@ def test_what_is_known_of_masks_goes_with_them() -> None:
         anyattn.attention(q, k, v, masks.KeyPadding(padding))
     del padding
     gc.collect()
-    assert (len(_not_all_true), len(_seen)) == before
+    assert (len(_not_all_true), len(_prepared_values)) == before
 
 
 def test_freed_masks_storage_used_again_is_not_taken_for_it() -> None:

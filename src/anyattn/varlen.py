@@ -31,7 +31,7 @@ from anyattn.run.checks import can_check, check_magnitude, check_output, check_p
 from anyattn.run.packed import run_packed
 from anyattn.run.plan import make_plan
 from anyattn.run.table import make_first
-from anyattn.run.traced_varlen import traced_varlen_call
+from anyattn.run.traced.varlen import traced_varlen_call
 from anyattn.scopes import defaults
 from anyattn.selection.choice import choice_of
 from anyattn.selection.preferences import Backends, scope_of_call

@@ -264,6 +264,7 @@ def test_tensor_in_place_of_a_tuple_is_not_unpacked(backend: str, asked: bool, m
     monkeypatch.setattr(
         FUNCTIONS[backend], "attend", lambda *t, return_lse, **options: right(*t, return_lse=not return_lse, **options)
     )
+    anyattn.reset()  # a decided call holds the function
     with pytest.raises(anyattn.KernelError, match="returned a"):
         anyattn.attention(*_tensors(), return_lse=asked, backend=backend)
 
@@ -345,6 +346,7 @@ def test_device_that_the_kernel_sets_is_put_back(monkeypatch: pytest.MonkeyPatch
         before, current[0] = current[0], index
         return before
 
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     seen: list[int] = []
@@ -356,13 +358,16 @@ def test_device_that_the_kernel_sets_is_put_back(monkeypatch: pytest.MonkeyPatch
             raise RuntimeError("a kernel's own")
         return query
 
-    query = types.SimpleNamespace(device=torch.device("cuda", 1))
+    query = types.SimpleNamespace(get_device=lambda: 1)
     guarded = plans._on_its_device(kernel)
     assert guarded("returns", query, None, None, None) is query  # type: ignore[arg-type]
     assert (seen, current) == ([1], [3])
     with pytest.raises(RuntimeError, match="own"):
         guarded("raises", query, None, None, None)  # type: ignore[arg-type]
     assert current == [3]
+    current[0] = 1  # the tensors' own device: nothing to put back
+    assert guarded("returns", query, None, None, None) is query  # type: ignore[arg-type]
+    assert seen == [1, 1, 1]
     assert all(get(name).declarations["cuda"].device_guard for name in ALL)  # type: ignore[union-attr]
 
 
@@ -390,6 +395,7 @@ def test_kernel_on_the_default_stream_is_ordered_with_the_current_one(
         yield
         current[0] = before
 
+    monkeypatch.setattr(plans, "raw_stream", lambda index: 0 if current[0] is default else 7)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
     monkeypatch.setattr(torch.cuda, "stream", use)
@@ -402,7 +408,7 @@ def test_kernel_on_the_default_stream_is_ordered_with_the_current_one(
         seen.append(f"launched on {current[0].name}")
         return (out, more) if lse else out
 
-    query: Any = types.SimpleNamespace(device=torch.device("cuda", 0))
+    query: Any = types.SimpleNamespace(get_device=lambda: 0)
     nothing: Any = None
     run: Any = plans._on_default_stream(kernel)
     assert run(nothing, query, None, None, None) == ((out, more) if lse else out)

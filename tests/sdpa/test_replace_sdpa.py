@@ -416,3 +416,40 @@ def test_modules_are_searched_once() -> None:
     with anyattn.replace_sdpa():
         pass
     assert len(replacing._holding) == before
+
+
+class Causal(nn.Module):
+    """One causal call of torch's function."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["in force", "replaced alone"])
+@pytest.mark.parametrize("record", [torch.jit.script, torch.fx.symbolic_trace], ids=["script", "fx"])
+def test_scripts_and_fx_graphs_that_are_made_inside_hold_torchs_function(
+    record: Any, asked: bool, tmp_path: Any
+) -> None:
+    given = _qkv()
+    elsewhere = nn.Linear(2, 2)
+    anyattn.set_attention_backend(elsewhere, "native_math")
+    if asked:
+        with anyattn.replace_sdpa("native_math"):
+            made = record(Causal())
+    else:
+        made = record(Causal())
+    anyattn.reset_attention_backend(elsewhere)
+    expected = Causal()(*given)
+    assert torch.equal(made(*given), expected)
+    if record is torch.jit.script:
+        torch.jit.save(made, tmp_path / "scripted.pt")
+        assert torch.equal(torch.jit.load(tmp_path / "scripted.pt")(*given), expected)
+    else:
+        assert replacing.TORCHS in {node.target for node in made.graph.nodes}
+
+
+def test_torchs_own_layers_are_scripted_inside() -> None:
+    layer, x = nn.TransformerEncoderLayer(16, 2, batch_first=True).eval(), torch.randn(2, 5, 16)
+    with anyattn.replace_sdpa("native_math"):
+        scripted = torch.jit.script(layer)
+    torch.testing.assert_close(scripted(x), layer(x))

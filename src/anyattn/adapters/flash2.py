@@ -6,17 +6,18 @@ build of 2.8.3.post2 on an H100. Causal and windows are aligned to the lower rig
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from packaging.version import Version
 from torch import Tensor
 
 from anyattn.adapters import _flash
-from anyattn.adapters._flash import KernelCall
+from anyattn.adapters._flash import KernelCall, bound
 from anyattn.backend.capabilities import Capabilities
 from anyattn.backend.from_hub import FromHub
-from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
+from anyattn.backend.protocol import Backend, Lowering, MaskedRunner, Output, Parts, Plan, Runner
 from anyattn.environment import Environment
 from anyattn.sources.hub import HubKernel
 from anyattn.sources.packages import FUNCTIONS, Package
@@ -70,6 +71,17 @@ class Flash2(Backend):
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         return _flash.attend(plan, query, key, value, parts, _call)
 
+    def length_period(self, spec: AttentionSpec) -> int:
+        return 1
+
+    def bind(self, plan: Plan) -> Runner | None:
+        pattern = plan.lowering.pattern
+        sides = (-1, -1) if pattern is None else (pattern.left, pattern.right)
+        return bound.bind(plan, functools.partial(FUNCTIONS[plan.backend].flash_attn_func, **_options(plan, *sides)))
+
+    def bind_masked(self, plan: Plan) -> MaskedRunner | None:
+        return bound.without_mask(self.bind(plan))
+
 
 class Flash2Hub(FromHub, Flash2):
     """The same from the Hub, whose builds follow flash-attn 2.8; those for CPUs ignore arguments and aren't used."""
@@ -100,19 +112,24 @@ class Flash2Hub(FromHub, Flash2):
             yield Reason("backward", "a CUDA other than 12.8 for gradients with GQA", f"torch {env.torch}", hint, link)
 
 
-def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
+def _options(plan: Plan, left: int, right: int) -> dict[str, Any]:
+    """Return the arguments of a dense or packed call besides tensors and lengths."""
     spec = plan.spec
-    functions = FUNCTIONS[plan.backend]
-    with_lse = spec.return_lse or plan.rescale
-    options = {
+    return {
         "dropout_p": spec.dropout_p,
         "softmax_scale": spec.scale,
-        "causal": call.left == -1 and call.right == 0,
-        "window_size": (call.left, call.right),
+        "causal": left == -1 and right == 0,
+        "window_size": (left, right),
         "softcap": 0.0 if spec.softcap is None else spec.softcap,
         "deterministic": spec.deterministic,
-        "return_attn_probs": with_lse,
+        "return_attn_probs": spec.return_lse or plan.rescale,
     }
+
+
+def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
+    functions = FUNCTIONS[plan.backend]
+    options = _options(plan, call.left, call.right)
+    with_lse = options["return_attn_probs"]
     if call.cu_seqlens_kv is None:
         result = functions.flash_attn_func(call.query, call.key, call.value, **options)
     else:

@@ -128,6 +128,8 @@ class Backend:
             `auto` or by listings.
         is_double: Whether it is a contract double of the tests, in place of the real kernel.
         quantises: Whether the adapter itself quantises; then results are coarse whatever kernel runs.
+        bound_traces: Whether what `bind` returns also works inside every tracer and transform, refuses mismatched
+            dtypes and devices, follows autocast as SDPA does, and computes the gradients that are needed.
     """
 
     name: ClassVar[str] = ""
@@ -139,6 +141,7 @@ class Backend:
     downloads: ClassVar[bool] = False
     is_double: ClassVar[bool] = False
     quantises: ClassVar[bool] = False
+    bound_traces: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -209,6 +212,15 @@ class Backend:
         """Return how an admitted call reaches the kernel. Law: pure, and exact."""
         raise NotImplementedError(f"the backend {self.name} has no lower(); see anyattn.backend.Backend")
 
+    def length_period(self, spec: AttentionSpec) -> int:
+        """Return by which number lengths of calls without a mask have to be alike to be decided alike. Law: pure.
+
+        With 1, reasons and lowerings are thresholds in S_q, S_kv and products of them, and what `bind` returns runs
+        other lengths too. With more, they also go by the residues of both lengths by this number. With 0, the default,
+        every pair of lengths is decided.
+        """
+        return 0
+
     def load(self) -> None:
         """Import the kernel; called once, before the first `run`. Law: nothing else imports it.
 
@@ -243,11 +255,14 @@ class Backend:
     def bind(self, plan: Plan) -> Runner | None:
         """Return a shorter way to run a plan without tensors besides query, key and value, or None.
 
-        Law: the callable itself refuses mismatched dtypes and devices, follows autocast as SDPA does and computes the
-        gradients that are needed, so it can be used for every call of the same shapes.
+        `run(query, key, value)` gets plain tensors of the plan's shapes and dtype, on one device, and isn't traced or
+        transformed, unless `bound_traces` is set.
         """
         return None
 
     def bind_masked(self, plan: Plan) -> MaskedRunner | None:
-        """Return a shorter way to run a plan with a mask and without sinks, `run(query, key, value, attn_mask)`."""
+        """Return a shorter way to run a plan with a mask and without sinks, `run(query, key, value, attn_mask)`.
+
+        `attn_mask` is a mask's tensor or object, as the user passed it; for all else see `bind`.
+        """
         return None

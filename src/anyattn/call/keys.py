@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from anyattn.call.arguments import _autocast_on, _deterministic, _grad_enabled, autocast_dtype, bias_is_aligned
 from anyattn.masks.objects import Mask
-from anyattn.masks.values import _not_all_true, known_of, known_of_tensor
+from anyattn.masks.values import _not_all_true, _prepared_values, known_of, known_of_tensor
 from anyattn.process.bounded import Bounded
 from anyattn.types.spec import MaskSpec
 
@@ -20,24 +20,33 @@ _numbers = itertools.count()
 
 
 def tensor_name(tensor: Tensor) -> Any:
-    """Return a mask tensor's key in the short table: the shape of a boolean CPU mask known to forbid something.
+    """Return a mask tensor's key in the short table.
+
+    On a CPU it is the shape of a boolean mask known to forbid something. Elsewhere it is all that a decision depends
+    on, for a tensor whose values aren't known by `prepare_mask`.
 
     Raises:
         KeyError: If it has none. An exception is the fastest way out of the look-up.
+        RuntimeError: If the tensor has no memory of its own.
     """
-    if tensor.dtype is not torch.bool or not tensor.is_cpu:
+    if tensor.is_cpu:
+        if tensor.dtype is not torch.bool:
+            raise KeyError
+        seen = _not_all_true[id(tensor)]
+        if seen() is not tensor:
+            raise KeyError
+        return tensor.shape
+    if id(tensor) in _prepared_values:
         raise KeyError
-    seen = _not_all_true[id(tensor)]
-    if seen() is not tensor:
-        raise KeyError
-    return tensor.shape
+    strides = tensor.is_contiguous() or tensor.stride()
+    return (tensor.shape, tensor.dtype, tensor.device, strides, tensor.data_ptr() & 15, tensor.requires_grad)
 
 
 def short_name(attn_mask: Any, spec: MaskSpec) -> Any:
     """Return a mask's key in the short table, or None; a mask object's key is a number that it remembers.
 
-    Masks without tensors have one, and boolean CPU masks known to forbid something: the decision stays right if their
-    values change. Every other mask is described at each call.
+    Masks without tensors have one, boolean CPU masks known to forbid something, and masks on other devices whose values
+    aren't known: the decision stays right if their values change. Every other mask is looked up in full at each call.
     """
     if type(attn_mask) is Tensor:
         try:
@@ -48,7 +57,7 @@ def short_name(attn_mask: Any, spec: MaskSpec) -> Any:
     if not isinstance(attn_mask, Mask) or attn_mask.block is not None:
         return None
     tensors = [tensor for tensor in (attn_mask.key, attn_mask.dense) if tensor is not None]
-    if any(not tensor.is_cpu or tensor.dtype != torch.bool or id(tensor) not in _not_all_true for tensor in tensors):
+    if not all(_stays_decided(tensor, dense=tensor is attn_mask.dense) for tensor in tensors):
         return None
     if len(tensors) != (spec.key is not None) + (spec.dense is not None):
         return None
@@ -57,6 +66,14 @@ def short_name(attn_mask: Any, spec: MaskSpec) -> Any:
         number = _names[attn_mask.signature] = next(_numbers)
     attn_mask.short = number
     return number
+
+
+def _stays_decided(tensor: Tensor, *, dense: bool) -> bool:
+    """Whether a call with this part of a mask object stays decided as it is, until the object is another one."""
+    if tensor.is_cpu:
+        return tensor.dtype == torch.bool and id(tensor) in _not_all_true
+    # A dense mask may come to need a gradient; a key mask can't.
+    return not dense and type(tensor) is Tensor and id(tensor) not in _prepared_values
 
 
 def place_key(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
@@ -69,10 +86,10 @@ def place_key(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
     except RuntimeError:  # traced or transformed tensors have no storage of their own
         start = -1
     return (
-        query.device,
-        query.stride(),
-        key.stride(),
-        value.stride(),
+        query.get_device() if query.is_cuda else query.device,
+        query.is_contiguous() or query.stride(),
+        key.is_contiguous() or key.stride(),
+        value.is_contiguous() or value.stride(),
         start,
         _grad_enabled() and (query.requires_grad, key.requires_grad, value.requires_grad),
         _autocast_on() and autocast_dtype(query.device.type),

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from anyattn.process.streams import raw_stream
 from anyattn.process.tracing import is_captured, is_plain
 
 _T = TypeVar("_T")
@@ -51,7 +52,7 @@ def cached(key: Tensor, what: tuple[Any, ...], make: Callable[[], _T]) -> _T:
     if torch.compiler.is_dynamo_compiling() or not _may_be_cached(key):
         return make()
     # Work queued on one stream may not be finished when another uses it: each stream has its own.
-    stream = _stream_of(key.get_device()) if key.is_cuda else 0
+    stream = raw_stream(key.get_device()) if key.is_cuda else 0
     name, version, place = id(key), key._version, key.data_ptr()
     slot = _slots.get(name)
     if slot is None or slot.reference() is not key or slot.version != version or slot.place != place:
@@ -71,12 +72,6 @@ def _may_be_cached(key: Tensor) -> bool:
         return False
     # A CUDA graph must replay the work: the mask may hold other values then.
     return not is_captured(key)
-
-
-# torch.cuda.current_stream makes an object, which would take most of the time of a look-up.
-_stream_of: Callable[[int], int] = getattr(
-    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
-)
 
 
 def _new_slot(name: int, key: Tensor, version: int, place: int) -> _Slot:

@@ -13,7 +13,7 @@ from anyattn.backend.protocol import Parts
 from anyattn.errors import InvalidCallError
 from anyattn.masks.base import is_key_mask
 from anyattn.masks.objects import Block, Causal, Mask
-from anyattn.process.tracing import has_values, is_plain
+from anyattn.process.tracing import has_values, is_captured, is_plain
 
 
 class Known(NamedTuple):
@@ -35,7 +35,7 @@ class Known(NamedTuple):
 NOTHING = Known()
 _ALL_TRUE = Known(all_true=True)
 
-_seen: dict[int, tuple[weakref.ref[Tensor], int, Known]] = {}
+_prepared_values: dict[int, tuple[weakref.ref[Tensor], int, Known]] = {}
 
 
 def as_mask(attn_mask: Any) -> Mask | None:
@@ -141,11 +141,11 @@ def _look(tensor: Tensor, seqlen_kv: int) -> Known:
 
 
 def _prepared(tensor: Tensor, seqlen_kv: int) -> Known:
-    entry = _seen.get(id(tensor))
+    entry = _prepared_values.get(id(tensor))
     if entry is None or entry[0]() is not tensor or tensor.is_inference() or entry[1] != tensor._version:
         return NOTHING
-    if not is_plain():
-        return NOTHING  # a recorded graph may run with another mask in place of this one
+    if not is_plain() or is_captured(tensor):
+        return NOTHING  # a recorded graph may run with another mask in place of this one, or with other values in it
     known = entry[2]
     if tensor.requires_grad:
         known = known._replace(all_true=False)  # it requires a gradient since then, and must not be dropped
@@ -159,6 +159,8 @@ def prepare_mask(attn_mask: Any, *, seqlen_kv: int | None = None) -> Mask | None
     key, and whether the allowed keys are the first of each batch entry (then no key has to be moved). The result
     belongs to the tensor until it is written to in place. Don't write to a prepared mask through `.data` or NumPy:
     torch doesn't count such writes.
+
+    Calls that are captured in a CUDA graph don't rely on it, since the graph may be replayed with other values.
 
     If there are no values to read (while something traces or transforms, on fake and meta tensors), it finds nothing.
 
@@ -214,8 +216,8 @@ def _learn(tensor: Tensor, seqlen_kv: int) -> Known:
         known = Known(shortest >= seqlen_kv, shortest > 0, shortest, prefix=True)
     if not tensor.is_inference():
         name = id(tensor)
-        reference = weakref.ref(tensor, lambda _: _seen.pop(name, None))
-        _seen[name] = (reference, tensor._version, known)
+        reference = weakref.ref(tensor, lambda _: _prepared_values.pop(name, None))
+        _prepared_values[name] = (reference, tensor._version, known)
     return known
 
 

@@ -17,6 +17,8 @@ from anyattn.errors import AnyattnWarning, UnsupportedCallError
 from anyattn.process import tracing
 from anyattn.process.bounded import Bounded
 from anyattn.process.tracing import is_plain, is_usual
+from anyattn.run import lengths
+from anyattn.run.bound import NotForThisCall
 from anyattn.run.plan import raise_kernel_error
 from anyattn.run.table import Entry, entry_for, entry_under
 from anyattn.scopes import defaults
@@ -221,7 +223,7 @@ def run_after(
 ) -> Output:
     """Continue after a call from the short table failed: the call was wrong, or its kernel raised."""
     try:
-        if not is_usual(query, key, value, attn_mask):
+        if isinstance(error, NotForThisCall) or not is_usual(query, key, value, attn_mask):
             return run_any(scope, query, key, value, attn_mask, None, plain)
         return call_on(error, None, scope, None, query, key, value, attn_mask, None, Options(*plain))
     finally:
@@ -254,13 +256,22 @@ def run_any(
         # Not tensors, symbolic sizes, or an unhashable option: the call is described, and refused if it is wrong.
         table_key = entry = None
     # SDPA without a mask works under every tracer and transform; all else is decided again there.
-    if (entry is None or not entry.short or attn_mask is not None) and not is_plain():
+    if (entry is None or not entry.traces or attn_mask is not None) and not is_plain():
         return call_under(scope, query, key, value, attn_mask, sinks, plain)
+    decision: Decision | None = None
     if entry is None:
         options = plain_options(Options(*plain))
         if list(map(type, plain)) != list(map(type, options)):
             return run_any(scope, query, key, value, attn_mask, sinks, tuple(options))
-        entry = entry_for(scope, table_key, query, key, value, attn_mask, sinks, options)
+        by_range = table_key is not None and attn_mask is None and sinks is None and scope.recorder is None
+        range_key = lengths.range_key(query, key, value, options) if by_range else None
+        entry = lengths.find(scope, range_key, query, key, value, options)
+        if entry is None:
+            entry = entry_for(scope, table_key, query, key, value, attn_mask, sinks, options)
+            decision = entry.decision
+            lengths.learn(scope, range_key, entry)
+    else:
+        decision = entry.decision
     start = None if scope.recorder is None else scope.recorder.start(query)
     try:
         if attn_mask is None and sinks is None:
@@ -268,7 +279,7 @@ def run_any(
         else:
             result = entry.call_masked(query, key, value, attn_mask, sinks)
     except Exception as error:  # noqa: BLE001 - call_on raises it again, unless the next backend runs the call
-        decided = (entry.decision, scope, table_key)
+        decided = (decision, scope, table_key)
         return call_on(error, *decided, query, key, value, attn_mask, sinks, Options(*plain))
     if scope.recorder is not None:
         scope.recorder(entry.decision, start)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
+from anyattn.backend.capabilities import Capabilities
 from anyattn.backend.protocol import Backend, Output, Parts, Plan, Run
 from anyattn.environment import detect
 from anyattn.errors import AnyattnError, BackendUnavailableError, KernelError
 from anyattn.lowering.dense import is_copied_for
 from anyattn.lowering.lse import apply_sinks, empty_attention
 from anyattn.lowering.storage import realigned
+from anyattn.process.streams import raw_stream
 from anyattn.process.tracing import is_plain
 from anyattn.scopes import defaults
 from anyattn.selection import faults
@@ -62,13 +65,9 @@ def make_plan(decision: Decision) -> tuple[Plan, Run]:
     if decision.spec.is_empty:
         return plan, run_empty
     load(choice.backend)
-    run: Run = choice.backend.run
+    run: Run = where_it_belongs(choice.backend.run, caps, plan.spec.device_type, at=1)
     if caps is None:
         return plan, run
-    if caps.device_guard and plan.spec.device_type == "cuda":
-        run = _on_its_device(run)
-    if caps.default_stream and plan.spec.device_type == "cuda":
-        run = _on_default_stream(run)
     if is_copied_for(caps, plan.spec, plan.lowering):
         run = _with_aligned(run)
     if caps.unit_stride and plan.spec.device_type == "cpu":
@@ -77,36 +76,61 @@ def make_plan(decision: Decision) -> tuple[Plan, Run]:
     return plan, run
 
 
-def _on_its_device(run: Run) -> Run:
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-    def guarded(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+
+def where_it_belongs(run: _Function, caps: Capabilities | None, device_type: str, *, at: int) -> _Function:
+    """Make a function run on its tensors' device and on the stream that its kernel uses, if the kernel needs that.
+
+    Args:
+        run: The function.
+        caps: The declaration of its backend.
+        device_type: The type of device of the call.
+        at: Which of its arguments is query.
+    """
+    if caps is None or device_type != "cuda":
+        return run
+    if caps.device_guard:
+        run = _on_its_device(run, at)
+    if caps.default_stream:
+        run = _on_default_stream(run, at)
+    return run
+
+
+def _on_its_device(run: _Function, at: int = 1) -> _Function:
+
+    def guarded(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
-            return run(plan, query, key, value, parts)  # compiled code sets the device itself
-        with torch.cuda.device(query.device):
-            return run(plan, query, key, value, parts)
+            return run(*arguments)  # compiled code sets the device itself
+        index = arguments[at].get_device()
+        if index == torch.cuda.current_device():
+            return run(*arguments)
+        with torch.cuda.device(index):
+            return run(*arguments)
 
-    return guarded
+    return guarded  # type: ignore[return-value]
 
 
-def _on_default_stream(run: Run) -> Run:
+def _on_default_stream(run: _Function, at: int = 1) -> _Function:
     """Run the call on the default stream; it and the current stream wait for each other."""
 
-    def ordered(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
+    def ordered(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
-            return run(plan, query, key, value, parts)
-        current, default = torch.cuda.current_stream(query.device), torch.cuda.default_stream(query.device)
-        if current == default:
-            return run(plan, query, key, value, parts)
+            return run(*arguments)
+        index = arguments[at].get_device()
+        if raw_stream(index) == 0:
+            return run(*arguments)
+        current, default = torch.cuda.current_stream(index), torch.cuda.default_stream(index)
         default.wait_stream(current)
         with torch.cuda.stream(default):
-            result = run(plan, query, key, value, parts)
+            result = run(*arguments)
         current.wait_stream(default)
         for tensor in result if isinstance(result, tuple) else (result,):
             # The default stream owns the memory, and must not reuse it while the current one reads it.
             tensor.record_stream(current)
         return result
 
-    return ordered
+    return ordered  # type: ignore[return-value]
 
 
 def _with_aligned(run: Run) -> Run:

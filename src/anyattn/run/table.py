@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,10 +13,10 @@ from anyattn.call.arguments import autocast_dtype, describe
 from anyattn.call.facts import Options
 from anyattn.call.keys import place_key, short_name
 from anyattn.errors import BackendUnavailableError
-from anyattn.lowering.dense import is_copied_for
 from anyattn.masks.objects import Mask
 from anyattn.masks.values import as_mask, autocast_mask, parts_of
 from anyattn.process import tracing
+from anyattn.run import bound
 from anyattn.run.checks import can_check, check_inputs, check_output
 from anyattn.run.plan import execute, make_plan
 from anyattn.scopes import defaults
@@ -37,21 +36,23 @@ class Entry:
         call: `call(query, key, value)` for a call without mask and sinks.
         call_masked: `call_masked(query, key, value, attn_mask, sinks)`.
         decision: What was chosen and why.
-        short: Whether `call` itself refuses mismatched dtypes and devices, follows autocast and computes gradients;
-            then the short table's key needn't hold those.
-        short_masked: The same with a mask object: `short_masked(query, key, value, attn_mask)`.
+        short: What runs a call without mask from the short table, whose key lacks dtypes and devices of key and value;
+            None if the table has no such call.
+        short_masked: The same with a mask: `short_masked(query, key, value, attn_mask)`.
+        traces: Whether `call` may run inside tracers and transforms; if not, calls are decided again there.
         in_graphs: Whether the call may be captured in a CUDA graph; if not, it is decided again there.
     """
 
-    __slots__ = ("call", "call_masked", "decision", "in_graphs", "short", "short_masked")
+    __slots__ = ("call", "call_masked", "decision", "in_graphs", "short", "short_masked", "traces")
 
     def __init__(
         self,
         call: Callable[[Tensor, Tensor, Tensor], Output],
         call_masked: Callable[[Tensor, Tensor, Tensor, Any, Tensor | None], Output],
         decision: Decision,
-        short: bool,
+        short: Runner | None,
         short_masked: MaskedRunner | None = None,
+        traces: bool = False,
         in_graphs: bool = True,
     ) -> None:
         self.call = call
@@ -59,6 +60,7 @@ class Entry:
         self.decision = decision
         self.short = short
         self.short_masked = short_masked
+        self.traces = traces
         self.in_graphs = in_graphs
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
@@ -83,50 +85,30 @@ def make_entry(decision: Decision, cast: torch.dtype | None = None) -> Entry:
         parts = _without_full_masks(plan.spec, parts_of(as_mask(attn_mask), sinks))
         return execute(run, plan, query, key, value, parts)
 
-    bound, bound_masked = _shortcuts(choice)
     nothing = Parts()
-    call = bound if bound is not None else lambda query, key, value: run(plan, query, key, value, nothing)
-    masked = call_masked
-    if bound_masked is not None:
-        bound_to = bound_masked
 
-        def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, sinks: Tensor | None) -> Output:
-            return bound_to(query, key, value, attn_mask)
+    def whole(query: Tensor, key: Tensor, value: Tensor) -> Output:
+        return run(plan, query, key, value, nothing)
 
+    call: Runner = whole
+    masked, short, short_masked = call_masked, *bound.bound_runners(choice)
+    traces = short is not None and choice.backend.bound_traces
+    if short is not None:
+        call = short if traces else bound.plainly(short, whole)
+    if short_masked is not None:
+        masked = bound.masked_plainly(short_masked, None if choice.backend.bound_traces else call_masked)
     in_graphs = decision.spec.is_empty or (choice.caps is not None and choice.caps.cuda_graph)
-    # A look-up in the short table doesn't check whether a graph is captured.
-    short = in_graphs and (bound is not None or bound_masked is not None)
     if cast is not None:
         call, masked = _autocast(call, masked, cast, plan.spec.device_type)
-        short = False
     if defaults.checks_enabled():
         call, masked = _checked(masked, choice)
-        short = False
-    return Entry(call, masked, decision, short, bound_masked, in_graphs)
-
-
-def _shortcuts(choice: Choice) -> tuple[Runner | None, MaskedRunner | None]:
-    """Return the backend's shorter runners; a subclass with a `run` of its own doesn't inherit them."""
-    backend, caps, plan = choice.backend, choice.caps, choice.plan
-    if (
-        plan.lowering.entry == "empty"
-        or tracing.exports_onnx()
-        or (caps is not None and is_copied_for(caps, plan.spec, plan.lowering))
-    ):
-        return None, None
-    owns, owns_masked = _owned(type(backend).__mro__)
-    return backend.bind(plan) if owns else None, backend.bind_masked(plan) if owns_masked else None
-
-
-@functools.lru_cache(maxsize=256)
-def _owned(order: tuple[type, ...]) -> tuple[bool, bool]:
-    """Whether `bind` and `bind_masked` come from the class of `run` or a subclass of it; `order` is the MRO."""
-
-    def owner(name: str) -> type:
-        return next(base for base in order if name in vars(base))
-
-    run = owner("run")
-    return issubclass(owner("bind"), run), issubclass(owner("bind_masked"), run)
+    if cast is not None or defaults.checks_enabled():
+        short = short_masked = None
+        traces = False
+    elif not (choice.backend.bound_traces and in_graphs):
+        short = bound.guarded(short, plan.spec, in_graphs=in_graphs)
+        short_masked = bound.guarded(short_masked, plan.spec, in_graphs=in_graphs)
+    return Entry(call, masked, decision, short, short_masked, traces, in_graphs)
 
 
 def _without_full_masks(spec: AttentionSpec, parts: Parts) -> Parts:
@@ -201,8 +183,8 @@ def entry_for(
         # A decision for a captured graph may differ from the one outside it.
         if table_key is not None and not spec.captured and generation == defaults.generation():
             base.remember(table_key, entry)
-            if entry.short and sinks is None and type(query) is Tensor:
-                _shorten(base, entry, query, key, value, attn_mask, options)
+            if sinks is None and type(query) is Tensor:
+                shorten(base, entry, query, key, value, attn_mask, options)
     return entry
 
 
@@ -275,7 +257,7 @@ def make_first(
             return made
 
 
-def _shorten(
+def shorten(
     scope: defaults.Scope, entry: Entry, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, options: Options
 ) -> None:
     """Put a decided call into the short table too, unless its mask must be described at each call."""
@@ -288,18 +270,9 @@ def _shorten(
     # The key that `api.attention` and `api.scaled_dot_product_attention` make.
     rest = options[:7] if options.layout == "BSHD" else (tuple(options),)
     short_key = (name, query.shape, key.shape, value.shape, query.dtype, place, *rest)
-    runner = entry.call if attn_mask is None else entry.short_masked
+    runner: Callable[..., Output] | None = entry.short if attn_mask is None else entry.short_masked
+    if runner is None:
+        return
     if isinstance(attn_mask, Mask) and attn_mask.pattern is not None and attn_mask.pattern[2] == "lower_right":
-        runner = _only_plainly(entry.short_masked)
+        runner = bound.only_plainly(runner)
     scope.short[short_key] = runner
-
-
-def _only_plainly(run: Any) -> MaskedRunner:
-    """Refuse to run while a graph is recorded: it may run with unequal lengths, and `run` relies on equal ones."""
-
-    def plainly(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> Output:
-        if not tracing.is_plain():
-            raise LookupError("decided again while a graph is recorded")
-        return run(query, key, value, attn_mask)  # type: ignore[no-any-return]
-
-    return plainly

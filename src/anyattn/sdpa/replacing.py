@@ -132,6 +132,14 @@ def _asked() -> bool:
     return scope.settings.sdpa or scope.settings.pin is not None
 
 
+def _recorded_by_fx(*tensors: Any) -> bool:
+    """Whether torch.fx traces: it then records torch's function, as it does for every other one."""
+    for tensor in tensors:  # noqa: SIM110 - Dynamo traces this
+        if isinstance(tensor, torch.fx.Proxy):
+            return True
+    return False
+
+
 def _made_for(before: Any, make: Callable[[Any], Any]) -> Any:
     """Return the one replacement of a function: compiled code guards on its identity."""
     found = _made.get(id(before))
@@ -155,11 +163,19 @@ def _make_attention(before: Any) -> Any:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Any:
+    ) -> Tensor:
         """Run torch's function, or anyattn's where a block or pin is in force."""
-        if not _asked():
-            return before(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        return calls.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        # TorchScript compiles the first branch alone, so that a script holds torch's function.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return torch._C._nn.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        else:  # noqa: RET505 - TorchScript goes by it
+            if not _asked() or _recorded_by_fx(query, key, value):
+                return before(  # type: ignore[no-any-return]
+                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                )
+            return calls.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
     return scaled_dot_product_attention
 
@@ -171,6 +187,9 @@ def _fast_path_in_place_of(before: Any) -> Any:
 def _make_fast_path(before: Any) -> Any:
     def get_fastpath_enabled() -> bool:
         """Say whether torch's modules may take their fast path: not where a block or pin is in force."""
-        return not _asked() and before()
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return True
+        else:  # noqa: RET505 - TorchScript goes by it
+            return not _asked() and before()
 
     return get_fastpath_enabled

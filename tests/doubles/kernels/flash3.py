@@ -218,6 +218,52 @@ def _tokenspeed(function: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+_SCHEMA = (
+    "fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new = None, Tensor(v_new!)? v_new = None, Tensor? q_v = None, "
+    "Tensor(out!)? out = None, Tensor? cu_seqlens_q = None, Tensor? cu_seqlens_k = None, "
+    "Tensor? cu_seqlens_k_new = None, Tensor? seqused_q = None, Tensor? seqused_k = None, int? max_seqlen_q = None, "
+    "int? max_seqlen_k = None, Tensor? page_table = None, Tensor? kv_batch_idx = None, Tensor? leftpad_k = None, "
+    "Tensor? rotary_cos = None, Tensor? rotary_sin = None, Tensor? seqlens_rotary = None, Tensor? q_descale = None, "
+    "Tensor? k_descale = None, Tensor? v_descale = None, float? softmax_scale = None, bool is_causal = False, "
+    "int window_size_left = -1, int window_size_right = -1, int attention_chunk = 0, float softcap = 0.0, "
+    "bool is_rotary_interleaved = False, Tensor? scheduler_metadata = None, int num_splits = 0, "
+    "bool? pack_gqa = None, int sm_margin = 0) -> (Tensor(out!), Tensor, Tensor, Tensor)"
+)
+"""The operator's schema in fa3-fwd 0.0.3."""
+
+_LIBRARY = torch.library.Library("anyattn_double_fa3", "DEF")
+_LIBRARY.define(_SCHEMA)
+
+OPERATOR_CALLS: list[tuple[Any, ...]] = []
+"""What the operator was called with, query, key and value left out."""
+
+
+def _fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    schema = torch.ops.anyattn_double_fa3.fwd.default._schema  # type: ignore[attr-defined]
+    # What equals its default at the end is left out by the dispatcher.
+    given = {argument.name: argument.default_value for argument in schema.arguments[3:]}
+    given.update(zip(given, rest, strict=False))
+    OPERATOR_CALLS.append(rest)
+    if given["num_splits"] not in (0, 1):
+        raise RuntimeError("the double knows one split, and the kernel's own number")
+    options = {
+        "softmax_scale": given["softmax_scale"],
+        "causal": given["is_causal"],
+        "window_size": (given["window_size_left"], given["window_size_right"]),
+        "softcap": given["softcap"],
+        "return_attn_probs": True,
+    }
+    if given["seqused_k"] is None:
+        out, lse = flash_attn_func(q, k, v, **options)
+    else:
+        lengths = (given["max_seqlen_q"], given["max_seqlen_k"], None, given["seqused_k"])
+        out, lse = flash_attn_varlen_func(q, k, v, None, None, *lengths, **options)
+    return out, lse, out.new_empty(0), out.new_empty(0)
+
+
+_LIBRARY.impl("fwd", _fwd, "CPU")
+
+
 def _modules(name: str, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Mapping[str, types.ModuleType]:
     functions = {function.__name__: change(function) for function in (flash_attn_func, flash_attn_varlen_func)}
     return {name: module(name, **functions)}
@@ -228,7 +274,9 @@ def _whole() -> Mapping[str, types.ModuleType]:
 
 
 def _fa3_fwd() -> Mapping[str, types.ModuleType]:
-    return _modules("fa3_fwd_interface", _forward_only)
+    modules = _modules("fa3_fwd_interface", _forward_only)
+    modules["fa3_fwd_interface"].fa3_fwd_cuda = torch.ops.anyattn_double_fa3  # type: ignore[attr-defined]
+    return modules
 
 
 _FOUND = frozenset(("flash_attn_interface",))

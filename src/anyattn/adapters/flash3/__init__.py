@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from anyattn.adapters import _flash
-from anyattn.adapters._flash import KernelCall
+from anyattn.adapters._flash import KernelCall, bound
+from anyattn.adapters.flash3 import kernels
 from anyattn.adapters.flash3.builds import (
     BUILD,
     FORWARD_ONLY,
@@ -33,7 +34,7 @@ from anyattn.adapters.flash3.builds import (
 )
 from anyattn.backend.capabilities import Capabilities
 from anyattn.backend.from_hub import FromHub
-from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
+from anyattn.backend.protocol import Backend, Lowering, MaskedRunner, Output, Parts, Plan, Runner
 from anyattn.environment import Environment
 from anyattn.sources.hub import HubKernel
 from anyattn.sources.packages import FUNCTIONS, Package
@@ -92,50 +93,25 @@ class Flash3(Backend):
     def prepare(self, functions: Any) -> Any:
         # Builds without this parameter return lse always or never.
         functions.asks_for_lse = "return_attn_probs" in inspect.signature(functions.flash_attn_func).parameters
+        functions.operator = kernels.operator_of(functions.module)
         return functions
 
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
-        return _flash.attend(plan, query, key, value, parts, _call)
+        return _flash.attend(plan, query, key, value, parts, kernels.call)
 
+    def length_period(self, spec: AttentionSpec) -> int:
+        return 1
 
-def _call(plan: Plan, call: KernelCall, **descale: Tensor) -> tuple[Tensor, Tensor | None]:
-    spec = plan.spec
-    functions = FUNCTIONS[plan.backend]
-    with_lse = spec.return_lse or plan.rescale
-    causal = call.left == -1 and call.right == 0
-    options: dict[str, Any] = {
-        "softmax_scale": spec.scale,
-        "causal": causal,
-        "window_size": (-1, -1) if causal else (call.left, call.right),
-        "softcap": 0.0 if spec.softcap is None else spec.softcap,
-        "deterministic": spec.deterministic,
-    }
-    options.update(descale)
-    if functions.asks_for_lse:
-        options["return_attn_probs"] = with_lse
-    if call.lengths is None and call.cu_seqlens_kv is None:
-        result = functions.flash_attn_func(call.query, call.key, call.value, **options)
-    else:
-        result = functions.flash_attn_varlen_func(
-            call.query,
-            call.key,
-            call.value,
-            cu_seqlens_q=call.cu_seqlens_q,
-            cu_seqlens_k=call.cu_seqlens_kv,
-            max_seqlen_q=call.max_seqlen_q,
-            max_seqlen_k=call.max_seqlen_kv,
-            seqused_k=call.lengths,
-            **options,
-        )
-    if not isinstance(result, tuple):
-        if with_lse:
-            raise RuntimeError(
-                "this build of FlashAttention-3 can't return the log-sum-exp (builds of July and August 2025 can't); "
-                "install a newer one"
-            )
-        return result, None
-    return result[0], result[1] if with_lse else None
+    def bind(self, plan: Plan) -> Runner | None:
+        if plan.spec.return_lse and not FUNCTIONS[plan.backend].asks_for_lse:
+            return None
+        return bound.bind(plan, kernels.bound_to(plan, lengths=False))
+
+    def bind_masked(self, plan: Plan) -> MaskedRunner | None:
+        if plan.spec.mask.key is None:
+            return bound.without_mask(self.bind(plan))
+        return bound.bind_lengths(plan, kernels.bound_to(plan, lengths=True))
 
 
 _FP8 = _CUDA.replace(
@@ -192,7 +168,7 @@ def _call_fp8(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
     key, k_descale = _quantised(call.key, kv_heads)
     value, v_descale = _quantised(call.value, kv_heads)
     call = KernelCall(query, key, value, *call[3:])
-    out, lse = _call(plan, call, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    out, lse = kernels.call(plan, call, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     return out.to(dtype), lse
 
 

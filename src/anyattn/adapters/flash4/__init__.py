@@ -19,12 +19,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from anyattn.adapters import _flash
-from anyattn.adapters._flash import KernelCall
+from anyattn.adapters._flash import KernelCall, bound
 from anyattn.adapters.flash4 import kernels
 from anyattn.backend.capabilities import Capabilities
 from anyattn.backend.from_hub import FromHub
 from anyattn.backend.head_dims import HeadDims
-from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
+from anyattn.backend.protocol import Backend, Lowering, MaskedRunner, Output, Parts, Plan, Runner
 from anyattn.environment import Arch, Environment
 from anyattn.sources.hub import DIFFUSERS, HubKernel
 from anyattn.sources.packages import Package
@@ -91,6 +91,22 @@ class Flash4(Backend):
             return kernels.attend(plan, call, parts.sinks)
 
         return _flash.attend(plan, query, key, value, parts, kernel)
+
+    def length_period(self, spec: AttentionSpec) -> int:
+        return 1
+
+    def bind(self, plan: Plan) -> Runner | None:
+        return None if _is_special(plan) else bound.bind(plan, kernels.bound_to(plan, lengths=False))
+
+    def bind_masked(self, plan: Plan) -> MaskedRunner | None:
+        if plan.spec.mask.key is None:
+            return bound.without_mask(self.bind(plan))
+        return None if _is_special(plan) else bound.bind_lengths(plan, kernels.bound_to(plan, lengths=True))
+
+
+def _is_special(plan: Plan) -> bool:
+    """Whether key and value must be two objects: one for both selects another formula if D_v is 512."""
+    return plan.spec.head_dim_v == 512
 
 
 def _arch(spec: AttentionSpec, env: Environment) -> Arch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,15 +72,7 @@ def _kernel(
 ) -> tuple[Tensor, Tensor | None]:
     """Call the package's function by keyword, since the order of its arguments changed between betas."""
     functions = FUNCTIONS[backend]
-    options: dict[str, Any] = {
-        "softmax_scale": scale,
-        "causal": causal,
-        "window_size": (None if left == -1 else left, None if right == -1 else right),
-        "learnable_sink": sinks,
-        "softcap": softcap,
-        "deterministic": deterministic,
-        "return_lse": with_lse,
-    }
+    options = _options(scale, causal, left, right, softcap, deterministic, sinks=sinks, with_lse=with_lse)
     if key is value:
         value = value.view_as(value)  # one object for both selects another formula if D_v is 512
     if lengths is None and cu_seqlens_k is None:
@@ -96,6 +90,46 @@ def _kernel(
             **options,
         )
     return result[0], result[1] if with_lse else None
+
+
+def _options(
+    scale: float,
+    causal: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    deterministic: bool,
+    *,
+    sinks: Tensor | None,
+    with_lse: bool,
+) -> dict[str, Any]:
+    return {
+        "softmax_scale": scale,
+        "causal": causal,
+        "window_size": (None if left == -1 else left, None if right == -1 else right),
+        "learnable_sink": sinks,
+        "softcap": softcap,
+        "deterministic": deterministic,
+        "return_lse": with_lse,
+    }
+
+
+def bound_to(plan: Plan, *, lengths: bool) -> Callable[..., Any]:
+    """Return the kernel with a plan's constants: `kernel(query, key, value)`, with `lengths` a fourth argument."""
+    spec, pattern, functions = plan.spec, plan.lowering.pattern, FUNCTIONS[plan.backend]
+    left, right = (-1, -1) if pattern is None else (pattern.left, pattern.right)
+    causal = left == -1 and right == 0
+    sides = (-1, -1) if causal else (left, right)
+    softcap = 0.0 if spec.softcap is None else spec.softcap
+    options = _options(spec.scale, causal, *sides, softcap, spec.deterministic, sinks=None, with_lse=spec.return_lse)
+    if not lengths:
+        return functools.partial(functions.flash_attn_func, **options)
+    varlen = functools.partial(functions.flash_attn_varlen_func, cu_seqlens_q=None, cu_seqlens_k=None, **options)
+
+    def with_lengths(query: Tensor, key: Tensor, value: Tensor, used: Tensor) -> Any:
+        return varlen(query, key, value, max_seqlen_q=query.shape[1], max_seqlen_k=key.shape[1], seqused_k=used)
+
+    return with_lengths
 
 
 @torch.library.custom_op("anyattn::flash4", mutates_args=())

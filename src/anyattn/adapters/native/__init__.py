@@ -33,6 +33,9 @@ class _Kernel(Backend):
     avoids: ClassVar[frozenset[str]] = frozenset()
     run = staticmethod(kernels.run)
 
+    def length_period(self, spec: AttentionSpec) -> int:
+        return 1
+
     def rejects(self, spec: AttentionSpec, env: Environment) -> Iterator[Reason]:
         return dense_causal_reasons(self.entries[spec.device_type], spec)
 
@@ -42,6 +45,13 @@ class _Kernel(Backend):
     def lower(self, spec: AttentionSpec, env: Environment) -> Lowering:
         caps = self.declarations[spec.device_type]
         return lower_to(self.entries[spec.device_type], caps, spec, env)
+
+    def bind(self, plan: Plan) -> Runner | None:
+        return short.bind_kernel(plan)
+
+    def bind_masked(self, plan: Plan) -> MaskedRunner | None:
+        bound = self.bind(plan)
+        return None if bound is None else lambda query, key, value, attn_mask: bound(query, key, value)
 
 
 class NativeFlash(_Kernel):
@@ -138,6 +148,7 @@ class Native(Backend):
     auto_rank = 10
     family = "native"
     declarations = NATIVE
+    bound_traces = True
     run = staticmethod(kernels.run)
 
     def origin(self, env: Environment) -> str:
@@ -176,6 +187,9 @@ class Native(Backend):
         if spec.device_type == "cuda":
             return _steer(plain, spec, env)
         return mps.lower(plain, spec, env) if spec.device_type == "mps" else plain
+
+    def length_period(self, spec: AttentionSpec) -> int:
+        return 32 if spec.device_type == "mps" else 1  # see `known_bad.mps`
 
     def bind(self, plan: Plan) -> Runner | None:
         return short.bind_sdpa(plan)

@@ -73,6 +73,36 @@ def bind_sdpa_masked(plan: Plan) -> MaskedRunner | None:
     return swapped
 
 
+def bind_kernel(plan: Plan) -> Runner | None:
+    """Return the shortest function for a call of one CUDA kernel of SDPA without mask and lse, or None."""
+    spec, lowering = plan.spec, plan.lowering
+    mask = spec.mask
+    if spec.packed or spec.return_lse or spec.sinks or mask.key or mask.dense or mask.block is not None:
+        return None
+    if lowering.copy or lowering.dense or lowering.repeat_heads or lowering.upcast or lowering.pad_keys:
+        return None
+    if spec.head_dim % 8 or spec.head_dim_v % 8 or (mask.pattern is not None and not lowering.is_causal):
+        return None
+    arguments: tuple[Any, ...]
+    if lowering.entry == "flash":
+        operator, arguments = torch.ops.aten._scaled_dot_product_flash_attention, (lowering.is_causal, False)
+        arguments = (spec.dropout_p, *arguments)
+    elif lowering.entry == "cudnn":
+        operator = torch.ops.aten._scaled_dot_product_cudnn_attention
+        arguments = (None, spec.needs_grad, spec.dropout_p, lowering.is_causal, False)
+    elif lowering.entry == "efficient" and not spec.storage.expanded_kv:
+        operator = torch.ops.aten._scaled_dot_product_efficient_attention
+        arguments = (None, spec.needs_grad, spec.dropout_p, lowering.is_causal)
+    else:
+        return None
+    run, scale = operator.default, spec.scale
+    if spec.layout == "BHSD":
+        return lambda query, key, value: run(query, key, value, *arguments, scale=scale)[0]
+    return lambda query, key, value: run(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *arguments, scale=scale
+    )[0].transpose(1, 2)
+
+
 def _made_mask(plan: Plan) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
     """Return the function that makes SDPA's mask from a mask, query and key; None if SDPA takes it unchanged."""
     if plan.spec.mask.key is not None and plan.lowering.entry == "sdpa_additive":

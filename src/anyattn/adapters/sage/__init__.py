@@ -31,12 +31,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from anyattn.adapters import _flash
+from anyattn.adapters._flash import bound
 from anyattn.adapters.sage import packed, tiles
 from anyattn.adapters.sage.declarations import FP8, FP16, PACKED, PICKS, TRITON
-from anyattn.adapters.sage.kernels import REACH, SAGEATTENTION, call_dense, that_knows_its_parameters
+from anyattn.adapters.sage.kernels import REACH, SAGEATTENTION, bound_dense, call_dense, that_knows_its_parameters
 from anyattn.backend.capabilities import Capabilities
 from anyattn.backend.from_hub import FromHub
-from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
+from anyattn.backend.protocol import Backend, Lowering, MaskedRunner, Output, Parts, Plan, Runner
 from anyattn.environment import Environment
 from anyattn.sources.hub import DIFFUSERS, HubKernel
 from anyattn.sources.packages import Package, functions_of
@@ -104,6 +105,21 @@ class _Sage(Backend):
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         call = packed.call_packed if plan.lowering.entry == packed.ENTRY else call_dense
         return _flash.attend(plan, query, key, value, parts, call)
+
+    def length_period(self, spec: AttentionSpec) -> int:
+        return tiles.ROWS
+
+    def bind(self, plan: Plan) -> Runner | None:
+        if (
+            self.goes_packed(plan.spec)
+            or plan.spec.return_lse
+            or _in_whole_tiles(plan.lowering, plan.spec) is not plan.lowering
+        ):
+            return None
+        return bound.bind(plan, bound_dense(plan))
+
+    def bind_masked(self, plan: Plan) -> MaskedRunner | None:
+        return bound.without_mask(self.bind(plan))
 
 
 def _in_whole_tiles(lowering: Lowering, spec: AttentionSpec) -> Lowering:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -68,8 +68,7 @@ def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
         sm_scale=plan.spec.scale,
         return_lse=with_lse,
     )
-    if isinstance(result, tuple) != with_lse:
-        raise TypeError(f"{plan.lowering.entry} returned a {type(result).__name__} for return_lse={with_lse}")
+    _of_kind(result, plan, with_lse=with_lse)
     if not with_lse:
         return result, None
     out, lse = result
@@ -79,7 +78,28 @@ def _call(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
+def _of_kind(result: Any, plan: Plan, *, with_lse: bool) -> Any:
+    if isinstance(result, tuple) != with_lse:
+        raise TypeError(f"{plan.lowering.entry} returned a {type(result).__name__} for return_lse={with_lse}")
+    return result
+
+
+def bound_dense(plan: Plan) -> Callable[[Tensor, Tensor, Tensor], Any]:
+    """Return the backend's function with a plan's constants, for lengths at which it reads no uninitialised memory."""
+    pattern = plan.lowering.pattern
+    causal = pattern is not None and (pattern.left, pattern.right) == (-1, 0)
+    options = {"tensor_layout": "NHD", "is_causal": causal, "sm_scale": plan.spec.scale, "return_lse": False}
+    kernel = functools.partial(FUNCTIONS[plan.backend].attend, **options)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        return _of_kind(kernel(readable(query), readable(key), readable(value)), plan, with_lse=False)
+
+    return attend
+
+
 def readable(tensor: Tensor) -> Tensor:
     """Copy a tensor whose end the kernels' offsets don't reach, or whose head_dim isn't contiguous (on a CPU)."""
+    if tensor.is_contiguous() and tensor.numel() <= REACH:
+        return tensor
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor if last < REACH and tensor.stride(-1) == 1 else tensor.contiguous()

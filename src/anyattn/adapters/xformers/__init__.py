@@ -20,10 +20,11 @@ from packaging.version import Version
 from torch import Tensor
 
 from anyattn.adapters import _flash
+from anyattn.adapters._flash import bound
 from anyattn.adapters.xformers import kernels
 from anyattn.backend.capabilities import Capabilities, needs_dense
 from anyattn.backend.patterns import KernelPattern
-from anyattn.backend.protocol import Backend, Lowering, Output, Parts, Plan
+from anyattn.backend.protocol import Backend, Lowering, MaskedRunner, Output, Parts, Plan, Runner
 from anyattn.environment import Arch, Environment
 from anyattn.lowering import host_lengths
 from anyattn.lowering.dense import mask_conversions
@@ -157,6 +158,16 @@ class XFormers(Backend):
     @staticmethod
     def run(plan: Plan, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Output:
         return _flash.attend(plan, query, key, value, parts, lambda plan, call: kernels.attend(plan, call, parts))
+
+    def length_period(self, spec: AttentionSpec) -> int:
+        return 1
+
+    def bind(self, plan: Plan) -> Runner | None:
+        kernel = kernels.bound_to(plan)
+        return None if kernel is None else bound.bind(plan, kernel)
+
+    def bind_masked(self, plan: Plan) -> MaskedRunner | None:
+        return bound.without_mask(self.bind(plan))
 
 
 def _flash_takes(spec: AttentionSpec) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +38,17 @@ def attend(plan: Plan, call: KernelCall, parts: Parts) -> tuple[Tensor, Tensor |
         if mask is not None and mask.dtype in (torch.bfloat16, torch.float32):
             lse = with_huge_biases(lse, mask)
     return out, lse
+
+
+def bound_to(plan: Plan) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
+    """Return the function with a plan's constants, or None if a call has to be prepared."""
+    spec, functions, pattern = plan.spec, FUNCTIONS[plan.backend], plan.lowering.pattern
+    if spec.is_gqa or spec.return_lse or plan.lowering.entry != "flash":
+        return None
+    if pattern is not None and not (pattern.is_full or pattern.is_causal):
+        return None  # a window's bias holds lengths
+    bias = _bias(functions, pattern, spec.seqlen_q, spec.seqlen_kv)
+    return functools.partial(functions.memory_efficient_attention, attn_bias=bias, p=spec.dropout_p, scale=spec.scale)
 
 
 def _attend_packed(plan: Plan, call: KernelCall) -> tuple[Tensor, Tensor | None]:

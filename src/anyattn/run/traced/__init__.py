@@ -26,9 +26,9 @@ from anyattn.masks.functions import MaskFunction
 from anyattn.masks.objects import Mask
 from anyattn.masks.scalars import TENSOR
 from anyattn.masks.values import NOTHING, MadeFor, as_mask, autocast_mask, parts_of
-from anyattn.run import _runs
 from anyattn.run.plan import execute, make_plan
 from anyattn.run.table import make_first
+from anyattn.run.traced import _runs
 from anyattn.scopes import _in_force, defaults
 from anyattn.selection.preferences import scope_of_call
 from anyattn.types.spec import UNKNOWN, Storage

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyattn.adapters._flash.bound import finished_lse
 from anyattn.backend.capabilities import Capabilities, kernel_pattern
 from anyattn.backend.patterns import KernelPattern
 from anyattn.backend.protocol import Lowering, Output, Parts, Plan
@@ -177,9 +178,7 @@ def _with_lse(plan: Plan, out: Tensor, lse: Tensor | None) -> Output:
         return out
     if lse is None:
         raise AssertionError(f"{plan.backend} returned no lse")
-    lse = lse.detach().float()
-    # Kernels write +inf or -inf for a row without a key.
-    return out, torch.where(lse == float("inf"), float("-inf"), lse)
+    return out, finished_lse(lse)
 
 
 def _attend_packed(

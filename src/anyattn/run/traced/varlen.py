@@ -13,10 +13,9 @@ from anyattn.call.facts import Facts, MaskFacts, Options
 from anyattn.call.readers import of_constants
 from anyattn.errors import InvalidCallError
 from anyattn.masks.objects import Mask
-from anyattn.run import _runs
 from anyattn.run.plan import make_plan
 from anyattn.run.table import make_first
-from anyattn.run.traced import _has_autocast, _pattern, _size, _static_options, _traced_facts
+from anyattn.run.traced import _has_autocast, _pattern, _runs, _size, _static_options, _traced_facts
 from anyattn.scopes import _in_force, defaults
 from anyattn.selection.preferences import scope_of_call
 from anyattn.types.spec import UNKNOWN
