@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import anyattn
+from anyattn.policy.policy import ENV_POLICY
 from anyattn.scopes import defaults
 from law_counts import pytest_sessionfinish, pytest_terminal_summary
 
@@ -25,6 +26,7 @@ VARIABLES = (
     defaults.ENV_BACKEND_DIFFUSERS,
     defaults.ENV_CHECKS,
     defaults.ENV_CHECKS_DIFFUSERS,
+    ENV_POLICY,
     "LOCAL_KERNELS",
     "KERNELS_CACHE",
 )

@@ -37,6 +37,7 @@ ORDER = (
     "api",
     "varlen",
     "sdpa",
+    "policy",
     "settings",
     "introspection",
     "testing",
