@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 TORCHES ?= 2.8.0 2.10.0 2.14.1
 MATRIX ?= .matrix
 
-.PHONY: all setup demo test lint unit bench matrix clean
+.PHONY: all setup demo docs test lint unit bench matrix clean
 
 all: test
 
@@ -34,6 +34,10 @@ lint: setup
 
 unit: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The documentation as a site, at a local address.
+docs: setup
+	$(BIN)/mkdocs serve
 
 bench: setup
 	$(BIN)/python benchmarks/overhead.py

@@ -5,7 +5,8 @@ Keywords have defaults because pickling creates an exception from its message on
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from anyattn.types.decision import Decision
@@ -27,8 +28,35 @@ class AnyattnWarning(UserWarning):
     """Something that a user should know; each is warned of once."""
 
 
+GUIDE: Final = "docs/errors.md"
+"""The page of the documentation that has a section for each error."""
+
+
+class _Notes:
+    """An error's notes, which a traceback prints below it: at first the place where the guide explains it.
+
+    They are made when somebody looks, so that an error costs nothing more to raise, and Dynamo traces no more.
+    """
+
+    def __get__(self, error: AnyattnError | None, kind: type[AnyattnError]) -> Any:
+        if error is None:
+            return self
+        notes = [f"See {GUIDE}#{anchor_of(kind)}"]
+        error.__dict__["__notes__"] = notes
+        return notes
+
+
+def anchor_of(kind: type[AnyattnError]) -> str:
+    """Return the anchor of an error's section in the guide, that of its nearest class which has one."""
+    named = next((one for one in kind.__mro__ if one.__name__ in __all__), AnyattnError)
+    return re.sub("(?<!^)(?=[A-Z])", "-", named.__name__.removesuffix("Error")).lower()
+
+
 class AnyattnError(Exception):
     """The base class of anyattn's errors."""
+
+    if not TYPE_CHECKING:
+        __notes__ = _Notes()
 
 
 class InvalidCallError(AnyattnError, ValueError):

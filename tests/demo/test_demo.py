@@ -355,3 +355,16 @@ def test_missing_pillow_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(MissingExtraError, match=r"'PIL'.*anyattn\[demo\]"):
         write_contact_sheet(_result(), tmp_path / "sheet.png")
+
+
+def test_models_calls_are_counted_while_torchs_function_is_replaced_elsewhere() -> None:
+    from anyattn.demo.plain import PlainArithmetic
+
+    elsewhere, q = torch.nn.Linear(2, 2), torch.randn(1, 2, 4, 8)
+    anyattn.set_attention_backend(elsewhere, "native_math")
+    try:
+        with PlainArithmetic(keep_float64=False) as mode:
+            F.scaled_dot_product_attention(q, q, q)
+    finally:
+        anyattn.reset_attention_backend(elsewhere)
+    assert mode.calls == 1

@@ -1,10 +1,11 @@
-"""Write docs/backends.md from the declarations, the known-bad table and verified/; a test compares.
+"""Write docs/backends.md and docs/backends/ from the declarations, the known-bad table and verified/; a test compares.
 
 python tools/docs/backends.py [--check]
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -238,16 +239,72 @@ def page(rows: Sequence[Row] | None = None, runs: Sequence[Run] | None = None) -
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
+def family_page(family: str, rows: Sequence[Row], runs: Sequence[Run]) -> str:
+    """Give the page of one family of backends: how each is had, what it takes, and what was run."""
+    names = list(dict.fromkeys(row.backend.name for row in rows))
+    lines = [f"# {family}", ""]
+    summary = (inspect.getmodule(type(rows[0].backend)).__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    lines += [
+        summary,
+        "",
+        "Made from the declarations by `tools/docs/backends.py`, like [the tables](../backends.md).",
+        "",
+    ]
+    for name in names:
+        own = [row for row in rows if row.backend.name == name]
+        lines += _section(name, own, runs)
+    bad = [row for row in known_bad.TABLE if set(row.backends) & set(names)]
+    if bad:
+        lines += ["## Known to be wrong or fatal", ""]
+        cells = (
+            (", ".join(f"`{one}`" for one in row.backends), row.what, row.when, row.instead, row.link) for row in bad
+        )
+        lines += table(("kernel", "what happens", "when", "instead", "where it is documented"), cells)
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _section(name: str, rows: Sequence[Row], runs: Sequence[Run]) -> list[str]:
+    backend = rows[0].backend
+    said = (inspect.getdoc(type(backend)) or "").split("\n\n")[0].replace("\n", " ")
+    lines = [f"## {name}", "", said, ""]
+    if backend.install:
+        lines += ["```console", backend.install, "```", ""]
+    lines += ["```text", f'anyattn.attention(query, key, value, backend="{name}")', "```", ""]
+    facts = {**{key: cell for key, cell in MAIN.items() if key != "backend"}, **DETAILS}
+    facts = {key: cell for key, cell in facts.items() if key not in ("backend", "device")}
+    heads = ("", *(_device(row) for row in rows))
+    lines += table(heads, ((key, *(cell(row) for row in rows)) for key, cell in facts.items()))
+    own = [run for run in runs if run.backend == name and run.executed and not run.double]
+    if not own:
+        return [*lines, "The kernel was never run for this; a contract double stands in, in the tests.", ""]
+    cells = ((run.device, run.torch, run.outcome, f"{run.worst:.2f}", f"`verified/{run.source}`") for run in own)
+    return [*lines, *table(("run on", "torch", "laws", "worst error (1 is the limit)", "file"), cells)]
+
+
+def pages() -> dict[Path, str]:
+    """Give every page by its path."""
+    rows, runs = built_rows(), read_runs(VERIFIED)
+    found = {PAGE: page(rows, runs)}
+    for family in dict.fromkeys(row.backend.family for row in rows):
+        own = [row for row in rows if row.backend.family == family]
+        found[PAGE.with_suffix("") / f"{family}.md"] = family_page(family, own, runs)
+    return found
+
+
 def _place(name: str) -> int:
     names = list(registry.BUILTIN)
     return names.index(name) if name in names else len(names)
 
 
 def main() -> int:
-    """Write the page, or with --check compare it."""
+    """Write the pages, or with --check compare them."""
+    made = pages()
     if "--check" in sys.argv:
-        return 0 if PAGE.read_text() == page() else 1
-    PAGE.write_text(page())
+        there = set(PAGE.with_suffix("").glob("*.md"))
+        return 0 if there | {PAGE} == set(made) and all(path.read_text() == text for path, text in made.items()) else 1
+    for path, text in made.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
     return 0
 
 
