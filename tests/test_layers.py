@@ -22,6 +22,7 @@ ORDER = (
     "types",
     "environment",
     "errors",
+    "timings",
     "sources",
     "backend",
     "masks",

@@ -68,6 +68,8 @@ class Environment:
         overrides: torch's CUDA kernels that are replaced in this process (`"native_flash"`, `"native_cudnn"`,
             `"varlen_attn"`), and by what: `"FA3"`, `"FA4"`, or the file that registered another kernel.
         cudnn_file: The file of the cuDNN that is loaded; empty if unknown.
+        driver: The version of the NVIDIA driver; empty if there is none.
+        processor: The processor's model and the number of threads that torch computes with; empty if unknown.
     """
 
     torch: Version
@@ -83,6 +85,8 @@ class Environment:
     builds: Mapping[str, Mapping[str, bool]] = dataclasses.field(default_factory=dict)
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cudnn_file: str = ""
+    driver: str = ""
+    processor: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.packages, Packages):
@@ -145,6 +149,8 @@ class Environment:
             "builds": {name: dict(flags) for name, flags in self.builds.items()},
             "overrides": dict(self.overrides),
             "cudnn_file": self.cudnn_file,
+            "driver": self.driver,
+            "processor": self.processor,
         }
 
 
@@ -196,6 +202,8 @@ def _look() -> Environment:
         variables=variables_now(),
         builds={name: flags for name in BUILDS if (flags := installed.build_flags(name)) is not None},
         cudnn_file="" if cudnn is None else installed.cudnn_file(),
+        driver="" if cudnn is None else installed.driver(),
+        processor=f"{installed.processor()}, {torch.get_num_threads()} threads",
     )
 
 
