@@ -40,6 +40,7 @@ ORDER = (
     "sdpa",
     "settings",
     "introspection",
+    "tuning",
     "testing",
     "integrations",
     layers.SELF,
