@@ -20,7 +20,7 @@ FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MODULES = ("api", "settings", "masks.objects", "masks.values", "scopes.recording")
 """What a user calls: these have examples. Others may have some, and they are run too."""
 
-IN_GUIDES = ("masks.md", "transformers.md")
+IN_GUIDES = ("masks.md", "transformers.md", "tuning.md")
 
 
 def blocks(path: Path) -> list[tuple[int, str]]:

@@ -93,9 +93,13 @@ def bucket_ends(length: int) -> tuple[int, ...]:
 
 def shape_bucket(spec: AttentionSpec) -> str:
     """Return a call's sizes, with batch and lengths rounded up to three significant bits."""
-    batch, seqlen_q, seqlen_kv = map(rounded, (spec.batch, spec.seqlen_q, spec.seqlen_kv))
-    heads = f"{spec.num_heads}/{spec.num_kv_heads}"
-    return f"B{batch} Q{seqlen_q} K{seqlen_kv} H{heads} D{spec.head_dim}/{spec.head_dim_v}"
+    return bucket(sizes_of(spec))
+
+
+def bucket(sizes: tuple[int, ...]) -> str:
+    """Return the same of `(B, S_q, S_kv, H, H_kv, D, D_v)`."""
+    batch, seqlen_q, seqlen_kv = map(rounded, sizes[:3])
+    return f"B{batch} Q{seqlen_q} K{seqlen_kv} H{sizes[3]}/{sizes[4]} D{sizes[5]}/{sizes[6]}"
 
 
 def sizes_of(spec: AttentionSpec) -> tuple[int, ...]:
