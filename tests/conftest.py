@@ -29,6 +29,8 @@ VARIABLES = (
     defaults.ENV_BACKEND_DIFFUSERS,
     defaults.ENV_CHECKS,
     defaults.ENV_CHECKS_DIFFUSERS,
+    "ANYATTN_TUNE",
+    "ANYATTN_TUNE_BUDGET_MS",
     "LOCAL_KERNELS",
     "KERNELS_CACHE",
 )

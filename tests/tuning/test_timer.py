@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from anyattn.tuning.timer import can_measure, first_call, time_calls, undisturbed
+from anyattn.tuning.timer import can_measure, fewest_runs, first_call, time_calls, undisturbed
 
 CPU = torch.device("cpu")
 
@@ -42,6 +42,12 @@ def test_budget_bounds_the_time_and_five_runs_are_the_least() -> None:
     found = time_calls({"one": lambda: spin(2e-3)}, CPU, budget=0.0)
     assert time.perf_counter() - start < 1
     assert found["one"].runs == 5
+
+
+def test_spent_budget_runs_each_call_a_known_number_of_times() -> None:
+    ran: list[int] = []
+    time_calls({"one": lambda: (ran.append(1), spin(1e-4))}, CPU, budget=0.0)
+    assert len(ran) == fewest_runs(CPU)
 
 
 def test_warming_goes_on_while_times_fall() -> None:

@@ -69,6 +69,11 @@ def first_call(call: Call, device: torch.device) -> tuple[float, object]:
     return time.perf_counter() - start, result
 
 
+def fewest_runs(device: torch.device) -> int:
+    """Return how often each call runs if the budget is spent at once: queued, alone and in a graph on a GPU."""
+    return (_QUEUED + 2) * (_FEWEST + 3) if device.type == "cuda" else _FEWEST + 3
+
+
 def wait(device: torch.device) -> None:
     """Wait until a device has run what was queued."""
     if device.type == "cuda":

@@ -49,7 +49,7 @@ def _facts(found: Explanation) -> RenderableType:
         ("  requested", f"{wish} ({_source(wish.source)})"),
     ]
     if decision.chosen is not None:
-        told = decision.basis if decision.timings is None else f"the fastest by time: {decision.timings.told()}"
+        told = decision.basis if decision.timings is None else f"by time: {decision.timings.told()}"
         rows.append(("  choice", _BASIS.get(told, told)))
     if decision.timings is not None:
         rows.append(("  times", ", ".join(map(str, decision.timings.in_order()))))
