@@ -39,6 +39,7 @@ class Device:
         arch: CUDA compute capability such as `(9, 0)`, or None if it has none.
         index: Its index among devices of its type.
         rocm: Whether a `"cuda"` device is an AMD one.
+        units: How many multiprocessors (compute units) it has; 0 if unknown.
     """
 
     type: str
@@ -46,6 +47,7 @@ class Device:
     arch: Arch | None = None
     index: int = 0
     rocm: bool = False
+    units: int = 0
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,8 @@ def _devices() -> tuple[Device, ...]:
         for index in range(torch.cuda.device_count()):
             name = torch.cuda.get_device_name(index)
             arch = None if rocm else torch.cuda.get_device_capability(index)
-            found.append(Device("cuda", name, arch, index, rocm))
+            units = torch.cuda.get_device_properties(index).multi_processor_count
+            found.append(Device("cuda", name, arch, index, rocm, units))
     if torch.backends.mps.is_available():
         found.append(Device("mps", "Apple GPU"))
     for kind in ("xpu", "npu"):
@@ -265,8 +268,8 @@ _PRESETS: Mapping[str, Device] = {
     "rtx3090": Device("cuda", "NVIDIA GeForce RTX 3090", (8, 6)),
     "rtx4090": Device("cuda", "NVIDIA GeForce RTX 4090", (8, 9)),
     "l40s": Device("cuda", "NVIDIA L40S", (8, 9)),
-    "h100": Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0)),
-    "h200": Device("cuda", "NVIDIA H200", (9, 0)),
+    "h100": Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0), units=132),
+    "h200": Device("cuda", "NVIDIA H200", (9, 0), units=132),
     "b200": Device("cuda", "NVIDIA B200", (10, 0)),
     "rtx5090": Device("cuda", "NVIDIA GeForce RTX 5090", (12, 0)),
     "mi300": Device("cuda", "AMD Instinct MI300X", None, 0, True),

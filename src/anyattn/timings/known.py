@@ -1,4 +1,4 @@
-"""What is known of how long a call takes: measured on this machine, else shipped for its GPU.
+"""What is known of how long a call takes: measured on this machine, shipped for its GPU, or predicted from either.
 
 Measurements are read from the file once in a process, and again after `anyattn.reset()` or when this process adds some.
 So choices don't change while a program runs, and processes that start together choose alike.
@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 
 from anyattn.environment import Environment
 from anyattn.process.bounded import Bounded
-from anyattn.timings import tables
-from anyattn.timings.keys import Key, fingerprint, key_of
+from anyattn.timings import curves, tables
+from anyattn.timings.curves import Curves, Point
+from anyattn.timings.keys import Key, fingerprint, key_of, sizes_of
 from anyattn.timings.store import Row, Store, default_path
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
@@ -22,6 +23,7 @@ KernelOf = Callable[[str], str | None]
 
 _store: Bounded[None, Store] = Bounded(1)
 _read: Bounded[str, dict[Key, list[Row]]] = Bounded(64)
+_curves: Bounded[str, Curves] = Bounded(64)
 _names: Bounded[int, tuple[Environment, dict[tuple[str, int | None], str]]] = Bounded(8)
 
 
@@ -37,6 +39,7 @@ def add(rows: Iterable[Row]) -> bool:
     """Store measurements, and have the next choices know them; return whether they are in the file."""
     written = store().add(rows)
     _read.clear()
+    _curves.clear()
     return written
 
 
@@ -46,6 +49,7 @@ def forget() -> None:
     if found is not None and found.path != default_path():
         _store.clear()
     _read.clear()
+    _curves.clear()
 
 
 def rows_of(key: Key) -> list[Row]:
@@ -104,8 +108,33 @@ def timings_of(spec: AttentionSpec, env: Environment, kernel_of: KernelOf, *, he
             return Timings(tuple(map(_timing, timed)), refused=refused)
     shipped = tables.timings_of(spec, env, key)
     if shipped is None:
+        shipped = (_predicted(spec, env, key, kernel_of) if here else None) or tables.predicted(spec, env, key)
+    if shipped is None:
         return Timings(refused=refused) if refused else None
     return Timings(shipped.rows, shipped.source, shipped.words, shipped.gain, shipped.least, refused)
+
+
+def _predicted(spec: AttentionSpec, env: Environment, key: Key, kernel_of: KernelOf) -> Timings | None:
+    """Return what this machine's measurements of other sizes predict for a call; None for fewer than two backends."""
+    found = _curves.get(key.machine)
+    if found is None:
+        device = env.device(spec.device_type, spec.device_index)
+        right = [
+            row
+            for rows in _of_machine(key.machine).values()
+            for row in rows
+            if row.seconds is not None and row.kernel == kernel_of(row.backend)
+        ]
+        points = [(_kind(row), row.backend, Point(row.sizes, row.seconds or 0.0)) for row in right]
+        found = _curves[key.machine] = Curves(points, 0 if device is None else device.units)
+    times = found.predict(key, sizes_of(spec))
+    rows = tuple(Timing(name, seconds) for name, seconds in times.items())
+    words = "predicted from measurements on this machine"
+    return Timings(rows, "predicted", words, curves.GAIN) if len(rows) > 1 else None
+
+
+def _kind(row: Row) -> curves.Kind:
+    return curves.kind_of(row.sizes, row.key.mask, row.key.dtype, row.key.direction, row.key.mode)
 
 
 def _timing(row: Row) -> Timing:

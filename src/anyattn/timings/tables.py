@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from anyattn.environment import Environment
-from anyattn.timings.keys import Key, bucket
+from anyattn.timings import curves
+from anyattn.timings.keys import Key, bucket, sizes_of
 from anyattn.types.spec import AttentionSpec
 from anyattn.types.timings import Timing, Timings
 
@@ -89,3 +90,30 @@ def timings_of(spec: AttentionSpec, env: Environment, key: Key) -> Timings | Non
     rows = tuple(Timing(name, seconds) for name, seconds in times.items())
     least = HOST if key.mode == "eager" else 0.0
     return Timings(rows, "shipped", f"shipped table for {table.device}", least=least)
+
+
+def predicted(spec: AttentionSpec, env: Environment, key: Key) -> Timings | None:
+    """Return what the device's table predicts for a call that it doesn't have; None for fewer than two backends."""
+    table = table_for(env, spec.device_type, spec.device_index)
+    device = env.device(spec.device_type, spec.device_index)
+    if table is None or device is None:
+        return None
+    times = _curves(device.name, device.units).predict(key, sizes_of(spec), mode="")
+    rows = tuple(Timing(name, seconds) for name, seconds in times.items())
+    least = HOST if key.mode == "eager" else 0.0
+    words = f"predicted from the shipped table for {table.device}"
+    return Timings(rows, "predicted", words, curves.GAIN, least) if len(rows) > 1 else None
+
+
+@functools.lru_cache(maxsize=8)
+def _curves(name: str, units: int) -> curves.Curves:
+    """Return the curves of the table for a device's name."""
+    table = next(table for table in tables() if name in table.names)
+    return curves.Curves(
+        (
+            (curves.kind_of(table.sizes[call], *call[1:], mode=""), backend, curves.Point(table.sizes[call], seconds))
+            for call, times in table.calls.items()
+            for backend, seconds in times.items()
+        ),
+        units,
+    )
