@@ -6,6 +6,9 @@ the ways, outside what is timed, in shuffled order in each round:
 - sdpa: Transformers' own, `attn_implementation="sdpa"`
 - each backend: `anyattn.set_attention_backend(model, backend)`
 
+Decoding is timed twice: on lengths that were all seen before, and on lengths that no way has seen, as in a
+conversation. Some kernels prepare something for each new length.
+
     python benchmarks/language.py [--device cuda] [--backends auto flash3 native_cudnn] [--rounds 7] [--json FILE]
 
 Every way's result is compared with that of sdpa. `anyattn.record` says which kernels ran.
@@ -14,13 +17,14 @@ Every way's result is compared with that of sdpa. `anyattn.record` says which ke
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -62,33 +66,50 @@ def build(device: str) -> nn.Module:
     return model.eval()
 
 
-def work_of(model: Any, device: str) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """Give each task with the number of tokens that it works through."""
+class Task(NamedTuple):
+    """Something to time.
+
+    Attributes:
+        tokens: How many tokens it works through.
+        run: Runs it; its number shifts the lengths, so that two numbers share none.
+        is_new: Whether each run gets another number.
+    """
+
+    tokens: int
+    run: Callable[[int], Any]
+    is_new: bool = False
+
+
+def work_of(model: Any, device: str) -> dict[str, Task]:
+    """Give each task by name."""
     size, words = SIZES[device], model.config.vocab_size
     prompt = torch.randint(1, words, (1, size["prompt"]), device=device)
-    context = torch.randint(1, words, (size["batch"], size["context"]), device=device)
+    context = torch.randint(1, words, (size["batch"], 2 * size["context"]), device=device)
     lengths = size["packed"]
     packed = torch.randint(1, words, (1, sum(lengths)), device=device)
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
 
-    def prefill() -> Any:
+    def prefill(number: int) -> Any:
         with torch.no_grad():
             return model(prompt, logits_to_keep=1, use_cache=False).logits
 
-    def decode() -> Any:
+    def decode(number: int) -> Any:
+        new, start = size["new"], size["context"] + number * size["new"]
         with torch.no_grad():
-            return model.generate(context, max_new_tokens=size["new"], min_new_tokens=size["new"], do_sample=False)
+            return model.generate(context[:, :start], max_new_tokens=new, min_new_tokens=new, do_sample=False)
 
-    def train() -> Any:
+    def train(number: int) -> Any:
         model.zero_grad(set_to_none=True)
         loss = model(packed, position_ids=positions, labels=packed, use_cache=False).loss
         loss.backward()
         return loss.detach()
 
+    decoded = size["batch"] * size["new"]
     return {
-        "prefill": (prompt.numel(), prefill),
-        "decode": (size["batch"] * size["new"], decode),
-        "train, packed": (packed.numel(), train),
+        "prefill": Task(prompt.numel(), prefill),
+        "decode": Task(decoded, decode),
+        "decode, new lengths": Task(decoded, decode, is_new=True),
+        "train, packed": Task(packed.numel(), train),
     }
 
 
@@ -101,18 +122,18 @@ def switch(model: nn.Module, way: str, before: list[str]) -> None:
         anyattn.set_attention_backend(model, way)
 
 
-def timed(run: Callable[[], Any], device: str) -> float:
+def timed(run: Callable[[int], Any], number: int, device: str) -> float:
     """Give the milliseconds of one run."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    run()
+    run(number)
     if device == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3
 
 
-def measure(model: nn.Module, run: Callable[[], Any], ways: list[str], rounds: int, device: str) -> dict[str, Any]:
+def measure(model: nn.Module, task: Task, ways: list[str], rounds: int, device: str) -> dict[str, Any]:
     """Run a task in every way, and give times, kernels and how far results are from sdpa's."""
     found: dict[str, Any] = {}
     before, results = ["sdpa"], {}
@@ -120,7 +141,7 @@ def measure(model: nn.Module, run: Callable[[], Any], ways: list[str], rounds: i
         switch(model, way, before)
         try:
             with anyattn.record() as calls:
-                results[way] = run()
+                results[way] = task.run(0)
         except AnyattnError as error:
             found[way] = {"refused": f"{type(error).__name__}: {error}"[:300]}
             ways = [one for one in ways if one != way]
@@ -133,10 +154,11 @@ def measure(model: nn.Module, run: Callable[[], Any], ways: list[str], rounds: i
         same = float((one == other).float().mean())
         found[way] = {"kernels": kernels, "relative_difference_to_sdpa": error, "equal_to_sdpa": same}
     times: dict[str, list[float]] = {way: [] for way in ways}
+    numbers = itertools.count(1) if task.is_new else itertools.repeat(0)
     for _ in range(rounds):
         for way in random.sample(ways, len(ways)):
             switch(model, way, before)
-            times[way].append(timed(run, device))
+            times[way].append(timed(task.run, next(numbers), device))
     switch(model, "sdpa", before)
     for way in ways:
         ratios = [sdpa / own for sdpa, own in zip(times["sdpa"], times[way], strict=True)]
@@ -149,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=tuple(SIZES))
     parser.add_argument("--backends", nargs="+", default=["auto", "native"])
-    parser.add_argument("--tasks", nargs="+", default=["prefill", "decode", "train, packed"])
+    parser.add_argument("--tasks", nargs="+", default=["prefill", "decode", "decode, new lengths", "train, packed"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -157,18 +179,18 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "device": machine}
     report: dict[str, Any] = {"about": versions, "rounds": options.rounds, "tasks": {}}
-    for name, (tokens, run) in work_of(model, options.device).items():
+    for name, task in work_of(model, options.device).items():
         if name not in options.tasks:
             continue
-        rows = measure(model, run, ["sdpa", *options.backends], options.rounds, options.device)
-        report["tasks"][name] = {"tokens": tokens, "ways": rows}
+        rows = measure(model, task, ["sdpa", *options.backends], options.rounds, options.device)
+        report["tasks"][name] = {"tokens": task.tokens, "ways": rows}
         for way, row in rows.items():
             if "refused" in row:
-                print(f"{name:14s} {way:14s} refused: {row['refused'][:120]}")
+                print(f"{name:19s} {way:14s} refused: {row['refused'][:120]}")
                 continue
-            speed = tokens / row["median_ms"] * 1e3
+            speed = task.tokens / row["median_ms"] * 1e3
             print(
-                f"{name:14s} {way:14s} {row['median_ms']:9.2f} ms {speed:10.0f} tokens/s "
+                f"{name:19s} {way:14s} {row['median_ms']:9.2f} ms {speed:10.0f} tokens/s "
                 f"{row['times_as_fast']:.3f} x sdpa, difference {row['relative_difference_to_sdpa']:.1e}",
                 flush=True,
             )

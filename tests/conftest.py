@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import anyattn
+from anyattn.policy.policy import ENV_POLICY
 from anyattn.scopes import defaults
 from law_counts import pytest_sessionfinish, pytest_terminal_summary
 
@@ -31,6 +32,7 @@ VARIABLES = (
     defaults.ENV_CHECKS_DIFFUSERS,
     "ANYATTN_TUNE",
     "ANYATTN_TUNE_BUDGET_MS",
+    ENV_POLICY,
     "LOCAL_KERNELS",
     "KERNELS_CACHE",
 )

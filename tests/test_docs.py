@@ -17,10 +17,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(anyattn.__file__).parent
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-MODULES = ("api", "settings", "masks.objects", "masks.values", "scopes.recording")
+MODULES = (
+    "api",
+    "settings",
+    "masks.objects",
+    "masks.values",
+    "scopes.recording",
+    "pins.steps",
+    "policy.policy",
+    "policy.rule",
+)
 """What a user calls: these have examples. Others may have some, and they are run too."""
 
-IN_GUIDES = ("masks.md", "transformers.md", "tuning.md")
+IN_GUIDES = ("masks.md", "policies.md", "transformers.md", "tuning.md")
 
 
 def blocks(path: Path) -> list[tuple[int, str]]:
@@ -122,6 +131,15 @@ def test_line_for_diffusers_in_the_readme_runs() -> None:
     finally:
         anyattn.reset_attention_backend(pipe)
     assert calls
+
+
+def test_policy_of_the_readme_can_be_set(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 6, enable_nested_tensor=False).eval()
+    text = next(text for _, text in blocks(ROOT / "README.md") if "anyattn.Rule(" in text)
+    exec(text, {"anyattn": anyattn, "pipe": model})
+    assert "2 of 6 attention layers" in capsys.readouterr().out
+    anyattn.reset_attention_backend(model)
 
 
 def test_first_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,7 @@ ORDER = (
     "api",
     "varlen",
     "sdpa",
+    "policy",
     "settings",
     "introspection",
     "tuning",

@@ -17,6 +17,9 @@ from anyattn.errors import (
 )
 from anyattn.introspection import BackendRow, backends, explain, plan
 from anyattn.masks.values import prepare_mask
+from anyattn.pins.steps import denoising_step
+from anyattn.policy.policy import Policy
+from anyattn.policy.rule import Rule
 from anyattn.scopes.recording import record
 from anyattn.settings import (
     attention_backend,
@@ -49,8 +52,10 @@ __all__ = [
     "InvalidSettingError",
     "KernelError",
     "MaskSpec",
+    "Policy",
     "Preference",
     "Reason",
+    "Rule",
     "UnknownBackendError",
     "UnsupportedCallError",
     "__version__",
@@ -58,6 +63,7 @@ __all__ = [
     "attention_backend",
     "attention_varlen",
     "backends",
+    "denoising_step",
     "explain",
     "masks",
     "plan",

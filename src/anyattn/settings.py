@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 from anyattn import environment
 from anyattn.errors import InvalidCallError
 from anyattn.pins import pins
+from anyattn.policy import applying
+from anyattn.policy.policy import Policy
 from anyattn.scopes import _in_force, defaults, lifetime
 from anyattn.scopes.decorating import Function, Steps, decorated
 from anyattn.scopes.scopes import REPLACE_SDPA, Life, Owner
@@ -230,9 +233,9 @@ def _integration_of(model: Any) -> Any:
 
 
 def set_attention_backend(
-    model: Any, backend: str | list[str] | tuple[str, ...], *, precision: Precision = "exact"
+    model: Any, backend: str | list[str] | tuple[str, ...] | Policy, *, precision: Precision = "exact"
 ) -> Any:
-    """Choose the backend of one model or pipeline; no other model is touched.
+    """Choose the backend of one model or pipeline, or set a policy on it; no other model is touched.
 
     For a model or pipeline of Diffusers this also routes its attention through anyattn, and a model of Transformers is
     switched to `attn_implementation="anyattn"`. For any other `torch.nn.Module` the choice is a pin: in force while the
@@ -240,18 +243,36 @@ def set_attention_backend(
     it, unless a part of it has a pin of its own. While such a pin exists, torch's function is replaced as
     `replace_sdpa` does it.
 
+    A policy chooses for single layers and denoising steps, of text encoders too if a rule selects them. It beats the
+    pins of the layers that its rules select. On one object the latest policy replaces the one before, and so does a
+    backend that is set after a policy; a backend that was set before it stays, for the layers that no rule selects.
+
     Args:
         model: A `torch.nn.Module`, or a Diffusers pipeline.
-        backend: A name, an alias, `"auto"`, or a list in order of preference.
-        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"`, `"fp8"` or `"fp4"`.
+        backend: A name, an alias, `"auto"`, a list in order of preference, or a policy.
+        precision: The loosest precision that lists and `auto` may use: `"exact"`, `"int8"`, `"fp8"` or `"fp4"`. A
+            policy's rules have their own.
 
     Returns:
-        For Diffusers and Transformers a report of what was set, else None.
+        For Diffusers, Transformers and policies a report of what was set, else None.
 
     Raises:
         UnknownBackendError: If a name is unknown.
-        InvalidCallError: If the object isn't a module; for these two also where nothing in it would change.
+        InvalidCallError: If the object isn't a module; for these two also where nothing in it would change. For a
+            policy: if a rule that isn't optional selects no layer. Nothing is changed then.
     """
+    if isinstance(backend, Policy):
+        if precision != "exact":
+            raise InvalidCallError("A policy's rules have precisions of their own; leave precision out.")
+        return applying.apply(backend, model, _integration_of)
+    if isinstance(backend, Mapping):
+        raise InvalidCallError("A policy as plain data is made one first: anyattn.Policy.from_dict(data).")
+    found = _set_pin(model, backend, precision)
+    applying.replaced(model, _integration_of)
+    return found
+
+
+def _set_pin(model: Any, backend: str | list[str] | tuple[str, ...], precision: Precision) -> Any:
     integration = _integration_of(model)
     if integration is not None:
         return integration.set_attention_backend(model, backend, precision=precision)
@@ -264,11 +285,20 @@ def set_attention_backend(
 
 
 def reset_attention_backend(model: Any) -> None:
-    """Undo `set_attention_backend` on one model or pipeline, and nothing else.
+    """Undo `set_attention_backend` on one model or pipeline, policies included, and nothing else.
 
     Raises:
         InvalidCallError: If the object isn't a module or pipeline, or had no backend set.
     """
+    had_policy = applying.remove(model, _integration_of)
+    try:
+        _reset_pin(model)
+    except InvalidCallError:
+        if not had_policy:
+            raise
+
+
+def _reset_pin(model: Any) -> None:
     integration = _integration_of(model)
     if integration is not None:
         integration.reset_attention_backend(model)

@@ -114,6 +114,20 @@ def test_typo_in_a_variable_is_reported_with_the_nearest_and_fails(variable, val
     assert value.split(",")[-1] in invoke("--no-try", **{variable: value}).stdout
 
 
+@pytest.mark.parametrize(
+    ("value", "state", "note", "nearest"),
+    [
+        ("flux", "in force", "3 rules, where a program asks anyattn.Policy.from_env()", ()),
+        ("fluks", "wrong", "ANYATTN_POLICY is 'fluks', which is neither a ready-made policy", ("flux",)),
+        (" ", "no effect", "names no policy", ()),
+    ],
+)
+def test_variable_of_a_policy_is_read(value, state, note, nearest):
+    (row,) = variables({"ANYATTN_POLICY": value})
+    assert (row.name, row.state, row.nearest) == ("ANYATTN_POLICY", state, nearest)
+    assert row.note.startswith(note)
+
+
 def test_misspelt_variable_is_reported_and_harmless():
     (row,) = variables({"ANYATTN_BACKENDS": "flex", "ANYTHING": "else"})
     assert (row.name, row.state, row.nearest[0]) == ("ANYATTN_BACKENDS", "no effect", "ANYATTN_BACKEND")

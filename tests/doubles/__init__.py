@@ -27,6 +27,7 @@ DOUBLES: dict[str, str] = {
     "flash3": "doubles.kernels.flash3:DOUBLE",
     "flash3_fp8": "doubles.kernels.flash3:FP8",
     "flash4": "doubles.kernels.flash4:DOUBLE",
+    "ffpa": "doubles.kernels.ffpa:DOUBLE",
     "xformers": "doubles.kernels.xformers:DOUBLE",
     "sage": "doubles.kernels.sage:PICK",
     "sage_int8_fp16": "doubles.kernels.sage:INT8_FP16",

@@ -220,6 +220,20 @@ def test_autos_choice_names_the_fixed_order() -> None:
     assert decide(spec(), "auto").basis == "fixed order"
 
 
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_kv", "first"),
+    [(1, 2000, "native_flash"), (16, 17, "native_flash"), (17, 2000, "native"), (1, 1, "native"), (16, 16, "native")],
+)
+def test_few_queries_on_more_keys_go_to_a_kernel_that_needs_no_preparation(
+    seqlen_q: int, seqlen_kv: int, first: str
+) -> None:
+    call = spec(seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, same_lengths=seqlen_q == seqlen_kv)
+    assert decide(call, "auto").chosen == first
+    assert decide(call.replace(return_lse=True), "auto").chosen == first
+    assert decide(call.replace(dtype=torch.float32), "auto").chosen == "native"
+    assert decide(call).chosen == "native"
+
+
 def test_decision_lists_every_known_backend_with_reasons() -> None:
     decision = decide(spec())
     assert {candidate.name for candidate in decision.candidates} == set(names())

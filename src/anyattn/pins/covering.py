@@ -25,7 +25,8 @@ PIN = "_anyattn_pin_in_force"
 ROUTE = "_anyattn_route_in_force"
 OWN_PIN = "_anyattn_pin"
 OWN_ROUTE = "_anyattn_route"
-KEYS = (PIN, ROUTE, OWN_PIN, OWN_ROUTE)
+CHOICE = "_anyattn_choice"
+KEYS = (PIN, ROUTE, OWN_PIN, OWN_ROUTE, CHOICE)
 
 _current = defaults.current.get
 _tracing = torch.compiler.is_dynamo_compiling
@@ -76,6 +77,13 @@ class Mark:
         """Whether it still pins or routes."""
         return self.preference is not None or self.routed
 
+    def wishes(self) -> tuple[Preference, ...]:
+        """Return every preference that it may put in force."""
+        return () if self.preference is None else (self.preference,)
+
+    def __str__(self) -> str:
+        return "; ".join(dict.fromkeys(map(str, self.wishes()))) or "its settings decide"
+
     def clear(self) -> None:
         """Remove the pin and route, in every copy that shares this object."""
         self.preference, self.routed = None, False
@@ -91,6 +99,12 @@ class Mark:
 
 live: weakref.WeakSet[Mark] = weakref.WeakSet()
 """Every mark that some module still holds."""
+
+
+def active() -> list[Mark]:
+    """Return the marks that still pin, route or choose."""
+    return [mark for mark in list(live) if mark.active]
+
 
 refresh: dict[str, Callable[[nn.Module], None]] = {}
 """For each kind of own mark, the function that covers modules added to its tree."""
@@ -121,6 +135,7 @@ class _Covered(nn.Module):
     _anyattn_route_in_force: Mark | None = None
     _anyattn_pin: Mark | None = None
     _anyattn_route: Mark | None = None
+    _anyattn_choice: Mark | None = None
     _anyattn_direct = False
     """Whether the module's own class has torch's `__call__`."""
 
@@ -128,16 +143,19 @@ class _Covered(nn.Module):
         """Don't run what the module's class does to its subclasses (registries, checks) for a covered class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        pin, route = self._anyattn_pin_in_force, self._anyattn_route_in_force
+        pin, route, choice = self._anyattn_pin_in_force, self._anyattn_route_in_force, self._anyattn_choice
         if _tracing():
-            entered = _entered_by(self, pin, route)
-            for wish in entered:
-                _in_force.entered.append(wish)
+            entered = _entered_by(self, pin, route, choice)
+            for one in entered:
+                _in_force.entered.append(one)
             try:
                 return super().__call__(*args, **kwargs)
             finally:
                 for _ in entered:
                     _in_force.entered.pop()
+        wish = None if pin is None else pin.preference
+        if choice is not None and (chosen := choice.preference) is not None:
+            pin, wish = choice, chosen
         before = inner = _current()
         processor = self.__dict__.get("processor")
         if processor is None:
@@ -146,9 +164,9 @@ class _Covered(nn.Module):
             inner = defaults.inside(inner, None)
             if type(processor) not in route.judged and route.host is not None:
                 route.host.watch(self, route)
-        if pin is not None and pin.preference is not None:
-            if inner.settings.pin is not pin.preference:
-                inner = defaults.inside(inner, pin.preference)
+        if pin is not None and wish is not None:
+            if inner.settings.pin is not wish:
+                inner = defaults.inside(inner, wish)
             if type(processor) not in pin.judged and pin.host is not None:
                 pin.host.watch(self, pin)
         if _grad_enabled():
@@ -166,7 +184,7 @@ class _Covered(nn.Module):
                 return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
             return super().__call__(*args, **kwargs)
         except AnyattnError as error:
-            _name_layer(error, self, pin)
+            _name_layer(error, self, pin, wish)
             raise
         finally:
             if inner is not before:
@@ -197,15 +215,18 @@ def _made_anew(make: Any, kind: type, *args: Any) -> Any:
     return make(_subclass_of(kind), *args)
 
 
-def _entered_by(module: Any, pin: Mark | None, route: Mark | None) -> list[defaults.Entered]:
+def _entered_by(module: Any, pin: Mark | None, route: Mark | None, choice: Any) -> list[defaults.Entered]:
     """Return what a covered module enters, as plain constants that are the same for every module of one root."""
     found = []
     host = None
     if route is not None and route.routed:
         found.append(defaults.ROUTE)
         host = route.host
-    if pin is not None and pin.preference is not None:
-        found.append(defaults.plain("pin", pin.preference))
+    wish = None if pin is None else pin.preference
+    if choice is not None and (chosen := choice.traced()) is not None:
+        pin, wish = choice, chosen
+    if pin is not None and wish is not None:
+        found.append(defaults.plain("pin", wish))
         host = pin.host if pin.host is not None else host
     if host is not None:
         processor = getattr(module, "processor", None)
@@ -214,16 +235,16 @@ def _entered_by(module: Any, pin: Mark | None, route: Mark | None) -> list[defau
     return found
 
 
-def _name_layer(error: AnyattnError, module: nn.Module, pin: Mark | None) -> None:
+def _name_layer(error: AnyattnError, module: nn.Module, pin: Mark | None, wish: Preference | None) -> None:
     """Add to a refusal which layer of the pinned model made the call: the innermost covered module."""
-    if pin is None or pin.preference is None or not isinstance(error, (BackendUnavailableError, UnsupportedCallError)):
+    if pin is None or wish is None or not isinstance(error, (BackendUnavailableError, UnsupportedCallError)):
         return
     decision = getattr(error, "decision", None)
     # The pin isn't what was refused if the call named a backend itself, or a block overrode the pin.
     if decision is not None:
-        of_pin = decision.preference == pin.preference
+        of_pin = decision.preference == wish
     else:
-        of_pin = getattr(error, "backend", "") in pin.preference.names
+        of_pin = getattr(error, "backend", "") in wish.names
     if not of_pin or "_anyattn_layer" in error.__dict__:
         return
     root = pin.owner()

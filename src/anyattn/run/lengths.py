@@ -28,20 +28,23 @@ from anyattn.types.spec import AttentionSpec
 
 Lengths = tuple[int, int]
 
+_TRIED_AFTER = 2
+"""After how many lengths of a range the next one is taken to be one of many."""
+
 
 class Range:
     """What is known of the calls of one range.
 
     Attributes:
-        first: The lengths that were seen first; nothing is tried until others follow.
+        seen: The lengths that were decided each by itself; nothing is tried before there are three.
         period: What residues are taken by; 0 if every length is to be decided.
         entries: By residues, the decided call that serves them, or None if their ends differ.
     """
 
-    __slots__ = ("entries", "first", "period")
+    __slots__ = ("entries", "period", "seen")
 
-    def __init__(self, first: Lengths) -> None:
-        self.first = first
+    def __init__(self) -> None:
+        self.seen: set[Lengths] = set()
         self.period = 1
         self.entries: dict[Lengths, Entry | None] = {}
 
@@ -54,13 +57,15 @@ def range_key(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tu
     if not type(query) is type(key) is type(value) is Tensor or not query.dim() == key.dim() == value.dim() == 4:
         return None
     axis = _axis(options)
-    shapes = [[*tensor.shape] for tensor in (query, key, value)]
-    seqlen_q, seqlen_kv, other = (shape.pop(axis) for shape in shapes)
-    if seqlen_kv != other:
+    rest = axis + 1
+    seqlen_q, seqlen_kv = query.shape[axis], key.shape[axis]
+    if seqlen_kv != value.shape[axis]:
         return None
     return (
         "lengths",
-        *(tuple(shape) for shape in shapes),
+        query.shape[:axis] + query.shape[rest:],
+        key.shape[:axis] + key.shape[rest:],
+        value.shape[:axis] + value.shape[rest:],
         seqlen_q.bit_length(),
         seqlen_kv.bit_length(),
         (seqlen_q > seqlen_kv) - (seqlen_q < seqlen_kv),
@@ -113,9 +118,12 @@ def learn(scope: defaults.Scope, key: tuple[Any, ...] | None, entry: Entry) -> N
     spec = entry.decision.spec
     found: Range | None = scope.table.get(key)
     if found is None:
-        scope.remember(key, Range((spec.seqlen_q, spec.seqlen_kv)))
+        found = Range()
+        scope.remember(key, found)
+    if not found.period:
         return
-    if not found.period or found.first == (spec.seqlen_q, spec.seqlen_kv):
+    if len(found.seen) < _TRIED_AFTER:
+        found.seen.add((spec.seqlen_q, spec.seqlen_kv))
         return
     period = _period(entry)
     if period != found.period:

@@ -102,9 +102,9 @@ class Scope:
         settings = self.settings
         if settings.pin is None or settings.context is None or settings.pin.names == settings.context.names:
             return ""
-        if settings.override:
-            return f"the pin to {settings.pin} by attention_backend({settings.context}, override=True)"
-        return f"attention_backend({settings.context}) by the model's pin to {settings.pin}"
+        pin = f"{settings.pinned_by} to {settings.pin}"
+        block = f"attention_backend({settings.context}{', override=True' if settings.override else ''})"
+        return f"{pin} by {block}" if settings.override else f"{block} by {pin}"
 
     def remember(self, key: Any, runner: Any) -> None:
         """Put a decided call into the table."""

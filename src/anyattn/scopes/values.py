@@ -26,3 +26,8 @@ class Settings:
     precision: Precision = "exact"
     routed: bool = False
     sdpa: bool = False
+
+    @property
+    def pinned_by(self) -> str:
+        """What chose the pin, in words: the rule of a policy, or a pin of the model."""
+        return "the model's pin" if self.pin is None or self.pin.source == "model" else self.pin.source

@@ -94,4 +94,6 @@ def _backends(decision: Decision) -> list[tuple[str, Backend]]:
 def spelled(wish: Preference, names: Sequence[str]) -> str:
     """Write a list of backends as code for the place of the request: an argument, a function or a variable."""
     text = json.dumps(list(names))
-    return _SPELLED[wish.source].format(text) if wish.source in _SPELLED else f"{wish.source}={','.join(names)}"
+    if wish.source in _SPELLED:
+        return _SPELLED[wish.source].format(text)
+    return f"{wish.source}={','.join(names)}" if wish.source.isupper() else f"backend={text} in {wish.source}"

@@ -38,6 +38,7 @@ BUILTIN: dict[str, str] = {
     "flash3": "anyattn.adapters.flash3:Flash3",
     "flash3_fp8": "anyattn.adapters.flash3:Flash3Fp8",
     "flash4": "anyattn.adapters.flash4:Flash4",
+    "ffpa": "anyattn.adapters.ffpa:Ffpa",
     "xformers": "anyattn.adapters.xformers:XFormers",
     "sage": "anyattn.adapters.sage:Sage",
     "sage_int8_fp16": "anyattn.adapters.sage:SageInt8Fp16",

@@ -22,6 +22,12 @@ _MANY_KEYS = 1024
 H100 (torch 2.11, fa3-fwd 0.0.3, flash-attn-4 4.0.0b36). No mask: batch * heads * S_q * S_kv * head_dim of 3.4e10,
 and from 1e12 also quantised kernels if they are allowed. With a mask that SDPA takes as a dense one: 1024 keys."""
 
+_FEW_QUERIES = 16
+"""Up to this many queries on more keys, as in decoding, `auto` tries kernels that need no preparation. torch's own pick
+on an H200 is cuDNN, which spends 35 ms or more on each new length. After that it is 1.0 to 1.5 times as fast as
+FlashAttention-3 for one query of head_dim 128, 1.6 to 2.6 times with head_dim 64, and 0.1 to 1.0 times for 16 queries
+(torch 2.11, fa3-fwd 0.0.3, 512 to 32768 keys; `benchmarks/decoding.py`)."""
+
 
 def rule(spec: AttentionSpec) -> tuple[str, ...]:
     """Return the backends that `auto` tries before its fixed order on CUDA, by the call's size and mask."""
@@ -35,6 +41,8 @@ def rule(spec: AttentionSpec) -> tuple[str, ...]:
     )
     if dense:
         return ("flash4", "flash3", "flash2") if spec.seqlen_kv >= _MANY_KEYS else ()
+    if spec.seqlen_q <= min(_FEW_QUERIES, spec.seqlen_kv - 1):
+        return ("flash3", "flash2", "native_flash")
     quantised = ("flash3_fp8", "sage") if work >= _VERY_LONG else ()
     return (*quantised, "flash3", "flash4") if work >= _LONG else ()
 

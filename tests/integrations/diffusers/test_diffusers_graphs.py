@@ -8,6 +8,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers_tiny import flux_inputs, make
 
 import anyattn
+from anyattn.demo.models import build_pipeline
 from anyattn.integrations import diffusers as integration
 
 
@@ -118,3 +119,20 @@ def test_processor_that_is_not_reached_is_warned_of_while_tracing():
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad(), pytest.warns(anyattn.AnyattnWarning, match="SlicedAttnProcessor"):
         compiled(**inputs)
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_pinned_pipeline_whose_model_is_one_graph_stays_one_graph(name):
+    latents = []
+    for pin in (False, True):
+        torch._dynamo.reset()
+        made, graphs = build_pipeline(name, steps=2), Graphs()
+        model = made.pipeline.unet if name == "sdxl" else made.pipeline.transformer
+        model.compile(fullgraph=True, backend=graphs)
+        if pin:
+            anyattn.set_attention_backend(made.pipeline, "native")
+        with torch.no_grad():
+            latents.append(made.run().latents)
+        assert graphs.count == 1
+        integration.disable()
+    torch.testing.assert_close(*latents)

@@ -14,6 +14,8 @@ integration.disable()                                  # everything as before
 
 from __future__ import annotations
 
+from anyattn.integrations.diffusers import policies as policies
+from anyattn.integrations.diffusers import schedules as schedules
 from anyattn.integrations.diffusers.install.coverage import Layer, attention_layers
 from anyattn.integrations.diffusers.models import (
     ComponentReport,

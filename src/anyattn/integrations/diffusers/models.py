@@ -160,7 +160,7 @@ def set_attention_backend(
     with state.lock, ExitStack() as failed:
         if state.enable_implicitly():
             failed.callback(state.disable)
-        components = list(_components(target))
+        components = list(components_of(target))
         reports = tuple(_inspect(name, module) for name, module in components)
         if not any(report.pinned for report in reports):
             details = "; ".join(str(report) for report in reports) or "it has no components that are modules"
@@ -190,8 +190,8 @@ def reset_attention_backend(target: Any) -> tuple[str, ...]:
     """
     target = _unwrapped(target)
     with state.lock:
-        components = dict.fromkeys(module for _, module in _components(target))
-        names = {id(module): name for name, module in _components(target)}
+        components = dict.fromkeys(module for _, module in components_of(target))
+        names = {id(module): name for name, module in components_of(target)}
         # Components that were exchanged since the pin was set carry it still.
         components.update(dict.fromkeys(module for module, wishes in list(_pinned.items()) if wishes.has(target)))
         taken = tuple(names.get(id(module), type(module).__name__) for module in components if _take(module, target))
@@ -277,7 +277,8 @@ def _say_left(left: tuple[Layer, ...]) -> str:
     return "; ".join(f"{kind}: {reason}" for kind, reason in kinds)
 
 
-def _components(target: Any) -> Iterator[tuple[str, nn.Module]]:
+def components_of(target: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a pipeline with their names; a model is its own, with an empty name."""
     if isinstance(target, nn.Module):
         yield "", target
         return

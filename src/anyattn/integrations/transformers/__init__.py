@@ -13,6 +13,7 @@ integration.disable()                                               # everything
 
 from __future__ import annotations
 
+from anyattn.integrations.transformers import policies as policies
 from anyattn.integrations.transformers.layers import Layer, attention_layers
 from anyattn.integrations.transformers.models import (
     SetReport,

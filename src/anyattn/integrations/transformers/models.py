@@ -6,6 +6,7 @@ import importlib
 import sys
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from anyattn.integrations.transformers.layers import Layer
 from anyattn.integrations.transformers.versions import NAME
 from anyattn.integrations.transformers.watching import HOST
 from anyattn.pins import pins
-from anyattn.pins.covering import is_covered, origin_of
+from anyattn.pins.covering import active, is_covered, origin_of
 from anyattn.selection.preferences import make_preference
 from anyattn.types.decision import Precision
 from anyattn.types.names import AUTO
@@ -59,7 +60,7 @@ class _Record:
     before: list[tuple[Any, str]] = field(default_factory=list)
 
 
-_records: weakref.WeakKeyDictionary[nn.Module, _Record] = weakref.WeakKeyDictionary()
+_records: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
 
 
 def handles(target: object) -> bool:
@@ -95,18 +96,7 @@ def set_attention_backend(
     target = getattr(target, "_orig_mod", target)
     wish = make_preference(backend, "model", precision)
     with state.lock, ExitStack() as failed:
-        if not state.is_enabled():
-            state.enable()
-            failed.callback(state.disable)
-        record = _Record(_configs(target))
-        hooks = importlib.import_module("anyattn.integrations.transformers.hooks")
-        failed.callback(_put_back, record.before)
-        for config in record.configs:
-            owner = _owner(target, config)
-            if config._attn_implementation != NAME and owner is not None and not _refused(owner):
-                hooks.admit(owner)
-                record.before.append((config, config._attn_implementation))
-                config._attn_implementation_internal = NAME
+        record = _switched(target, failed)
         found = layers.attention_layers(target)
         left = tuple(layer for layer in found if not layer.reached)
         reached = len(found) - len(left)
@@ -146,6 +136,55 @@ def reset_attention_backend(target: nn.Module) -> None:
         record = _records.pop(target, None)
         if record is not None:
             _hand_on(record)
+
+
+def switch(target: nn.Module) -> Callable[[bool], None]:
+    """Switch a model to `"anyattn"` for a policy.
+
+    Returns:
+        The function that puts its implementation back. Called with True, because nothing was set on the model after
+        all, it also disables the integration, if this call had enabled it and nothing else uses it.
+
+    Raises:
+        InvalidCallError: If Transformers' own layers would misread the masks.
+        UnsupportedVersionError: If this version of Transformers isn't supported. In both cases nothing is changed.
+    """
+    with state.lock, ExitStack() as failed:
+        was_enabled = state.is_enabled()
+        key = _ForPolicy()
+        _records[key] = _switched(target, failed)
+        failed.pop_all()
+
+    def undo(unused: bool) -> None:
+        with state.lock:
+            record = _records.pop(key, None)
+            if record is not None:
+                _hand_on(record)
+            if unused and not was_enabled and not _records and not any(mark.host is HOST for mark in active()):
+                state.disable()
+
+    return undo
+
+
+class _ForPolicy:
+    """Stands in `_records` for one policy on one model."""
+
+
+def _switched(target: nn.Module, failed: ExitStack) -> _Record:
+    """Enable the integration and give a model's configs the name; `failed` undoes both."""
+    if not state.is_enabled():
+        state.enable()
+        failed.callback(state.disable)
+    record = _Record(_configs(target))
+    hooks = importlib.import_module("anyattn.integrations.transformers.hooks")
+    failed.callback(_put_back, record.before)
+    for config in record.configs:
+        owner = _owner(target, config)
+        if config._attn_implementation != NAME and owner is not None and not _refused(owner):
+            hooks.admit(owner)
+            record.before.append((config, config._attn_implementation))
+            config._attn_implementation_internal = NAME
+    return record
 
 
 def forget_all() -> None:

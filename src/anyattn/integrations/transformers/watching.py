@@ -29,7 +29,7 @@ class _Host:
             state.enable()
         except UnsupportedVersionError as error:
             warnings.warn(
-                f"This model was pinned to {mark.preference} when it was saved, and isn't here: {error}",
+                f"This model was pinned to {mark} when it was saved, and isn't here: {error}",
                 AnyattnWarning,
                 stacklevel=2,
             )
@@ -43,7 +43,7 @@ class _Host:
         if layers.asks(layer):
             mark.judged |= {_Switched}
             warnings.warn(
-                f"A backend ({mark.preference}) was set on this model, and then its attn_implementation was changed to "
+                f"A backend ({mark}) was set on this model, and then its attn_implementation was changed to "
                 f"{config._attn_implementation!r}: its attention runs without the backend. Set {NAME!r} again, or call "
                 "anyattn.reset_attention_backend on it.",
                 AnyattnWarning,

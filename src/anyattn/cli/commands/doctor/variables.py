@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from anyattn.errors import InvalidSettingError, UnknownBackendError
+from anyattn.policy.policy import ENV_POLICY, Policy
 from anyattn.scopes import defaults
 from anyattn.selection import registry
 from anyattn.sources.hub import malformed
@@ -48,9 +50,11 @@ def variables(environ: Mapping[str, str]) -> tuple[VariableReport, ...]:
     decides = defaults.from_environment(environ).source
     rows = [_choosing(name, environ[name], decides) for name in CHOOSING if name in environ]
     rows += [_checking(name, environ[name]) for name in CHECKING if name in environ]
+    if ENV_POLICY in environ:
+        rows.append(_policy(environ[ENV_POLICY]))
     if LOCAL_KERNELS in environ:
         rows.append(_local_kernels(environ[LOCAL_KERNELS]))
-    known = (*CHOOSING, *CHECKING)
+    known = (*CHOOSING, *CHECKING, ENV_POLICY)
     for name, value in sorted(environ.items()):
         if name in known or not name.upper().startswith(("ANYATTN", "DIFFUSERS_ATTN")):
             continue
@@ -75,6 +79,18 @@ def _choosing(name: str, value: str, decides: str) -> VariableReport:
     if len(words) == 1 and registry.canonical(words[0]) != AUTO:
         return VariableReport(name, value, "in force", "required: another backend is never taken instead")
     return VariableReport(name, value, "in force", "the first that admits a call runs it")
+
+
+def _policy(value: str) -> VariableReport:
+    if not value.strip():
+        return VariableReport(ENV_POLICY, value, "no effect", "names no policy")
+    try:
+        policy = Policy.from_env(environ={ENV_POLICY: value})
+    except (InvalidSettingError, UnknownBackendError) as error:
+        close = difflib.get_close_matches(value.strip(), Policy.names(), n=1)
+        return VariableReport(ENV_POLICY, value, "wrong", str(error), tuple(close))
+    rules = "1 rule" if len(policy.rules) == 1 else f"{len(policy.rules)} rules"
+    return VariableReport(ENV_POLICY, value, "in force", f"{rules}, where a program asks anyattn.Policy.from_env()")
 
 
 def _local_kernels(value: str) -> VariableReport:

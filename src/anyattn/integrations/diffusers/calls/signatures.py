@@ -9,10 +9,30 @@ from __future__ import annotations
 
 import inspect
 from types import FunctionType
+from typing import Any
 
 from torch import nn
 
 _cached: dict[FunctionType, inspect.Signature] = {}
+
+
+class _Signature(inspect.Signature):
+    """A signature whose parameters are a plain dict: Dynamo reads no mapping proxy once a dict was changed."""
+
+    __slots__ = ("_plain",)
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        super().__init__(list(signature.parameters.values()), return_annotation=signature.return_annotation)
+        self._plain = dict(signature.parameters)
+
+    @property
+    def parameters(self) -> Any:
+        return self._plain
+
+    def replace(self, **changes: Any) -> inspect.Signature:  # type: ignore[override]
+        parameters = changes.get("parameters", tuple(self._plain.values()))
+        annotation = changes.get("return_annotation", self.return_annotation)
+        return inspect.Signature(parameters, return_annotation=annotation)
 
 
 def cache(module: nn.Module) -> None:
@@ -29,7 +49,7 @@ def cache_kind(kind: type) -> None:
     if not isinstance(function, FunctionType):
         return
     if not hasattr(function, "__wrapped__") and not hasattr(function, "__signature__"):
-        _cached[function] = function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        _cached[function] = function.__signature__ = _Signature(inspect.signature(function))  # type: ignore[attr-defined]
 
 
 def forget() -> None:

@@ -13,7 +13,7 @@ from anyattn.errors import AnyattnWarning, InvalidCallError
 from anyattn.integrations.diffusers.calls import routes
 from anyattn.integrations.diffusers.install import coverage, patches
 from anyattn.integrations.diffusers.versions import BACKEND_NAME, load
-from anyattn.pins.covering import PIN
+from anyattn.pins.covering import CHOICE, PIN
 
 
 class _Nothing:
@@ -53,8 +53,8 @@ def _setter(stock: Callable[..., None]) -> Callable[..., None]:
 
 def _warn_of_pins(module: nn.Module, backend: str) -> None:
     """Warn if layers stay on the backend that anyattn pinned: a pin is more specific than Diffusers' setting."""
-    marks = [vars(part).get(PIN) for part in module.modules()]
-    pinned = sorted({str(mark.preference) for mark in marks if mark is not None and mark.active})
+    marks = [vars(part).get(key) for part in module.modules() for key in (PIN, CHOICE)]
+    pinned = sorted({str(wish) for mark in marks if mark is not None for wish in mark.wishes()})
     if pinned:
         warnings.warn(
             f"{type(module).__name__}.set_attention_backend({backend!r}) waits: anyattn pinned layers of it to "

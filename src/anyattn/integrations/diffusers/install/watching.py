@@ -12,7 +12,7 @@ from anyattn.errors import AnyattnWarning
 from anyattn.integrations.diffusers.calls import signatures
 from anyattn.integrations.diffusers.install import coverage
 from anyattn.integrations.diffusers.versions import UnsupportedVersionError
-from anyattn.pins.covering import Mark, live
+from anyattn.pins.covering import Mark, active
 
 enablers: Final[list[Callable[[], bool]]] = []
 """The function that enables the integration; the module that defines it adds it."""
@@ -31,8 +31,7 @@ class _Host:
                 enable()
         except UnsupportedVersionError as error:
             warnings.warn(
-                f"This model ran through anyattn ({mark.preference or 'its settings decide'}) when it was saved, and "
-                f"doesn't here: {error}",
+                f"This model ran through anyattn ({mark}) when it was saved, and doesn't here: {error}",
                 AnyattnWarning,
                 stacklevel=2,
             )
@@ -63,7 +62,7 @@ HOST: Final = _Host()
 
 def is_needed() -> bool:
     """Whether any pin or route of the integration is still held by a module."""
-    return any(mark.active and mark.host is HOST for mark in list(live))
+    return any(mark.host is HOST for mark in active())
 
 
 def judged_in(module: nn.Module) -> frozenset[type]:
