@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,9 @@ from law_counts import pytest_sessionfinish, pytest_terminal_summary
 # The same two processors run every test: a pool of inductor's, in which each process imports torch, makes none faster.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+# No test reads or writes this user's measurements.
+os.environ["ANYATTN_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"anyattn-tests-{os.getpid()}")
+
 __all__ = ["pytest_sessionfinish", "pytest_terminal_summary"]
 """The hooks that pytest looks for here; fixtures it finds anyway."""
 
@@ -26,6 +30,8 @@ VARIABLES = (
     defaults.ENV_BACKEND_DIFFUSERS,
     defaults.ENV_CHECKS,
     defaults.ENV_CHECKS_DIFFUSERS,
+    "ANYATTN_TUNE",
+    "ANYATTN_TUNE_BUDGET_MS",
     ENV_POLICY,
     "LOCAL_KERNELS",
     "KERNELS_CACHE",

@@ -29,7 +29,7 @@ MODULES = (
 )
 """What a user calls: these have examples. Others may have some, and they are run too."""
 
-IN_GUIDES = ("masks.md", "policies.md", "transformers.md")
+IN_GUIDES = ("masks.md", "policies.md", "transformers.md", "tuning.md")
 
 
 def blocks(path: Path) -> list[tuple[int, str]]:

@@ -83,6 +83,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     info = next(name for name in names if name.endswith("/METADATA")).partition("/")[0]
     sources = {f"anyattn/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")} | {"anyattn/py.typed"}
+    sources |= {f"anyattn/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.json")}
     assert {name for name in names if not name.startswith(f"{info}/")} == sources
     assert {f"{info}/entry_points.txt", f"{info}/licenses/LICENSE"} <= set(names)
     assert not [name for name in names if "double" in name or name.startswith("tests")]

@@ -39,6 +39,7 @@ class Device:
         arch: CUDA compute capability such as `(9, 0)`, or None if it has none.
         index: Its index among devices of its type.
         rocm: Whether a `"cuda"` device is an AMD one.
+        units: How many multiprocessors (compute units) it has; 0 if unknown.
     """
 
     type: str
@@ -46,6 +47,7 @@ class Device:
     arch: Arch | None = None
     index: int = 0
     rocm: bool = False
+    units: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Environment:
         overrides: torch's CUDA kernels that are replaced in this process (`"native_flash"`, `"native_cudnn"`,
             `"varlen_attn"`), and by what: `"FA3"`, `"FA4"`, or the file that registered another kernel.
         cudnn_file: The file of the cuDNN that is loaded; empty if unknown.
+        driver: The version of the NVIDIA driver; empty if there is none.
+        processor: The processor's model and the number of threads that torch computes with; empty if unknown.
     """
 
     torch: Version
@@ -83,6 +87,8 @@ class Environment:
     builds: Mapping[str, Mapping[str, bool]] = dataclasses.field(default_factory=dict)
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cudnn_file: str = ""
+    driver: str = ""
+    processor: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.packages, Packages):
@@ -145,6 +151,8 @@ class Environment:
             "builds": {name: dict(flags) for name, flags in self.builds.items()},
             "overrides": dict(self.overrides),
             "cudnn_file": self.cudnn_file,
+            "driver": self.driver,
+            "processor": self.processor,
         }
 
 
@@ -196,6 +204,8 @@ def _look() -> Environment:
         variables=variables_now(),
         builds={name: flags for name in BUILDS if (flags := installed.build_flags(name)) is not None},
         cudnn_file="" if cudnn is None else installed.cudnn_file(),
+        driver="" if cudnn is None else installed.driver(),
+        processor=f"{installed.processor()}, {torch.get_num_threads()} threads",
     )
 
 
@@ -211,7 +221,8 @@ def _devices() -> tuple[Device, ...]:
         for index in range(torch.cuda.device_count()):
             name = torch.cuda.get_device_name(index)
             arch = None if rocm else torch.cuda.get_device_capability(index)
-            found.append(Device("cuda", name, arch, index, rocm))
+            units = torch.cuda.get_device_properties(index).multi_processor_count
+            found.append(Device("cuda", name, arch, index, rocm, units))
     if torch.backends.mps.is_available():
         found.append(Device("mps", "Apple GPU"))
     for kind in ("xpu", "npu"):
@@ -257,8 +268,8 @@ _PRESETS: Mapping[str, Device] = {
     "rtx3090": Device("cuda", "NVIDIA GeForce RTX 3090", (8, 6)),
     "rtx4090": Device("cuda", "NVIDIA GeForce RTX 4090", (8, 9)),
     "l40s": Device("cuda", "NVIDIA L40S", (8, 9)),
-    "h100": Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0)),
-    "h200": Device("cuda", "NVIDIA H200", (9, 0)),
+    "h100": Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0), units=132),
+    "h200": Device("cuda", "NVIDIA H200", (9, 0), units=132),
     "b200": Device("cuda", "NVIDIA B200", (10, 0)),
     "rtx5090": Device("cuda", "NVIDIA GeForce RTX 5090", (12, 0)),
     "mi300": Device("cuda", "AMD Instinct MI300X", None, 0, True),

@@ -208,6 +208,9 @@ def reset() -> None:
     calls that were decided before go on as they are until another call is decided, or one of them fails.
     """
     environment.forget()
+    timings = sys.modules.get("anyattn.timings.known")
+    if timings is not None:
+        timings.forget()
     faults.forget_faults()
     defaults.forget()
 

@@ -15,7 +15,7 @@ from anyattn.cli import render
 from anyattn.cli.app import app
 from anyattn.cli.reports import Step
 
-COMMANDS = ("doctor", "explain", "verify", "demo")
+COMMANDS = ("doctor", "explain", "verify", "demo", "tune")
 
 
 class _Report:

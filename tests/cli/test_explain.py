@@ -156,6 +156,7 @@ def test_json_has_the_documented_keys():
         "candidates",
         "overruled",
         "origin",
+        "timings",
     }
 
 

@@ -128,6 +128,7 @@ class Backend:
             `auto` or by listings.
         is_double: Whether it is a contract double of the tests, in place of the real kernel.
         quantises: Whether the adapter itself quantises; then results are coarse whatever kernel runs.
+        slow_start: Whether its first call imports or compiles for seconds; it isn't measured in the midst of a program.
         bound_traces: Whether what `bind` returns also works inside every tracer and transform, refuses mismatched
             dtypes and devices, follows autocast as SDPA does, and computes the gradients that are needed.
     """
@@ -141,6 +142,7 @@ class Backend:
     downloads: ClassVar[bool] = False
     is_double: ClassVar[bool] = False
     quantises: ClassVar[bool] = False
+    slow_start: ClassVar[bool] = False
     bound_traces: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:

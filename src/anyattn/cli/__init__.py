@@ -1,4 +1,4 @@
-"""The command line: `anyattn doctor`, `explain`, `record`, `verify` and `demo`.
+"""The command line: `anyattn doctor`, `explain`, `record`, `tune`, `verify` and `demo`.
 
 Each command is a function that returns a frozen report (`to_dict`, `exit_code`); only `render` prints. Needs the extra
 `anyattn[cli]`.

@@ -212,3 +212,46 @@ def record(
         raise typer.Exit(2) from None
     render.line(str(found.calls))
     raise typer.Exit(found.exit_code)
+
+
+@app.command(epilog="Exit codes: 0 if some call is measured, 1 if none could be, 2 for wrong usage.")
+def tune(
+    calls: opt.Recording = None,
+    presets: opt.Presets = None,
+    grid: opt.Grid = None,
+    masks: opt.Masks = None,
+    dtype: opt.Dtype = "bfloat16",
+    grad: opt.Grad = False,
+    device: opt.Device = None,
+    precision: opt.TunePrecision = "exact",
+    budget: opt.Budget = None,
+    again: opt.Again = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure which backend is fastest for some calls.
+
+    Each call is run by every backend that auto may take for it, and what that changes is printed, with the reason. A
+    backend whose result leaves the error budget is never taken. Times are kept for later programs; what was measured
+    before is left out, so an interrupted command goes on where it was.
+
+    Example: anyattn tune --preset all --budget 180
+    """
+    from anyattn.cli.commands import tune as command
+    from anyattn.cli.views.tune import show
+
+    def make(progress: Progress) -> Report:
+        return command.run(
+            calls,
+            names=presets or (),
+            grid=grid or (),
+            masks=masks or (),
+            dtype=dtype,
+            grad=grad,
+            device=device,
+            precision=command.checked_precision(precision),
+            budget=budget,
+            again=again,
+            progress=progress,
+        )
+
+    _answer(make, show, as_json)

@@ -67,6 +67,20 @@ Backends = Annotated[
 DemoDtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
 
+# What is measured.
+Recording = Annotated[
+    Path | None, typer.Argument(metavar="[CALLS.json]", help="A recording: anyattn record --out CALLS.json SCRIPT")
+]
+Presets = Annotated[
+    list[str] | None, typer.Option("--preset", metavar="NAME", help="A published model's call, or all; repeatable.")
+]
+Grid = Annotated[
+    list[str] | None, typer.Option("--grid", metavar="B,S,H,D", help="A shape; 1:2,1024:4096,24,128 is four of them.")
+]
+TunePrecision = Annotated[str, typer.Option("--precision", help="exact, int8, fp8 or fp4: which kernels take part.")]
+Budget = Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no further call after this.")]
+Again = Annotated[bool, typer.Option("--again", help="Measure also what was measured before.")]
+
 # What is recorded.
 Script = Annotated[Path, typer.Argument(metavar="SCRIPT", help="The Python file to run.")]
 ScriptArguments = Annotated[list[str] | None, typer.Argument(metavar="[ARGS]...", help="The script's arguments.")]

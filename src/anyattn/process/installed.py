@@ -206,3 +206,25 @@ def cudnn_file() -> str:
         return ""
     lines = maps.read_text().splitlines()
     return next((line.split(maxsplit=5)[5] for line in lines if _MAIN_LIBRARY.search(line)), "")
+
+
+def driver() -> str:
+    """Return the version of the NVIDIA driver; where its file isn't there, the CUDA version that it supports."""
+    try:
+        found = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        found = None
+    if found is not None:
+        return found[0]
+    supported: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    return f"for CUDA {supported}"
+
+
+def processor() -> str:
+    """Return the processor's model, or its architecture if the system doesn't show the model."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()

@@ -100,21 +100,25 @@ def check_output(
     Raises:
         KernelError: If their error exceeds the budget of `anyattn.reference.tolerance`, which is larger if `quantised`.
     """
-    spec = plan.spec
-    if spec.dropout_p or spec.is_empty:
-        return
+    if not plan.spec.dropout_p and not plan.spec.is_empty:
+        worst = output_excess(plan.spec, query, key, value, parts, result, quantised=quantised)
+        _judge(plan, worst, min(plan.spec.seqlen_q, SAMPLED_ROWS))
+
+
+def output_excess(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, parts: Parts, result: Output, *, quantised: bool
+) -> float:
+    """Compare sampled rows of a result with the reference; return the error as a multiple of what is allowed."""
     out, lse = result if isinstance(result, tuple) else (result, None)
     if spec.layout == "BHSD":
         query, key, value, out = (tensor.transpose(1, 2) for tensor in (query, key, value, out))
-    rows = _sample(spec.seqlen_q, query.device)
-    mask = _rows_of_mask(spec, parts, rows, key.device)
+    rows = sampled_rows(spec.seqlen_q, query.device)
+    mask = rows_of_mask(spec, parts, rows, key.device)
     inputs = (query[:, rows].detach(), key.detach(), value.detach())
     with torch.no_grad():
         truth, true_lse = _refer(spec, inputs, mask, parts.sinks, torch.float64)
         if quantised:
-            worst = _quantised_excess(truth, true_lse, out.detach()[:, rows], None if lse is None else lse[:, :, rows])
-            _judge(plan, worst, len(rows))
-            return
+            return _quantised_excess(truth, true_lse, out.detach()[:, rows], None if lse is None else lse[:, :, rows])
         plain, plain_lse = _refer(spec, inputs, mask, parts.sinks, tolerance.plain_dtype(query.dtype))
         plain, plain_lse = (tolerance.refined(*pair, query.dtype) for pair in ((truth, plain), (true_lse, plain_lse)))
         allowed = tolerance.budget(truth, plain, query.dtype, over=(1, 3))
@@ -122,7 +126,7 @@ def check_output(
         if lse is not None:
             allowed = tolerance.lse_budget(true_lse, plain_lse, query.dtype, over=(2,))
             worst = max(worst, tolerance.excess(lse[:, :, rows], true_lse.float().double(), SLACK * allowed))
-    _judge(plan, worst, len(rows))
+    return worst
 
 
 def _judge(plan: Plan, worst: float, rows: int) -> None:
@@ -154,13 +158,15 @@ def _refer(
     return reference.attention(*inputs, mask, scale=spec.scale, softcap=spec.softcap, sinks=sinks, dtype=dtype)
 
 
-def _sample(seqlen_q: int, device: torch.device) -> Tensor:
+def sampled_rows(seqlen_q: int, device: torch.device) -> Tensor:
+    """Return the indices of the query rows that are compared, the first and the last among them."""
     count = min(seqlen_q, SAMPLED_ROWS)
     rows: Tensor = torch.unique(torch.linspace(0, seqlen_q - 1, count, device=device).round().long())
     return rows
 
 
-def _rows_of_mask(spec: AttentionSpec, parts: Parts, rows: Tensor, device: torch.device) -> Mask | None:
+def rows_of_mask(spec: AttentionSpec, parts: Parts, rows: Tensor, device: torch.device) -> Mask | None:
+    """Return the mask of some query rows, with its pattern written out."""
     pattern = spec.mask.pattern
     columns = torch.arange(spec.seqlen_kv, device=device)[None, :]
     allowed = torch.ones(len(rows), spec.seqlen_kv, dtype=torch.bool, device=device)

@@ -16,12 +16,14 @@ from torch import Tensor
 from anyattn.call.arguments import _autocast_on, _deterministic, _grad_enabled, autocast_dtype
 from anyattn.call.facts import Options
 from anyattn.call.storage import starts_on_16, storage_facts
+from anyattn.environment import detect
 from anyattn.errors import AnyattnError
 from anyattn.run.table import Entry, shorten
 from anyattn.scopes import defaults
 from anyattn.selection.choice import Known, choice_of
 from anyattn.selection.decide import decide
 from anyattn.types.decision import Decision
+from anyattn.types.names import AUTO
 from anyattn.types.spec import AttentionSpec
 
 Lengths = tuple[int, int]
@@ -136,10 +138,12 @@ def learn(scope: defaults.Scope, key: tuple[Any, ...] | None, entry: Entry) -> N
 def _period(entry: Entry) -> int:
     """Return the common period of the backends that were judged; 0 if one has none, or the runner isn't bound."""
     choice = choice_of(entry.decision)
-    known = Known([candidate.name for candidate in choice.refused], third_parties=False)
+    names = [candidate.name for candidate in choice.refused]
+    names += [choice.instead_of] if choice.instead_of else []
+    known = Known(names, third_parties=False)
     if entry.short is None or not entry.in_graphs or entry.decision.spec.is_empty:
         return 0
-    judged = [known[candidate.name] for candidate in choice.refused]
+    judged = [known[name] for name in names]
     periods = [backend.length_period(entry.decision.spec) for backend in (choice.backend, *judged)]
     return 0 if 0 in periods else math.lcm(*periods)
 
@@ -148,7 +152,7 @@ def _serves(scope: defaults.Scope, entry: Entry, period: int) -> bool:
     """Whether the calls at the ends of the range are decided as this one is."""
     spec = entry.decision.spec
     wanted = _what_runs(entry.decision)
-    for lengths in _ends(spec, period):
+    for lengths in _ends(spec, period, _by_time(entry.decision)):
         other = spec.replace(seqlen_q=lengths[0], seqlen_kv=lengths[1])
         try:
             decision = decide(other, scope)
@@ -164,9 +168,21 @@ def _what_runs(decision: Decision) -> tuple[Any, ...]:
     return (choice.backend, choice.plan.lowering, choice.plan.rescale, choice.plan.spec is decision.spec)
 
 
-def _ends(spec: AttentionSpec, period: int) -> list[Lengths]:
-    """Return the corners of a call's range that have its residues, and its order of the two lengths."""
-    rows, keys = dict.fromkeys(_ends_of(spec.seqlen_q, period)), dict.fromkeys(_ends_of(spec.seqlen_kv, period))
+def _by_time(decision: Decision) -> bool:
+    """Whether times may decide some call of the range: they are known by buckets of lengths, finer than a range."""
+    if AUTO not in decision.preference.names:
+        return False
+    from anyattn.timings.known import knows
+
+    return knows(detect(), decision.spec.device_type, decision.spec.device_index)
+
+
+def _ends(spec: AttentionSpec, period: int, by_time: bool = False) -> list[Lengths]:
+    """Return the corners of a call's range that have its residues, and its order of the two lengths.
+
+    With `by_time` they are the corners of each bucket of lengths in the range.
+    """
+    rows, keys = (dict.fromkeys(_ends_of(length, period, by_time)) for length in (spec.seqlen_q, spec.seqlen_kv))
     if spec.seqlen_q == spec.seqlen_kv:
         return list(zip(rows, keys, strict=True))
     order = spec.seqlen_q < spec.seqlen_kv
@@ -174,6 +190,14 @@ def _ends(spec: AttentionSpec, period: int) -> list[Lengths]:
     return [(q, k) for q in rows for k in keys if q != k and (q < k) == order] or [(spec.seqlen_q, spec.seqlen_kv)]
 
 
-def _ends_of(length: int, period: int) -> Lengths:
+def _ends_of(length: int, period: int, by_time: bool = False) -> tuple[int, ...]:
     low, residue = 1 << (length.bit_length() - 1), length % period
-    return low + (residue - low) % period, (2 * low - 1) - (2 * low - 1 - residue) % period
+    ends = (low + (residue - low) % period, (2 * low - 1) - (2 * low - 1 - residue) % period)
+    if not by_time:
+        return ends
+    from anyattn.timings.keys import bucket_ends
+
+    # The lengths of this residue next to the ends of each bucket.
+    after = (end + (residue - end) % period for end in bucket_ends(length))
+    before = (end - (end - residue) % period for end in bucket_ends(length))
+    return tuple(sorted({*ends, *(end for end in (*after, *before) if low <= end < 2 * low)}))

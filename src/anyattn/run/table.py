@@ -18,6 +18,7 @@ from anyattn.masks.values import as_mask, autocast_mask, parts_of
 from anyattn.process import tracing
 from anyattn.run import bound
 from anyattn.run.checks import can_check, check_inputs, check_output
+from anyattn.run.first import tune_first
 from anyattn.run.plan import execute, make_plan
 from anyattn.scopes import defaults
 from anyattn.selection import faults
@@ -179,6 +180,8 @@ def entry_for(
         if tracing.is_captured(query):
             spec = spec.replace(captured=True)
         cast = autocast_dtype(query.device.type)
+        if cast is None:
+            tune_first(spec, base, query, key, value, attn_mask, sinks)
         entry = make_first(spec, base, lambda decision: make_entry(decision, cast))
         # A decision for a captured graph may differ from the one outside it.
         if table_key is not None and not spec.captured and generation == defaults.generation():

@@ -20,12 +20,14 @@ class Choice:
         caps: Its declaration for the call as it is run, if it has one.
         plan: The call as it is run, and its lowering.
         refused: The backends that were tried before, with their reasons.
+        instead_of: The backend that would run the call if nothing were known of times; empty if it is the same.
     """
 
     backend: Backend
     caps: Capabilities | None
     plan: Plan
     refused: tuple[Candidate, ...] = ()
+    instead_of: str = ""
 
 
 def choice_of(decision: Decision) -> Choice:

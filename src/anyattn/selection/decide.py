@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 
 from anyattn.environment import Environment, detect
-from anyattn.errors import AnyattnWarning
+from anyattn.errors import AnyattnWarning, UnknownBackendError
 from anyattn.process.bounded import Bounded
 from anyattn.scopes import defaults
 from anyattn.selection import faults, registry
@@ -18,6 +18,7 @@ from anyattn.types.decision import Decision
 from anyattn.types.names import AUTO
 from anyattn.types.reasons import Reason
 from anyattn.types.spec import AttentionSpec
+from anyattn.types.timings import Timings
 
 
 def decide(spec: AttentionSpec, scope: defaults.Scope, failed: Mapping[str, Reason] | None = None) -> Decision:
@@ -58,7 +59,21 @@ def decision_for(
     failures = faults.faults(spec_of_fault(spec)) if here else NO_FAULTS
     if failed:
         failures = {**failures, **failed}
-    return resolve(spec, env, wish, known, overruled=overruled, faults=failures)
+    timings = _timings(spec, env, known, here=here) if AUTO in wish.names else None
+    return resolve(spec, env, wish, known, overruled=overruled, faults=failures, timings=timings)
+
+
+def _timings(spec: AttentionSpec, env: Environment, known: Known, *, here: bool) -> Timings | None:
+    """Return what is known of a call's times; the file of measurements is opened only for this."""
+    from anyattn.timings.known import timings_of
+
+    def kernel_of(name: str) -> str | None:
+        try:
+            return known[name].origin(env)
+        except UnknownBackendError:
+            return None
+
+    return timings_of(spec, env, kernel_of, here=here)
 
 
 _said: Bounded[str, None] = Bounded(256)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from anyattn.backend.capabilities import as_run
 from anyattn.backend.protocol import Backend, Lowering, Plan
@@ -13,6 +13,7 @@ from anyattn.types.decision import Candidate, Decision, Preference, carry
 from anyattn.types.names import AUTO
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
+from anyattn.types.timings import Timings
 
 _LONG = 1 << 35
 _VERY_LONG = 1 << 40
@@ -74,11 +75,13 @@ def resolve(
     *,
     overruled: str = "",
     faults: Mapping[str, Reason] = NO_FAULTS,
+    timings: Timings | None = None,
 ) -> Decision:
     """Choose a backend for a call.
 
-    Backends are judged in order of preference, up to the first that admits the call. The others are judged when the
-    decision's candidates are read.
+    Backends are judged in order of preference, up to the first that admits the call. Where `auto` found it, another one
+    of `auto`'s that admits the call runs instead if it is faster by `timings`, and by enough. The others are judged
+    when the decision's candidates are read.
 
     Args:
         spec: The call.
@@ -88,31 +91,45 @@ def resolve(
         overruled: What to report as overruled.
         faults: Backends that failed before, with the reason. A failed load always counts; a failed call counts for
             lists and `auto`, not for a required backend.
+        timings: What is known of the call's times. Backends whose results were wrong are left out by `auto`, unless no
+            other admits the call.
 
     Returns:
         A decision that carries what runs the call and every candidate's reasons; `chosen` is None if no requested
         backend admits the call.
     """
-    wanted, basis = _wanted(spec, preference, known)
+    wanted, automatic, basis = _wanted(spec, preference, known)
     limits = preference if preference.mode == "prefer" else None
     holding = faults
     if faults and limits is None:
         holding = {name: reason for name, reason in faults.items() if reason.code == "broken_import"}
-    refused: list[Candidate] = []
+    if timings is not None and timings.refused:
+        wrong = {name: reason for name, reason in timings.refused.items() if name in automatic}
+        holding = {**wrong, **holding}
+
+    def judged_here(name: str) -> Candidate:
+        return _judge(name, known[name], spec, env, limits, holding)
+
+    first, refused = _first(wanted, judged_here)
+    if first is None and timings is not None and timings.refused:
+        return resolve(spec, env, preference, known, overruled=overruled, faults=faults)
+    name, timed = first, None
+    if first is not None and timings is not None and first in automatic and timings.of(first) is not None:
+        faster = [name for name in timings.faster_than(first) if name in automatic]
+        fastest, slower = _first([name for name in faster if name not in refused], judged_here)
+        name, timed, basis = fastest or first, timings, timings.words
+        refused |= slower
     choice: Choice | None = None
-    for name in wanted:
-        candidate = _judge(name, known[name], spec, env, limits, holding)
-        if candidate.admits:
-            choice = _choice(name, known[name], spec, env, tuple(refused))
-            break
-        refused.append(candidate)
+    if name is not None:
+        tried = tuple(refused.values())
+        choice = _choice(name, known[name], spec, env, tried, "" if name == first else str(first))
 
     def judge() -> tuple[Candidate, ...]:
-        judged = refused.copy()
+        judged = list(refused.values())
         if choice is not None:
             judged.append(Candidate(choice.plan.backend))
         left = [name for name in wanted if name not in {candidate.name for candidate in judged}]
-        judged += (_judge(name, known[name], spec, env, limits, holding) for name in left)
+        judged += map(judged_here, left)
         others = [name for name in known if name not in set(wanted)]
         judged += (_judge(name, known[name], spec, env, None, faults) for name in others)
         return tuple(judged)
@@ -125,15 +142,30 @@ def resolve(
             kernel = "none: the call is empty"
         else:
             conversions, origin = _conversions(choice, spec), choice.backend.origin(env)
-    decision = Decision(spec, chosen or None, kernel, conversions, preference, basis, (), overruled, origin)
+    decision = Decision(spec, chosen or None, kernel, conversions, preference, basis, (), overruled, origin, timed)
     return carry(decision, choice, judge)
 
 
+def _first(names: Iterable[str], judge: Callable[[str], Candidate]) -> tuple[str | None, dict[str, Candidate]]:
+    """Return the first backend that admits the call, and those that were refused before it."""
+    refused: dict[str, Candidate] = {}
+    for name in names:
+        candidate = judge(name)
+        if candidate.admits:
+            return name, refused
+        refused[name] = candidate
+    return None, refused
+
+
 def _choice(
-    name: str, backend: Backend | None, spec: AttentionSpec, env: Environment, refused: tuple[Candidate, ...]
+    name: str,
+    backend: Backend,
+    spec: AttentionSpec,
+    env: Environment,
+    refused: tuple[Candidate, ...],
+    instead_of: str = "",
 ) -> Choice:
     """Lower the call for the backend that admits it."""
-    assert backend is not None
     caps = backend.capabilities(spec, env)
     if spec.is_empty:
         return Choice(backend, caps, Plan(name, spec, Lowering("empty")), refused)
@@ -141,7 +173,7 @@ def _choice(
     if run_as is not spec:
         caps = backend.capabilities(run_as, env)
     rescale = spec.sinks and caps is not None and not caps.sinks
-    return Choice(backend, caps, Plan(name, run_as, backend.lower(run_as, env), rescale), refused)
+    return Choice(backend, caps, Plan(name, run_as, backend.lower(run_as, env), rescale), refused, instead_of)
 
 
 def _conversions(choice: Choice, spec: AttentionSpec) -> tuple[Conversion, ...]:
@@ -155,11 +187,15 @@ def _conversions(choice: Choice, spec: AttentionSpec) -> tuple[Conversion, ...]:
     return conversions
 
 
-def _wanted(spec: AttentionSpec, preference: Preference, known: Mapping[str, Backend]) -> tuple[tuple[str, ...], str]:
+def _wanted(
+    spec: AttentionSpec, preference: Preference, known: Mapping[str, Backend]
+) -> tuple[tuple[str, ...], frozenset[str], str]:
+    """Return the backends to try in order, those of them that only `auto` names, and the basis of the order."""
     if preference.mode == "require":
-        return preference.names, "required"
+        return preference.names, frozenset(), "required"
     names: list[str] = []
     basis = "preferred"
+    automatic: tuple[str, ...] = ()
     for name in preference.names:
         if name == AUTO:
             # `auto` never takes a backend that would be downloaded; such a one is requested by name.
@@ -168,7 +204,7 @@ def _wanted(spec: AttentionSpec, preference: Preference, known: Mapping[str, Bac
             names.extend(automatic)
         else:
             names.append(name)
-    return tuple(dict.fromkeys(names)), basis
+    return tuple(dict.fromkeys(names)), frozenset(automatic).difference(preference.names), basis
 
 
 def _judge(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from anyattn.types.folding import folded
 from anyattn.types.reasons import Conversion, Reason
 from anyattn.types.spec import AttentionSpec
+from anyattn.types.timings import Timings
 
 Mode = Literal["require", "prefer"]
 Precision = Literal["exact", "int8", "fp8", "fp4"]
@@ -76,10 +77,12 @@ class Decision(Carrier):
         kernel: The function of the backend's kernel.
         conversions: What is done to the call so that the kernel can take it; all of it is exact.
         preference: What was requested, and by which setting.
-        basis: What decided: `"required"`, `"preferred"`, `"fixed order"`, `"rule by size and mask"`.
+        basis: What decided: `"required"`, `"preferred"`, `"fixed order"`, `"rule by size and mask"`, or the source of
+            the timings: `"measured on this machine"`, `"shipped table for NVIDIA H200"`, ...
         candidates: Every known backend, in order, with every reason against it.
         overruled: A preference that a more specific one overruled, in words.
         origin: Where the chosen kernel's code comes from; empty if it is part of torch.
+        timings: The timings behind the choice; None if it wasn't made by timings.
     """
 
     spec: AttentionSpec
@@ -91,6 +94,7 @@ class Decision(Carrier):
     candidates: tuple[Candidate, ...]
     overruled: str = ""
     origin: str = ""
+    timings: Timings | None = None
 
     def reasons(self, name: str) -> tuple[Reason, ...]:
         """Return the reasons against one candidate.
@@ -123,6 +127,7 @@ class Decision(Carrier):
             ],
             "overruled": self.overruled,
             "origin": self.origin,
+            "timings": None if self.timings is None else self.timings.to_dict(),
         }
 
     def __str__(self) -> str:
@@ -131,7 +136,10 @@ class Decision(Carrier):
         else:
             lines = [f"{self.chosen} ({self.kernel}) runs {self.spec}"]
         source = "the default" if self.preference.source == "built-in" else f"by {self.preference.source}"
-        lines.append(f"  requested: {self.preference} ({source}); choice: {self.basis}")
+        basis = self.basis if self.timings is None else self.timings.told()
+        lines.append(f"  requested: {self.preference} ({source}); choice: {basis}")
+        if self.timings is not None:
+            lines.append(f"  times: {', '.join(map(str, self.timings.in_order()))}")
         if self.origin:
             lines.append(f"  from: {self.origin}")
         if self.overruled:

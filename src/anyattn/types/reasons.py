@@ -39,6 +39,7 @@ ReasonCode = Literal[
     "precision",
     "known_bad",
     "fault",
+    "inexact",
     "value",
 ]
 

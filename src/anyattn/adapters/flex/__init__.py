@@ -70,6 +70,7 @@ class Flex(Backend):
     family = "flex"
     aliases = ("flex_attn",)
     auto_rank = 80
+    slow_start = True
     declarations: ClassVar[Mapping[str, Capabilities]] = {"cpu": _CPU, "cuda": _CUDA}
     run = staticmethod(kernels.run)
 

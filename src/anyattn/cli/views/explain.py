@@ -49,7 +49,10 @@ def _facts(found: Explanation) -> RenderableType:
         ("  requested", f"{wish} ({_source(wish.source)})"),
     ]
     if decision.chosen is not None:
-        rows.append(("  choice", _BASIS.get(decision.basis, decision.basis)))
+        told = decision.basis if decision.timings is None else f"by time: {decision.timings.told()}"
+        rows.append(("  choice", _BASIS.get(told, told)))
+    if decision.timings is not None:
+        rows.append(("  times", ", ".join(map(str, decision.timings.in_order()))))
     if decision.origin:
         rows.append(("  from", decision.origin))
     rows += [("  converted", str(conversion)) for conversion in decision.conversions]

@@ -1,0 +1,1 @@
+"""Measuring kernels on this machine: their times, and whether their results are right."""
