@@ -237,3 +237,11 @@ def test_what_is_chosen_always_admits_the_call(
 
 def _hub() -> set[str]:
     return {name for name, backend in registry.known(registry.built_in_names()) if backend.downloads}
+
+
+def test_steps_of_decoding_stay_with_kernels_that_prepare_nothing_for_a_new_length() -> None:
+    step = call(seqlen_q=1, seqlen_kv=4096, same_lengths=False)
+    known = times(flash3=2e-4, native=1e-4, native_cudnn=1e-4, native_flash=3e-4)
+    assert choose("h100", known, spec=step).chosen == "flash3"
+    assert choose("h100", times(flash3=2e-4, flash2=1e-4, native=1e-5), spec=step).chosen == "flash2"
+    assert choose("h100", known, spec=call(seqlen_q=64, seqlen_kv=4096, same_lengths=False)).chosen == "native"

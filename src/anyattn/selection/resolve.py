@@ -29,6 +29,15 @@ FlashAttention-3 for one query of head_dim 128, 1.6 to 2.6 times with head_dim 6
 (torch 2.11, fa3-fwd 0.0.3, 512 to 32768 keys; `benchmarks/decoding.py`)."""
 
 
+_PREPARED = frozenset(("native", "native_cudnn"))
+"""The backends that may run cuDNN, which prepares itself for each new length."""
+
+
+def few_queries(spec: AttentionSpec) -> bool:
+    """Whether a call looks like a step of decoding, whose lengths grow from call to call."""
+    return spec.device_type == "cuda" and spec.seqlen_q <= min(_FEW_QUERIES, spec.seqlen_kv - 1)
+
+
 def rule(spec: AttentionSpec) -> tuple[str, ...]:
     """Return the backends that `auto` tries before its fixed order on CUDA, by the call's size and mask."""
     if spec.device_type != "cuda":
@@ -41,7 +50,7 @@ def rule(spec: AttentionSpec) -> tuple[str, ...]:
     )
     if dense:
         return ("flash4", "flash3", "flash2") if spec.seqlen_kv >= _MANY_KEYS else ()
-    if spec.seqlen_q <= min(_FEW_QUERIES, spec.seqlen_kv - 1):
+    if few_queries(spec):
         return ("flash3", "flash2", "native_flash")
     quantised = ("flash3_fp8", "sage") if work >= _VERY_LONG else ()
     return (*quantised, "flash3", "flash4") if work >= _LONG else ()
@@ -115,7 +124,9 @@ def resolve(
         return resolve(spec, env, preference, known, overruled=overruled, faults=faults)
     name, timed = first, None
     if first is not None and timings is not None and first in automatic and timings.of(first) is not None:
-        faster = [name for name in timings.faster_than(first) if name in automatic]
+        # Times are those of calls that were prepared.
+        slow_once = _PREPARED if few_queries(spec) else frozenset()
+        faster = [name for name in timings.faster_than(first) if name in automatic and name not in slow_once]
         fastest, slower = _first([name for name in faster if name not in refused], judged_here)
         name, timed, basis = fastest or first, timings, timings.words
         refused |= slower
