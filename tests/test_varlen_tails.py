@@ -17,7 +17,7 @@ from anyattn.reference import tolerance
 
 REAL = ("native", "native_flash", "native_math", "flex")
 GRADIENTS = ("native", "native_flash", "native_math", "flash2", "flash4", "xformers", "npu", "aiter")
-WITHOUT = ("sage_int8_fp16", "sage_int8_fp8", "sage_int8_fp8_sm90", "sage_hub", "sage_blackwell_hub")
+WITHOUT = ("ffpa", "sage_int8_fp16", "sage_int8_fp8", "sage_int8_fp8_sm90", "sage_hub", "sage_blackwell_hub")
 """Backends that take neither packed sequences nor key lengths."""
 TAKE = (*REAL, *(name for name in doubles.DOUBLES if name not in WITHOUT))
 LSE = ("native", "flash2", "flash3", "flash4", "xformers", "aiter", "flex", "native_flash")
